@@ -1,0 +1,81 @@
+"""What a loader hands to a method: the crops of a batch, their geometry, their drawn photometric parameters, ids, labels.
+
+Letters: B images in the batch, n crops of the view group (View.count), S side in pixels, g side of the part grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Photometric:
+    """Drawn photometric parameters of one view group, one entry per crop; `fastssl.augment` applies them.
+
+    Attributes:
+        jitter: bool [B, n], whether the four jitter operations are applied.
+        order: int64 [B, n, 4], the order in which they are applied (0 brightness, 1 contrast, 2 saturation, 3 hue).
+        factor: float32 [B, n, 4], indexed by operation: brightness, contrast, saturation factors and the hue shift in
+            turns (-0.5 to 0.5).
+        gray: bool [B, n].
+        blur_sigma: float32 [B, n], standard deviation in pixels; 0 means no blur.
+        solarize: float32 [B, n], threshold in gray levels 0-255; above 255 means no solarize.
+    """
+
+    jitter: Tensor
+    order: Tensor
+    factor: Tensor
+    gray: Tensor
+    blur_sigma: Tensor
+    solarize: Tensor
+
+    def map(self, f) -> Photometric:
+        return Photometric(**{name: f(value) for name, value in vars(self).items()})
+
+
+@dataclass
+class Batch:
+    """One batch.
+
+    Attributes:
+        id: int64 [B], position of each sample in the data set; together with seed and epoch it fixes all that was drawn.
+        label: int64 [B], class index; -1 where the data has none.
+        epoch: the epoch the draws belong to.
+        views: per group [B, n, 3, S, S]; uint8 as loaded, normalised float after `fastssl.augment.augment`.
+        box: per group float32 [B, n, 4], (top, left, height, width) as fractions of the decoded (or squashed) image.
+        flip: per group bool [B, n].
+        photometric: per group, the drawn parameters.
+        parts: per group [B, n, g, g] part labels cut and flipped like the image; empty where the data has no part maps.
+    """
+
+    id: Tensor
+    label: Tensor
+    epoch: int = 0
+    views: dict[str, Tensor] = field(default_factory=dict)
+    box: dict[str, Tensor] = field(default_factory=dict)
+    flip: dict[str, Tensor] = field(default_factory=dict)
+    photometric: dict[str, Photometric] = field(default_factory=dict)
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.id)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; the copies do not wait where the host memory is pinned."""
+
+        def move(value: Tensor) -> Tensor:
+            return value.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            id=move(self.id),
+            label=move(self.label),
+            photometric={name: p.map(move) for name, p in self.photometric.items()},
+            **{
+                key: {name: move(value) for name, value in getattr(self, key).items()}
+                for key in ("views", "box", "flip", "parts")
+            },
+        )

@@ -1,0 +1,1 @@
+"""From files on disk to batches: samples, order, draws, decoding and crops."""
