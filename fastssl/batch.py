@@ -1,4 +1,4 @@
-"""What a loader hands to a method: the crops of a batch, their geometry, their drawn photometric parameters, ids, labels.
+"""What a loader hands to a method: the crops of a batch, their geometry, drawn photometric parameters, ids, labels.
 
 Letters: B images in the batch, n crops of the view group (View.count), S side in pixels, g side of the part grid.
 """
@@ -41,7 +41,7 @@ class Batch:
     """One batch.
 
     Attributes:
-        id: int64 [B], position of each sample in the data set; together with seed and epoch it fixes all that was drawn.
+        id: int64 [B], position of each sample in the data set; with seed and epoch it fixes all that was drawn.
         label: int64 [B], class index; -1 where the data has none.
         epoch: the epoch the draws belong to.
         views: per group [B, n, 3, S, S]; uint8 as loaded, normalised float after `fastssl.augment.augment`.

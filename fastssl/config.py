@@ -6,7 +6,7 @@ sections of its own: `views` (its view groups) and a section with the method's n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 
@@ -14,13 +14,15 @@ class ConfigError(ValueError):
     """A configuration value is unusable; the message names the key, the value and what is allowed."""
 
 
-def _check(ok: bool, key: str, value: object, allowed: str) -> None:
+def check(ok: bool, key: str, value: object, allowed: str) -> None:
+    """Raises ConfigError, naming the key, its value and what is allowed, unless `ok`."""
     if not ok:
         raise ConfigError(f"{key} is {value!r}; it must be {allowed}")
 
 
-def _probability(key: str, value: float) -> None:
-    _check(0.0 <= value <= 1.0, key, value, "a probability from 0 to 1")
+def check_probability(key: str, value: float) -> None:
+    """Raises ConfigError unless `value` lies between 0 and 1."""
+    check(0.0 <= value <= 1.0, key, value, "a probability from 0 to 1")
 
 
 @dataclass
@@ -62,21 +64,21 @@ class View:
 
     def __post_init__(self) -> None:
         where = f"views.{self.name}" if self.name else "view"
-        _check(self.count >= 1, f"{where}.count", self.count, "1 or more")
-        _check(self.size >= 1, f"{where}.size", self.size, "1 pixel or more")
+        check(self.count >= 1, f"{where}.count", self.count, "1 or more")
+        check(self.size >= 1, f"{where}.size", self.size, "1 pixel or more")
         lo, hi = self.scale
-        _check(0.0 < lo <= hi <= 1.0, f"{where}.scale", self.scale, "a range inside (0, 1]")
+        check(0.0 < lo <= hi <= 1.0, f"{where}.scale", self.scale, "a range inside (0, 1]")
         lo, hi = self.ratio
-        _check(0.0 < lo <= hi, f"{where}.ratio", self.ratio, "a range of positive numbers")
+        check(0.0 < lo <= hi, f"{where}.ratio", self.ratio, "a range of positive numbers")
         brightness, contrast, saturation, hue = self.jitter
-        _check(min(brightness, contrast, saturation, hue) >= 0.0, f"{where}.jitter", self.jitter, "non-negative")
-        _check(hue <= 0.5, f"{where}.jitter", self.jitter, "at most 0.5 in hue (the fourth number)")
+        check(min(brightness, contrast, saturation, hue) >= 0.0, f"{where}.jitter", self.jitter, "non-negative")
+        check(hue <= 0.5, f"{where}.jitter", self.jitter, "at most 0.5 in hue (the fourth number)")
         for key in ("flip", "jitter_p", "gray", "blur", "solarize"):
-            _probability(f"{where}.{key}", getattr(self, key))
+            check_probability(f"{where}.{key}", getattr(self, key))
         lo, hi = self.blur_sigma
-        _check(0.0 < lo <= hi, f"{where}.blur_sigma", self.blur_sigma, "a range of positive pixels")
-        _check(0 <= self.solarize_threshold <= 256, f"{where}.solarize_threshold", self.solarize_threshold, "0 to 256")
-        _check(self.squash >= 0, f"{where}.squash", self.squash, "0 (off) or a side in pixels")
+        check(0.0 < lo <= hi, f"{where}.blur_sigma", self.blur_sigma, "a range of positive pixels")
+        check(0 <= self.solarize_threshold <= 256, f"{where}.solarize_threshold", self.solarize_threshold, "0 to 256")
+        check(self.squash >= 0, f"{where}.squash", self.squash, "0 (off) or a side in pixels")
 
 
 @dataclass
@@ -101,10 +103,10 @@ class Data:
     """With on_bad=skip: more bad samples than this end the run."""
 
     def __post_init__(self) -> None:
-        _check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
-        _check(self.workers >= 0, "data.workers", self.workers, "0 (automatic) or more")
-        _check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
-        _check(self.max_bad >= 0, "data.max_bad", self.max_bad, "0 or more")
+        check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
+        check(self.workers >= 0, "data.workers", self.workers, "0 (automatic) or more")
+        check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
+        check(self.max_bad >= 0, "data.max_bad", self.max_bad, "0 or more")
 
 
 @dataclass
@@ -131,11 +133,11 @@ class Model:
     """ResNet only: 3x3 stem with stride 1 and no max-pool, for 32-pixel images."""
 
     def __post_init__(self) -> None:
-        _check(self.image_size >= 1, "model.image_size", self.image_size, "1 pixel or more")
-        _check(self.patch_size >= 1, "model.patch_size", self.patch_size, "1 pixel or more")
-        _check(min(self.width, self.depth, self.heads) >= 0, "model.width/depth/heads",
+        check(self.image_size >= 1, "model.image_size", self.image_size, "1 pixel or more")
+        check(self.patch_size >= 1, "model.patch_size", self.patch_size, "1 pixel or more")
+        check(min(self.width, self.depth, self.heads) >= 0, "model.width/depth/heads",
                (self.width, self.depth, self.heads), "0 (the named model's) or positive")  # fmt: skip
-        _probability("model.drop_path", self.drop_path)
+        check_probability("model.drop_path", self.drop_path)
 
 
 @dataclass
@@ -166,13 +168,13 @@ class Optim:
     """Clip every parameter tensor by its own norm (DINO, SiT) rather than all by their common norm."""
 
     def __post_init__(self) -> None:
-        _check(self.lr > 0, "optim.lr", self.lr, "positive")
-        _check(self.lr_batch >= 0, "optim.lr_batch", self.lr_batch, "0 (no scaling) or a number of images")
-        _check(self.min_lr >= 0, "optim.min_lr", self.min_lr, "0 or more")
-        _check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        _check(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "0 (off) or more")
+        check(self.lr > 0, "optim.lr", self.lr, "positive")
+        check(self.lr_batch >= 0, "optim.lr_batch", self.lr_batch, "0 (no scaling) or a number of images")
+        check(self.min_lr >= 0, "optim.min_lr", self.min_lr, "0 or more")
+        check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        check(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "0 (off) or more")
         for beta in self.betas:
-            _check(0.0 <= beta < 1.0, "optim.betas", self.betas, "two numbers in [0, 1)")
+            check(0.0 <= beta < 1.0, "optim.betas", self.betas, "two numbers in [0, 1)")
 
 
 @dataclass
@@ -185,8 +187,8 @@ class Schedule:
     """Epochs of linear learning-rate warm-up from 0."""
 
     def __post_init__(self) -> None:
-        _check(self.epochs >= 1, "schedule.epochs", self.epochs, "1 or more")
-        _check(0 <= self.warmup_epochs <= self.epochs, "schedule.warmup_epochs", self.warmup_epochs,
+        check(self.epochs >= 1, "schedule.epochs", self.epochs, "1 or more")
+        check(0 <= self.warmup_epochs <= self.epochs, "schedule.warmup_epochs", self.warmup_epochs,
                f"from 0 to schedule.epochs ({self.epochs})")  # fmt: skip
 
 
@@ -203,7 +205,7 @@ class Run:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the networks. auto: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the CPU."""
     steps: int = 0
-    """Stop after so many optimizer steps in all, with a checkpoint; the schedules keep their length. 0: run to the end."""
+    """Stop after so many optimizer steps in all, with a checkpoint; schedules keep their length. 0: run to the end."""
     accumulate: int = 1
     """Micro-batches per optimizer step."""
     compile: bool = False
@@ -220,13 +222,13 @@ class Run:
     """Continue from last.pt in the run folder if there is one. False: refuse to overwrite such a folder."""
 
     def __post_init__(self) -> None:
-        _check(0 <= self.seed < 2**32, "run.seed", self.seed, "a whole number from 0 to 4294967295")
-        _check(self.steps >= 0, "run.steps", self.steps, "0 (to the end) or more")
-        _check(self.accumulate >= 1, "run.accumulate", self.accumulate, "1 or more")
-        _check(self.log_every >= 1, "run.log_every", self.log_every, "1 or more")
-        _check(self.save_every > 0, "run.save_every", self.save_every, "more than 0 epochs")
-        _check(self.keep_every >= 0, "run.keep_every", self.keep_every, "0 (only the last) or more")
-        _check(self.threads >= 0, "run.threads", self.threads, "0 (automatic) or more")
+        check(0 <= self.seed < 2**32, "run.seed", self.seed, "a whole number from 0 to 4294967295")
+        check(self.steps >= 0, "run.steps", self.steps, "0 (to the end) or more")
+        check(self.accumulate >= 1, "run.accumulate", self.accumulate, "1 or more")
+        check(self.log_every >= 1, "run.log_every", self.log_every, "1 or more")
+        check(self.save_every > 0, "run.save_every", self.save_every, "more than 0 epochs")
+        check(self.keep_every >= 0, "run.keep_every", self.keep_every, "0 (only the last) or more")
+        check(self.threads >= 0, "run.threads", self.threads, "0 (automatic) or more")
 
 
 @dataclass
@@ -243,9 +245,9 @@ class Monitor:
     """At most so many (evenly spaced) validation images are classified."""
 
     def __post_init__(self) -> None:
-        _check(self.every >= 0, "monitor.every", self.every, "0 (off) or a number of epochs")
+        check(self.every >= 0, "monitor.every", self.every, "0 (off) or a number of epochs")
         for key in ("k", "train_images", "val_images"):
-            _check(getattr(self, key) >= 1, f"monitor.{key}", getattr(self, key), "1 or more")
+            check(getattr(self, key) >= 1, f"monitor.{key}", getattr(self, key), "1 or more")
 
 
 @dataclass
@@ -253,7 +255,7 @@ class Health:
     """The watch that says, in one line, when a run is going wrong (fastssl.health)."""
 
     action: Literal["off", "warn", "stop"] = "warn"
-    """off, warn (one line per finding), or stop (checkpoint, then end the run with an error)."""
+    """off, warn (one line per finding), or stop (end the run with an error; the last checkpoint stays as it is)."""
     patience: int = 500
     """Optimizer steps that a bad sign must last before it counts. The first warm-up epoch never counts."""
     chance_margin: float = 0.01
@@ -268,10 +270,10 @@ class Health:
     """Warn when the step waits for data for more than this share of the time."""
 
     def __post_init__(self) -> None:
-        _check(self.patience >= 1, "health.patience", self.patience, "1 step or more")
+        check(self.patience >= 1, "health.patience", self.patience, "1 step or more")
         for key in ("chance_margin", "entropy_margin", "feature_std", "data_wait"):
-            _probability(f"health.{key}", getattr(self, key))
-        _check(self.grad_spike > 1, "health.grad_spike", self.grad_spike, "more than 1")
+            check_probability(f"health.{key}", getattr(self, key))
+        check(self.grad_spike > 1, "health.grad_spike", self.grad_spike, "more than 1")
 
 
 @dataclass
@@ -288,3 +290,19 @@ class Config:
     run: Run = field(default_factory=Run)
     monitor: Monitor = field(default_factory=Monitor)
     health: Health = field(default_factory=Health)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole configuration as plain values, the method's numbers under the method's name, as in a recipe."""
+        values = {key: _plain(value) for key, value in asdict(self).items()}
+        values[self.method] = values.pop("settings")
+        for group in values["views"].values():
+            group.pop("name")
+        return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value

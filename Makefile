@@ -1,0 +1,19 @@
+# Four verbs for a machine that has python3 and make. Each first makes .venv with what it needs (.ci/install).
+.PHONY: demo test bench lint
+BIN = .venv/bin
+
+demo: .venv/ready
+	$(BIN)/fastssl demo --dir demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+bench: .venv/ready
+	$(BIN)/python docs/benchmarks/convert_vs_ffcv.py
+
+lint: .venv/ready
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.venv/ready: pyproject.toml setup.py .ci/install
+	sh .ci/install
+	touch .venv/ready

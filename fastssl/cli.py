@@ -1,0 +1,134 @@
+"""The command line: each command parses its arguments, calls one function and prints what it returns."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from fastssl.config import ConfigError
+from fastssl.parse import parse_options, parse_pretrain
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code: 0 done, 1 something failed, 2 bad arguments, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        from fastssl import __version__
+
+        print(f"fastssl {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        return _fail(f"unknown command '{name}'; did you mean '{near}'? (fastssl --help lists all)", 2)
+    try:
+        return COMMANDS[name](rest) or 0
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except (ValueError, RuntimeError, OSError) as error:
+        if type(error).__module__.startswith("fastssl") and not os.environ.get("FASTSSL_TRACEBACK"):
+            return _fail(str(error), 1)
+        raise
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"fastssl: error: {message}", file=sys.stderr)
+    return code
+
+
+def _help() -> str:
+    lines = [f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}" for name, command in COMMANDS.items()]
+    return "\n".join(["usage: fastssl COMMAND [options]   (fastssl COMMAND --help for the options)", "", *lines])
+
+
+# -- the commands ----------------------------------------------------------------------------------------------------
+
+
+def convert(arguments: list[str]) -> None:
+    """Convert a folder of images into one FFCV .beton file."""
+    from fastssl.loaders.convert import ConvertOptions
+    from fastssl.loaders.convert import convert as run
+
+    options, as_json = parse_options("fastssl convert", convert.__doc__, ConvertOptions, arguments, "src", "dst")
+    result = run(options)
+    print(json.dumps(result.as_dict()) if as_json else result.summary())
+
+
+def verify(arguments: list[str]) -> int:
+    """Read every sample of a .beton file and list what is bad."""
+    from fastssl.loaders.beton import VerifyOptions
+    from fastssl.loaders.beton import verify as run
+
+    options, as_json = parse_options("fastssl verify", verify.__doc__, VerifyOptions, arguments, "path")
+    report = run(options)
+    print(json.dumps(report.as_dict()) if as_json else report.summary())
+    return 0 if report.ok else 1
+
+
+def pretrain(arguments: list[str]) -> None:
+    """Pretrain a model: --config RECIPE.yaml [--optim.lr 1e-3 ...]; under torchrun on many GPUs."""
+    from fastssl.train import pretrain as run
+
+    config, as_json = parse_pretrain(arguments)
+    summary = run(config)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(summary) if as_json else _table(summary))
+
+
+def evaluate(arguments: list[str]) -> None:
+    """Measure a checkpoint: fastssl evaluate knn|linear --checkpoint C --data TRAIN --val VAL."""
+    from fastssl.evaluation import KNNOptions, LinearOptions, evaluate_knn, evaluate_linear
+
+    protocols: dict[str, tuple[type, Callable]] = {
+        "knn": (KNNOptions, evaluate_knn),
+        "linear": (LinearOptions, evaluate_linear),
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: fastssl evaluate {'|'.join(protocols)} [options]   (fastssl evaluate knn --help lists them)")
+        return
+    if arguments[0] not in protocols:
+        raise ConfigError(f"evaluate '{arguments[0]}' is unknown; known: {', '.join(protocols)}")
+    kind, run = protocols[arguments[0]]
+    options, as_json = parse_options(f"fastssl evaluate {arguments[0]}", run.__doc__, kind, arguments[1:])
+    result = run(options)
+    print(json.dumps(result.as_dict()) if as_json else result.table())
+
+
+def demo(arguments: list[str]) -> None:
+    """The whole walk on a drawn image set: make images, convert, pretrain, evaluate (minutes on a CPU)."""
+    from fastssl.demo import DemoOptions
+    from fastssl.demo import demo as run
+
+    options, as_json = parse_options("fastssl demo", demo.__doc__, DemoOptions, arguments)
+    result = run(options)
+    print(json.dumps(result.as_dict()) if as_json else result.table())
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
+    "convert": convert,
+    "verify": verify,
+    "pretrain": pretrain,
+    "evaluate": evaluate,
+    "demo": demo,
+}
+
+
+def _table(values: dict[str, Any]) -> str:
+    width = max(len(key) for key in values)
+    return "\n".join(
+        f"{key:<{width}}  {value:.4g}" if isinstance(value, float) else f"{key:<{width}}  {value}"
+        for key, value in values.items()
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,131 @@
+"""Command-line arguments and recipes become typed configurations; an unknown key is an error."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from fastssl.config import Config, ConfigError, Data, Health, Model, Monitor, Optim, Run, Schedule
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+SECTIONS = {
+    "data": Data,
+    "model": Model,
+    "optim": Optim,
+    "schedule": Schedule,
+    "run": Run,
+    "monitor": Monitor,
+    "health": Health,
+}
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser with one-line errors that name the nearest known key."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("usage", "%(prog)s [options]")
+        super().__init__(*args, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = re.sub(r"\s+", " ", message).strip()
+        unknown = re.search(r"unrecognized arguments: --([\w.]+)", text)
+        group = re.search(r"[Gg]roup '([\w.]+)' does not accept (?:option|nested key) '([\w.]+)'", text)
+        other = re.search(r"[Kk]ey '([\w.]+)' is not expected", text) or re.search(r"does not accept '([\w.]+)'", text)
+        key = None
+        if unknown:
+            key = unknown[1]
+        elif group:
+            key = f"{group[1]}.{group[2]}"
+        elif other:
+            key = other[1]
+        if key:
+            text = f"unknown key '{key}'{self._nearest(key)}"
+        raise ConfigError(text)
+
+    def _nearest(self, key: str) -> str:
+        known = [option[2:] for action in self._actions for option in action.option_strings if option.startswith("--")]
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def parse_options(prog: str, about: str, kind: type, arguments: list[str], *positional: str) -> tuple[Any, bool]:
+    """Parses `arguments` into the dataclass `kind`; returns it and whether --json was asked for."""
+    parser = Parser(prog=prog, description=about)
+    parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
+    first = []
+    while arguments and not arguments[0].startswith("-") and len(first) < len(positional):
+        first.append(arguments[0])
+        arguments = arguments[1:]
+    given = [f"--{name}={value}" for name, value in zip(positional, first, strict=False)]
+    parser.add_class_arguments(kind, None)
+    if positional:
+        parser.usage = f"%(prog)s {' '.join(name.upper() for name in positional)} [options]"
+    namespace = parser.parse_args([*given, *arguments])
+    as_json = namespace.pop("json")
+    missing = [name for name in positional if not namespace.get(name)]
+    if missing:
+        raise ConfigError(f"{prog} needs {missing[0].upper()} ({prog} --help explains it)")
+    return kind(**namespace.as_dict()), as_json
+
+
+def parse_pretrain(arguments: list[str]) -> tuple[Config, bool]:
+    """The configuration of a pretraining run from the command line and the recipe it names, and whether --json is set.
+
+    Raises:
+        ConfigError: unknown key (the nearest known one is named), wrong type, value out of range.
+    """
+    from fastssl.methods import METHODS
+
+    method = _method_name(arguments)
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.0)[0]
+        raise ConfigError(f"method is '{method}'; did you mean '{near}'? (known: {', '.join(METHODS)})")
+    kind = METHODS[method]
+    parser = Parser(
+        prog="fastssl pretrain",
+        description="Pretrain a model. Options come from --config and from the command line, the last one wins.",
+    )
+    parser.add_argument("--config", action="config", help="Recipe: a YAML file with the same keys as these options.")
+    parser.add_argument("--json", action="store_true", help="Print the summary as JSON.")
+    parser.add_argument("--method", default=method, help=f"One of {', '.join(METHODS)}.")
+    parser.add_class_arguments(kind.Views, "views", skip={f"{f.name}.name" for f in fields(kind.Views)})
+    parser.add_class_arguments(kind.Settings, method)
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    parser.set_defaults(kind.defaults)
+    namespace = parser.parse_args(arguments)
+    values = parser.instantiate(namespace)
+    sections = {name: values[name] for name in SECTIONS}
+    config = Config(method=method, views=values["views"], settings=values[method], **sections)
+    if not config.data.path:
+        raise ConfigError("data.path is empty; name a .beton file, a glob of shards, or a folder of images")
+    return config, values["json"]
+
+
+def _method_name(arguments: list[str]) -> str:
+    """`method` as the command line or the recipe names it; the last one wins."""
+    name = None
+    for position, argument in enumerate(arguments):
+        key, equals, value = argument.partition("=")
+        if key in ("--method", "--config") and not equals:
+            value = arguments[position + 1] if position + 1 < len(arguments) else ""
+        if key == "--config":
+            try:
+                with open(value) as file:
+                    recipe = yaml.safe_load(file)
+            except (OSError, yaml.YAMLError) as error:
+                raise ConfigError(f"--config {value}: {str(error).splitlines()[0]}") from None
+            if not isinstance(recipe, dict):
+                raise ConfigError(f"--config {value}: not a recipe (expected keys like 'method:' and 'data:')")
+            name = recipe.get("method", name)
+        elif key == "--method":
+            name = value
+    if name is None:
+        raise ConfigError("no method named; give --method NAME or a --config whose recipe has 'method:'")
+    return name

@@ -1,0 +1,145 @@
+"""One line before the first step: what the run will take in memory, disk and time, estimated from a tiny trial step."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastssl.augment import augment
+from fastssl.batch import Batch, Photometric
+from fastssl.config import Config, View
+from fastssl.step import Values
+
+TRIAL = 2  # images in the trial batch
+REACHED = 0.4  # share of the device's matrix rate that training usually reaches
+
+
+@dataclass
+class Preflight:
+    """Estimates for one process.
+
+    Attributes:
+        memory: device bytes at the peak: weights, gradients, optimizer state, activations, input.
+        host: bytes of host memory for batches in preparation.
+        checkpoint: bytes of one checkpoint.
+        flops: floating-point operations per image, forward and backward.
+        seconds: compute time of one epoch, data not counted.
+        epochs: epochs of the whole run.
+    """
+
+    memory: float
+    host: float
+    checkpoint: float
+    flops: float
+    seconds: float
+    epochs: int
+
+    def line(self) -> str:
+        return (
+            f"pre-flight (estimates): {_size(self.memory)} device memory, {_size(self.host)} host buffers, "
+            f"{_size(self.checkpoint)} per checkpoint, {self.flops / 1e9:.1f} GFLOP per image, "
+            f"compute {_duration(self.seconds)} per epoch and {_duration(self.seconds * self.epochs)} in all"
+        )
+
+
+def preflight(
+    method: nn.Module, views: list[View], config: Config, *, images: int, device: torch.device, dtype: torch.dtype
+) -> Preflight:
+    """Runs the method once on two made-up images and scales up; weights, buffers and gradients are left as found.
+
+    Args:
+        method: on `device`, in train mode.
+        images: training images that this process handles per epoch.
+        dtype: arithmetic of the networks (autocast).
+    """
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    batch = augment(trial_batch(views, TRIAL).to(device))
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    values = Values(step=0, total_steps=1, steps_per_epoch=1)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = method(batch, values).loss
+        loss.backward()
+    flops = counter.get_total_flops() / TRIAL
+
+    own = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    activations = sum(size for pointer, size in saved.items() if pointer not in own) / TRIAL * config.data.batch_size
+    method.zero_grad(set_to_none=True)
+    method.load_state_dict(before)
+
+    trainable = sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    state = sum(value.nbytes for value in before.values())
+    moments = {"adamw": 2, "sgd": 1, "lars": 1}[config.optim.name]
+    crops = sum(view.count * 3 * view.size**2 for view in views) * config.data.batch_size
+    return Preflight(
+        memory=state + trainable * (1 + moments) + activations + 5 * crops,
+        host=crops * config.data.prefetch,
+        checkpoint=state + trainable * moments,
+        flops=flops,
+        seconds=flops * images / (REACHED * matrix_rate(device, dtype)),
+        epochs=config.schedule.epochs,
+    )
+
+
+def trial_batch(views: list[View], count: int) -> Batch:
+    """A batch of `count` gray images with the shapes that `views` asks for and no photometric change."""
+
+    def photometric(n: int) -> Photometric:
+        return Photometric(
+            jitter=torch.zeros(count, n, dtype=torch.bool),
+            order=torch.arange(4).expand(count, n, 4),
+            factor=torch.ones(count, n, 4),
+            gray=torch.zeros(count, n, dtype=torch.bool),
+            blur_sigma=torch.zeros(count, n),
+            solarize=torch.full((count, n), 256.0),
+        )
+
+    noise = torch.Generator().manual_seed(0)
+    return Batch(
+        id=torch.arange(count),
+        label=torch.full((count,), -1),
+        views={
+            v.name: torch.randint(0, 256, (count, v.count, 3, v.size, v.size), dtype=torch.uint8, generator=noise)
+            for v in views
+        },
+        box={v.name: torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(count, v.count, 4) for v in views},
+        flip={v.name: torch.zeros(count, v.count, dtype=torch.bool) for v in views},
+        photometric={v.name: photometric(v.count) for v in views},
+    )
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Measured floating-point operations per second of a matrix product on this device."""
+    side = 4096 if device.type == "cuda" else 1024
+    a = torch.ones(side, side, device=device, dtype=dtype)
+    (a @ a)[0, 0].item()
+    begin = time.perf_counter()
+    (a @ a @ a @ a)[0, 0].item()
+    return 3 * 2 * side**3 / (time.perf_counter() - begin)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
