@@ -2,21 +2,14 @@
 
 from setuptools import find_packages, setup
 
+FOLDERS = {"fastssl": "fastssl", "fastssl.kernels": "kernels", "fastssl.loaders": "loaders", "fastssl.configs": "configs"}
+
 setup(
-    package_dir={
-        "fastssl": "fastssl",
-        "fastssl.kernels": "kernels",
-        "fastssl.loaders": "loaders",
-        "fastssl.configs": "configs",
-    },
+    package_dir=FOLDERS,
     packages=[
-        "fastssl",
-        *(f"fastssl.{name}" for name in find_packages("fastssl")),
-        "fastssl.kernels",
-        *(f"fastssl.kernels.{name}" for name in find_packages("kernels")),
-        "fastssl.loaders",
-        "fastssl.configs",
-        *(f"fastssl.loaders.{name}" for name in find_packages("loaders")),
+        package
+        for name, folder in FOLDERS.items()
+        for package in (name, *(f"{name}.{inner}" for inner in find_packages(folder)))
     ],
-    package_data={"fastssl.configs": ["*.yaml", "*/*.yaml"]},
+    package_data={"": ["*.yaml"]},
 )

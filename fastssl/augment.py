@@ -80,15 +80,14 @@ def photometric(
     crops = views.flatten(0, 1)
     p = p.map(lambda value: value.flatten(0, 1)) if p else None
     out = torch.empty(crops.shape, dtype=dtype, device=crops.device)
-    shift = torch.tensor(mean, device=crops.device).view(3, 1, 1)
-    spread = torch.tensor(std, device=crops.device).view(3, 1, 1)
-    chunk = max(1, CPU_CHUNK // crops[0].numel()) if crops.device.type == "cpu" and len(crops) else len(crops)
+    chunk = CPU_CHUNK // crops[0].numel() if crops.device.type == "cpu" and len(crops) else len(crops)
     for start in range(0, len(crops), max(chunk, 1)):
-        part = slice(start, start + chunk)
+        part = slice(start, start + max(chunk, 1))
         x = crops[part].float().div_(255)
         if p:
             x = _operations(x, p.map(lambda value, part=part: value[part]))
-        out[part] = x.sub_(shift).div_(spread)
+        for channel in range(3):
+            out[part, channel] = x[:, channel].sub_(mean[channel]).div_(std[channel])
     return out.view(views.shape)
 
 
@@ -111,7 +110,7 @@ def _where(mask: Tensor, f: Callable[..., Tensor], x: Tensor, *parameters: Tenso
         if len(chosen) == len(x):
             return f(x, *parameters)
         if len(chosen):
-            x[chosen] = f(x[chosen], *(value[chosen] for value in parameters))
+            x[chosen] = f(*(value.index_select(0, chosen) for value in (x, *parameters)))
         return x
     return torch.where(_per_crop(mask), f(x, *parameters), x)
 
@@ -141,16 +140,14 @@ def _rotate_hue(x: Tensor, turns: Tensor) -> Tensor:
     for red, green, blue.
     """
     red, green, blue = x.unbind(1)
-    low, value = x.aminmax(dim=1)
+    value, low = x.amax(1), x.amin(1)
     chroma = value - low
-    hue6 = torch.where(
-        value == red, green - blue, torch.where(value == green, blue - red, red - green)
-    ) / chroma.clamp_min(torch.finfo(x.dtype).tiny)
-    hue6 += torch.where(value == red, 0.0, torch.where(value == green, 2.0, 4.0))
-    hue6 += 6 * turns.view(-1, 1, 1)
-    offset = torch.tensor([5.0, 3.0, 1.0], device=x.device).view(3, 1, 1)
-    k = (hue6[:, None] + offset).remainder_(6)
-    return value[:, None] - chroma[:, None] * k.sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+    scale = chroma.clamp_min(torch.finfo(x.dtype).tiny).reciprocal_()
+    hue6 = torch.where(value == green, (blue - red).mul_(scale).add_(2), (red - green).mul_(scale).add_(4))
+    hue6 = torch.where(value == red, (green - blue).mul_(scale), hue6).add_(6 * turns.view(-1, 1, 1))
+    k = hue6[:, None] + torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)
+    k.sub_((k / 6).floor_(), alpha=6).sub_(2).abs_().neg_().add_(2).clamp_(0, 1)
+    return torch.addcmul(value[:, None], k, chroma[:, None], value=-1)
 
 
 def _blur(x: Tensor, sigma: Tensor) -> Tensor:

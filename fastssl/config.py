@@ -50,7 +50,7 @@ class View:
     blur: float = 0.0
     """Probability of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Range of the blur's standard deviation, in pixels of the crop."""
+    """Range of the blur's standard deviation, in pixels of the crop; at most 2."""
     solarize: float = 0.0
     """Probability of solarizing (inverting values at or above the threshold)."""
     solarize_threshold: int = 128

@@ -21,6 +21,7 @@ from fastssl import __version__, checkpoint, distributed
 from fastssl.augment import augment
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError
+from fastssl.device import choose_device, choose_dtype
 from fastssl.health import HealthWatch
 from fastssl.loaders.engine import choose_engine, decoding_threads, open_loader
 from fastssl.loaders.sources import open_source
@@ -54,8 +55,8 @@ class Trainer:
         self.begin = time.perf_counter()
 
         # Where: device, arithmetic, processes, folder.
-        self.device = _device(config.run.device)
-        self.dtype = _dtype(config.run.precision, self.device)
+        self.device = choose_device(config.run.device)
+        self.dtype = choose_dtype(config.run.precision, self.device)
         distributed.start(self.device)
         _set_threads(config.run.threads, self.device)
         self.folder = Path(config.run.dir or f"runs/{config.method}")
@@ -105,10 +106,10 @@ class Trainer:
         self.last_record: dict[str, float] = {}
         self.knn: float | None = None
         self.stopping = False
+        self.saved_step = 0  # step of last.pt; 0: there is none
 
         # Where it stands.
         self.step = 0
-        self.fresh = True
         self._resume()
         self.estimate = preflight(
             self.method,
@@ -154,8 +155,7 @@ class Trainer:
             ) from None
         self.scaler.load_state_dict(content["scaler"])
         self.watch.load_state_dict(content["health"])
-        self.step = content["step"]
-        self.fresh = False
+        self.step = self.saved_step = content["step"]
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint of this moment (main process; the others wait)."""
@@ -275,7 +275,7 @@ class Trainer:
         )
 
     def _kept(self) -> str:
-        return f"{self.last_checkpoint} (step {self._saved_step})" if self._saved_step else "no checkpoint yet"
+        return f"{self.last_checkpoint} (step {self.saved_step})" if self.saved_step else "no checkpoint yet"
 
     def stop_requested(self) -> bool:
         """Whether SIGTERM or SIGUSR1 has come; several processes agree on it at log steps."""
@@ -317,7 +317,6 @@ class Trainer:
         """
         run = self.config.run
         save_steps = max(1, round(run.save_every * self.steps_per_epoch))
-        self._saved_step = self.step
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config.as_dict(), sort_keys=False))
@@ -352,9 +351,9 @@ class Trainer:
 
     def _save_last(self, log: RunLog) -> None:
         self.drain(log)
-        if self.step != self._saved_step:
+        if self.step != self.saved_step:
             self.save(self.last_checkpoint)
-            self._saved_step = self.step
+            self.saved_step = self.step
 
     def _summarise(self, log: RunLog) -> dict[str, object]:
         summary = {
@@ -373,31 +372,6 @@ class Trainer:
         if self.stopping:
             log.say(f"asked to stop: step {self.step} is saved in {self.last_checkpoint}; the same command continues")
         return summary
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"run.device is {name!r}; it must be auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ConfigError("run.device is cuda, but PyTorch sees no CUDA device here; use run.device=cpu")
-        if device.index is None:
-            device = torch.device("cuda", distributed.local_rank())
-    return device
-
-
-def _dtype(precision: str, device: torch.device) -> torch.dtype:
-    if precision == "auto":
-        if device.type == "cpu":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("run.precision is 'fp16', which needs a GPU; on the CPU use bf16 or fp32")
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,0 +1,1 @@
+"""Recipes for ImageNet-1k."""

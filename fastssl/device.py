@@ -1,0 +1,46 @@
+"""On what and in which arithmetic networks run: the words of a configuration become a torch device and dtype."""
+
+from __future__ import annotations
+
+import torch
+
+from fastssl import distributed
+from fastssl.config import ConfigError
+
+
+def choose_device(name: str, key: str = "run.device") -> torch.device:
+    """The device that `name` (auto, cpu, cuda, cuda:N) means here; a plain `cuda` is this process's own GPU.
+
+    Raises:
+        ConfigError: not such a name, or a GPU that is not there; the message names `key`.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"{key} is {name!r}; it must be auto, cpu, cuda or cuda:N")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = distributed.local_rank() if device.index is None else device.index
+    if index >= count:
+        raise ConfigError(f"{key} is {name!r} (GPU {index}), but PyTorch sees {count} CUDA devices here; use {key}=cpu")
+    return torch.device("cuda", index)
+
+
+def choose_dtype(precision: str, device: torch.device, key: str = "run.precision") -> torch.dtype:
+    """The dtype of autocast for `precision` (auto, bf16, fp16, fp32); float32 means no autocast.
+
+    Raises:
+        ConfigError: fp16 on the CPU; the message names `key`.
+    """
+    if precision == "auto":
+        if device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError(f"{key} is 'fp16', which needs a GPU; on the CPU use bf16 or fp32")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]

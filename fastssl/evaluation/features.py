@@ -1,0 +1,232 @@
+"""Frozen features: images through a backbone, once, into one table in host memory.
+
+Letters: n images, B images per forward pass, F numbers per feature, S side of the network's input in pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fastssl.augment import augment
+from fastssl.loaders.engine import decoding_threads
+from fastssl.loaders.reference_loader import evaluation_batches
+from fastssl.loaders.sources import Source, open_source
+
+
+class EvaluationError(ValueError):
+    """The data or the features cannot be evaluated; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """One feature per image, on the CPU.
+
+    Attributes:
+        values: float32 or float16 [n, F], finite (else EvaluationError).
+        labels: int64 [n], class index; -1 where there is none.
+        ids: int64 [n], position of each image in its data set.
+        classes: class names in the order of the labels; empty where the data does not name them.
+    """
+
+    values: Tensor
+    labels: Tensor
+    ids: Tensor
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for begin in range(0, len(self), 65536):
+            _check_finite(self.values[begin : begin + 65536], self.ids[begin : begin + 65536])
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+def _check_finite(values: Tensor, ids: Tensor) -> None:
+    finite = torch.isfinite(values).all(dim=1)
+    if not finite.all():
+        image = int(ids[~finite][0])
+        raise EvaluationError(f"the features of image {image} are not finite; the network's weights are broken")
+
+
+def extract(
+    backbone: nn.Module,
+    source: Source,
+    *,
+    size: int,
+    resize: int = 0,
+    batch_size: int = 64,
+    workers: int = 0,
+    dtype: torch.dtype = torch.float32,
+    blocks: int = 1,
+    mean_patch: bool = False,
+    ids: np.ndarray | None = None,
+    progress: str = "",
+) -> Features:
+    """Features of the images of `source`, in order; leaves no trace on the backbone or on the random generators.
+
+    Args:
+        backbone: has `represent(images, blocks, mean_patch) -> [B, F]`; the images go to the device that it is on.
+        source: the images.
+        size: side of the central crop that the network sees, in pixels.
+        resize: side to which an image's shorter side is resized before, in pixels; 0: `default_resize(size)`.
+        batch_size: images per forward pass.
+        workers: decoding threads; 0: this machine's cores.
+        dtype: of autocast; float32 switches autocast off. Below float32 the features are kept as float16.
+        blocks: concatenate the class tokens of this many last blocks (ViT).
+        mean_patch: append the last block's mean patch token (ViT).
+        ids: int64 [n], positions of the images to take; None takes all.
+        progress: label of the progress bar; empty shows none.
+
+    Raises:
+        EvaluationError: a feature is NaN or infinite.
+    """
+    device = device_of(backbone)
+    stored = torch.float32 if dtype == torch.float32 else torch.float16
+    total = len(source) if ids is None else len(ids)
+    batches = evaluation_batches(
+        source,
+        size=size,
+        resize=resize or default_resize(size),
+        batch_size=batch_size,
+        workers=decoding_threads(workers, 1),
+        ids=ids,
+    )
+    bar = tqdm(total=total, desc=progress, unit="img", leave=False, disable=None if progress else True)
+    values, labels, seen = torch.empty(0, 0), [], []
+    done = 0
+    with frozen(backbone), _untouched_random(device), contextlib.closing(batches), bar:
+        for batch in batches:
+            images = augment(batch.to(device)).views["eval"][:, 0]  # [B, 3, S, S]
+            rows = represent(backbone, images, dtype, blocks, mean_patch).to("cpu", stored)
+            _check_finite(rows, batch.id)  # early: a table takes long to fill
+            if done == 0:
+                values = torch.empty(total, rows.shape[1], dtype=stored)
+            values[done : done + len(rows)] = rows
+            labels.append(batch.label)
+            seen.append(batch.id)
+            done += len(rows)
+            bar.update(len(rows))
+    return Features(values[:done], torch.cat(labels), torch.cat(seen), tuple(source.classes))
+
+
+@torch.no_grad()  # not inference_mode: a position table that the network caches here must stay usable in training
+def represent(backbone: nn.Module, images: Tensor, dtype: torch.dtype, blocks: int, mean_patch: bool) -> Tensor:
+    """float32 [B, F] of normalised images [B, 3, S, S], computed under autocast to `dtype` (float32: none)."""
+    with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+        return backbone.represent(images, blocks=blocks, mean_patch=mean_patch).float()
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's parameters are; the CPU if it has none."""
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+
+
+@contextlib.contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every submodule is back in its own mode."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _untouched_random(device: torch.device) -> contextlib.AbstractContextManager:
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+class _Pixels(nn.Module):
+    def represent(self, images: Tensor, blocks: int, mean_patch: bool) -> Tensor:
+        return images.flatten(1)
+
+
+def pixels(source: Source, *, size: int = 32, **options) -> Features:
+    """The raw-pixel baseline: the evaluation view at `size` x `size`, normalised per channel, as one vector.
+
+    Args:
+        source, options: as in `extract`.
+        size: side of the view, in pixels.
+
+    Returns:
+        Features with values float32 [n, 3 x size x size].
+    """
+    return extract(_Pixels(), source, size=size, **options)
+
+
+def default_resize(size: int) -> int:
+    """Side to which the shorter side is resized before the central crop of `size`, both in pixels.
+
+    256 for 224, the custom on ImageNet, and in proportion for other sizes; but up to 64 pixels `size` itself, since
+    data sets of small images (CIFAR, Tiny ImageNet) are evaluated whole.
+    """
+    return size if size <= 64 else round(size * 256 / 224)
+
+
+def spaced_ids(images: int, limit: int) -> np.ndarray:
+    """int64 ids of at most `limit` out of `images`, evenly spaced: a sorted data set keeps its mix of classes."""
+    count = min(images, limit)
+    return np.arange(count, dtype=np.int64) * images // count
+
+
+def open_labelled(train: str, val: str, train_key: str = "data", val_key: str = "val") -> tuple[Source, Source]:
+    """Opens two data sets and checks that one can be judged by the other: all labelled, same classes.
+
+    Args:
+        train, val: a .beton file, a glob of shards, or a folder of images.
+        train_key, val_key: what the messages call them.
+
+    Raises:
+        SourceError: one of them cannot be opened.
+        EvaluationError: one of them has no labels, or their class lists differ.
+    """
+    sources = open_source(train), open_source(val)
+    check_labels(*sources, f"{train_key} ({train})", f"{val_key} ({val})")
+    return sources
+
+
+def check_labels(train: Features | Source, val: Features | Source, train_name: str, val_name: str) -> int:
+    """The number of classes, once it is sure that both are labelled and mean the same classes.
+
+    Raises:
+        EvaluationError: otherwise; the message uses the two names.
+    """
+    largest = 0
+    for data, name in ((train, train_name), (val, val_name)):
+        labels = np.asarray(data.labels)
+        if len(labels) == 0:
+            raise EvaluationError(f"{name} holds no images")
+        unlabelled = np.flatnonzero(labels < 0)
+        if len(unlabelled) == len(labels):
+            raise EvaluationError(f"{name} has no labels; put the images of each class in a sub-folder of its own")
+        if len(unlabelled):
+            raise EvaluationError(
+                f"{name} has no label for {len(unlabelled)} of {len(labels)} images, the first at index {unlabelled[0]}"
+            )
+        if data.classes and labels.max() >= len(data.classes):
+            where = int(labels.argmax())
+            raise EvaluationError(
+                f"{name} has label {labels[where]} at index {where}, but only {len(data.classes)} classes"
+            )
+        largest = max(largest, int(labels.max()) + 1)
+    a, b = list(train.classes), list(val.classes)
+    if a and b and a != b:
+        raise EvaluationError(f"the classes differ: {_difference(a, b, train_name, val_name)}")
+    return max(largest, len(a), len(b))
+
+
+def _difference(a: list[str], b: list[str], a_name: str, b_name: str) -> str:
+    for names, others, here, there in ((a, b, a_name, b_name), (b, a, b_name, a_name)):
+        extra = [name for name in names if name not in set(others)]
+        if extra:
+            return f"{here} has {len(names)}, {there} has {len(others)}; '{extra[0]}' is only in {here}"
+    position = next(i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y)
+    return f"class {position} is '{a[position]}' in {a_name} and '{b[position]}' in {b_name}"

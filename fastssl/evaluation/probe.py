@@ -1,0 +1,269 @@
+"""Linear classification of frozen features, several learning rates at once.
+
+The protocol of Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021: a linear layer on the
+class tokens of the last blocks, SGD with momentum 0.9 and no weight decay, learning rate x batch / 256, cosine over the
+epochs. Letters: n images, B images per step, F numbers per feature, C classes, L learning rates, R linear layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from fastssl.augment import augment
+from fastssl.config import ConfigError, Data, View
+from fastssl.evaluation.accuracy import Accuracy, class_ranks, top_accuracy
+from fastssl.evaluation.features import (
+    EvaluationError,
+    Features,
+    check_labels,
+    device_of,
+    extract,
+    frozen,
+    represent,
+)
+from fastssl.loaders.engine import decoding_threads, open_loader
+from fastssl.loaders.sources import Source
+
+LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # for a batch of 256 images
+MOMENTUM = 0.9
+HELD_OUT = 0.1  # share of the training images on which the learning rate is chosen
+
+Minibatches = Callable[[int], Iterable[tuple[Tensor, Tensor, Tensor]]]
+"""epoch -> (features float32 [B, F], labels int64 [B], held out bool [B]) of each step, on the device."""
+
+
+@dataclass(frozen=True)
+class ProbeResult(Accuracy):
+    """Accuracy of the chosen linear layer.
+
+    Attributes:
+        lr: its learning rate, for a batch of 256 images.
+        held_out: by learning rate, top-1 in percent on the held-out training images; empty where only one was tried.
+    """
+
+    lr: float
+    held_out: dict[float, float]
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether the best learning rate is the smallest or largest one tried: a better one may lie beyond."""
+        return bool(self.held_out) and self.lr in (min(self.held_out), max(self.held_out))
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**super().as_dict(), "lr": self.lr, "held_out": {str(lr): top1 for lr, top1 in self.held_out.items()}}
+
+
+def linear_probe(
+    train: Features,
+    val: Features,
+    *,
+    lrs: Sequence[float] = LRS,
+    epochs: int = 100,
+    batch_size: int = 1024,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: str = "",
+) -> ProbeResult:
+    """Trains linear layers on a table of features and judges one of them on `val`.
+
+    With several learning rates, each has two layers, all trained side by side on the same minibatches: one sees all the
+    training features, its twin all but a held-out tenth. The learning rate whose twin does best on that tenth is chosen,
+    and its first layer is the one judged: `val` chooses nothing.
+
+    Args:
+        train, val: labelled, same classes, extracted with the same network and options.
+        lrs: learning rates for a batch of 256 images.
+        epochs: passes over the training features.
+        batch_size: features per step.
+        seed: of the first weights, the order of the features and the held-out tenth.
+        device: where the layers are trained.
+        progress: label of the progress bar; empty shows none.
+
+    Raises:
+        ConfigError: unusable lrs or epochs.
+        EvaluationError: unlabelled images, different classes or widths, or the chosen layer diverged.
+    """
+    check_numbers(lrs, epochs, batch_size)
+    classes = check_labels(train, val, "the training features", "the validation features")
+    if train.values.shape[1] != val.values.shape[1]:
+        raise EvaluationError(
+            f"training features have {train.values.shape[1]} numbers, validation features {val.values.shape[1]}; "
+            "extract both with the same network and options"
+        )
+    device, batch_size = torch.device(device), min(batch_size, len(train))
+    held_out = _held_out(len(train), lrs, seed)
+    judge = Features(train.values[held_out], train.labels[held_out], train.ids[held_out])
+
+    def minibatches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + epoch))
+        for rows in order.tensor_split(math.ceil(len(train) / batch_size)):  # evenly: no small rest to shake the layers
+            yield train.values[rows].to(device, torch.float32), train.labels[rows].to(device), held_out[rows].to(device)
+
+    return _fit(minibatches, judge, val, classes, lrs, epochs, batch_size, seed, device, progress)
+
+
+def linear_probe_augmented(
+    backbone: nn.Module,
+    source: Source,
+    val: Features,
+    *,
+    size: int,
+    resize: int = 0,
+    blocks: int = 1,
+    mean_patch: bool = False,
+    lrs: Sequence[float] = LRS,
+    epochs: int = 100,
+    batch_size: int = 1024,
+    forward_size: int = 64,
+    workers: int = 0,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    progress: str = "",
+) -> ProbeResult:
+    """`linear_probe` on random crops and flips, drawn and put through the backbone anew in every epoch.
+
+    Args:
+        backbone, size, resize, blocks, mean_patch, workers, dtype: as in `features.extract`, and as `val` was made.
+        source: labelled training images, same classes as `val`.
+        forward_size: images per forward pass of the backbone; a step of `batch_size` images takes several.
+        lrs, epochs, batch_size, seed, progress: as in `linear_probe`.
+
+    Raises:
+        ConfigError, EvaluationError: as `linear_probe`.
+    """
+    check_numbers(lrs, epochs, batch_size)
+    classes = check_labels(source, val, "the training data", "the validation features")
+    device, batch_size = device_of(backbone), min(batch_size, len(source))
+    held_out = _held_out(len(source), lrs, seed)
+    judge = val
+    if held_out.any():
+        judge = extract(
+            backbone,
+            source,
+            size=size,
+            resize=resize,
+            batch_size=forward_size,
+            workers=workers,
+            dtype=dtype,
+            blocks=blocks,
+            mean_patch=mean_patch,
+            ids=np.flatnonzero(held_out.numpy()),
+        )
+    loader = open_loader(
+        source,
+        [View(name="train", size=size, interpolation="bilinear")],
+        Data(batch_size=batch_size, prefetch=2),
+        seed=seed,
+        rank=0,
+        world=1,
+        threads=decoding_threads(workers, 1),
+        pin_memory=device.type == "cuda",
+    )
+
+    def minibatches(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        with contextlib.closing(loader.epoch(epoch)) as batches:
+            for batch in batches:
+                images = augment(batch.to(device)).views["train"][:, 0]
+                pieces = [represent(backbone, piece, dtype, blocks, mean_patch) for piece in images.split(forward_size)]
+                yield torch.cat(pieces), batch.label.to(device), held_out[batch.id].to(device)
+
+    with contextlib.closing(loader), frozen(backbone):
+        return _fit(minibatches, judge, val, classes, lrs, epochs, batch_size, seed, device, progress)
+
+
+def check_numbers(lrs: Sequence[float], epochs: int, batch_size: int) -> None:
+    """Raises a ConfigError that names the first unusable number."""
+    if not lrs or not all(math.isfinite(lr) and lr > 0 for lr in lrs) or len(set(lrs)) < len(lrs):
+        raise ConfigError(f"lrs is {list(lrs)}; it must name one or more different learning rates above 0")
+    if epochs < 1:
+        raise ConfigError(f"epochs is {epochs}; it must be 1 or more")
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}; it must be 1 or more")
+
+
+def _held_out(images: int, lrs: Sequence[float], seed: int) -> Tensor:
+    """bool [n]: the tenth on which the learning rate is chosen; none of them where there is nothing to choose."""
+    mask = torch.zeros(images, dtype=torch.bool)
+    if len(lrs) > 1:
+        order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+        mask[order[: math.ceil(HELD_OUT * images)]] = True
+    return mask
+
+
+def _fit(
+    minibatches: Minibatches,
+    judge: Features,
+    val: Features,
+    classes: int,
+    lrs: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    progress: str,
+) -> ProbeResult:
+    """Trains R layers (L, or L and their L twins) in one matrix product, chooses by `judge`, judges by `val`."""
+    several = len(lrs) > 1
+    twins = 2 if several else 1
+    peak = torch.tensor([lr * batch_size / 256 for lr in lrs] * twins, device=device)[:, None]  # [R, 1]
+    start = torch.randn(val.values.shape[1], 1, classes, generator=torch.Generator().manual_seed(seed)) * 0.01
+    weight = start.repeat(1, len(peak), 1).to(device).requires_grad_()  # [F, R, C]
+    bias = torch.zeros(len(peak), classes, device=device, requires_grad=True)  # [R, C]
+    velocity = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    for epoch in tqdm(range(epochs), desc=progress, unit="epoch", leave=False, disable=None if progress else True):
+        lr = peak * 0.5 * (1.0 + math.cos(math.pi * epoch / epochs))
+        for features, labels, held_out in minibatches(epoch):
+            sees = torch.ones(len(labels), twins, len(lrs), device=device)  # 1 where the layer learns from the image
+            sees[held_out, 1:] = 0.0
+            loss = _loss(_logits(features, weight, bias), labels, sees.flatten(1))
+            gradients = torch.autograd.grad(loss, (weight, bias))
+            with torch.no_grad():
+                for parameter, v, gradient in zip((weight, bias), velocity, gradients, strict=True):
+                    v.mul_(MOMENTUM).add_(gradient)
+                    parameter.sub_(lr * v)
+
+    held_out_top1, best = {}, 0
+    if several:
+        twin_scores = _accuracies(weight[:, len(lrs) :], bias[len(lrs) :], judge)
+        held_out_top1 = {lr: top1 for lr, (top1, _) in zip(lrs, twin_scores, strict=True)}
+        best = max(range(len(lrs)), key=lambda i: twin_scores[i][0])
+    chosen = weight[:, best : best + 1], bias[best : best + 1]
+    if not (torch.isfinite(chosen[0]).all() and torch.isfinite(chosen[1]).all()):
+        raise EvaluationError(f"the linear layer diverged with learning rate {lrs[best]}; try smaller ones")
+    [(top1, top5)] = _accuracies(*chosen, val)
+    return ProbeResult(top1, top5, len(val), lrs[best], held_out_top1)
+
+
+def _logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """[B, R, C] of features [B, F] under R layers."""
+    return (features @ weight.flatten(1)).unflatten(1, bias.shape) + bias
+
+
+def _loss(logits: Tensor, labels: Tensor, sees: Tensor) -> Tensor:
+    """Sum over the R layers of each one's mean cross-entropy over the images that it sees; no layer feels another."""
+    each = cross_entropy(
+        logits.transpose(1, 2), labels[:, None].expand(-1, logits.shape[1]), reduction="none"
+    )  # [B, R]
+    return ((each * sees).sum(0) / sees.sum(0).clamp_min(1.0)).sum()
+
+
+@torch.no_grad()
+def _accuracies(weight: Tensor, bias: Tensor, data: Features) -> list[tuple[float, float]]:
+    """(top-1, top-5) in percent of each of the R layers."""
+    ranks = []
+    for begin in range(0, len(data), 1024):
+        rows = slice(begin, begin + 1024)
+        logits = _logits(data.values[rows].to(weight.device, torch.float32), weight, bias)  # [B, R, C]
+        labels = data.labels[rows].to(weight.device)
+        ranks.append(torch.stack([class_ranks(layer, labels) for layer in logits.unbind(1)]).cpu())
+    return [top_accuracy(layer) for layer in torch.cat(ranks, dim=1)]

@@ -1,0 +1,262 @@
+"""DINO: self-distillation with no labels (Caron et al. 2021, arXiv 2104.14294).
+
+A student sees two large and several small crops of an image, a teacher (the student's moving average) only the large
+ones. The student learns to give every crop the teacher's soft class of the other large crops. Centring and sharpening
+of the teacher's output keep both from agreeing on one answer.
+
+Letters: B images, V crops per image, T of them seen by the teacher (they come first), S side, D width, K prototypes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import distributed
+from fastssl.batch import Batch
+from fastssl.config import Config, View, check
+from fastssl.ema import ema_update
+from fastssl.models import build_backbone, check_image_size
+from fastssl.models.heads import DINOHead
+from fastssl.schedule import cosine, linear_ramp
+from fastssl.step import Step, Values, feature_spread
+
+_JITTER: dict[str, Any] = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2}
+
+
+@dataclass
+class Views:
+    """DINO's crops: two large ones for student and teacher, small ones for the student alone."""
+
+    global1: View = field(default_factory=lambda: View(size=224, scale=(0.4, 1.0), blur=1.0, **_JITTER))
+    """First large crop: always blurred."""
+    global2: View = field(default_factory=lambda: View(size=224, scale=(0.4, 1.0), blur=0.1, solarize=0.2, **_JITTER))
+    """Second large crop: seldom blurred, sometimes solarized."""
+    local: View = field(default_factory=lambda: View(count=8, size=96, scale=(0.05, 0.4), blur=0.5, **_JITTER))
+    """Small crops."""
+
+
+@dataclass
+class Settings:
+    """DINO's own numbers."""
+
+    out_dim: int = 65536
+    """Outputs of the head (K)."""
+    head_hidden: int = 2048
+    """Width of the head's inner layers."""
+    head_bottleneck: int = 256
+    """Width of the normalised vector before the prototypes."""
+    head_batch_norm: bool = False
+    """Batch normalisation in the head."""
+    norm_last_layer: bool = True
+    """Hold the prototypes at length 1: steadier; letting them grow can be better with a ViT-S."""
+    freeze_last_layer: int = 1
+    """Epochs at the start during which the prototypes do not learn."""
+    student_temp: float = 0.1
+    """Temperature of the student's softmax."""
+    teacher_temp: float = 0.07
+    """Temperature of the teacher's softmax after the warm-up."""
+    warmup_teacher_temp: float = 0.04
+    """Temperature of the teacher's softmax in the first epoch."""
+    warmup_teacher_temp_epochs: int = 30
+    """Epochs over which the teacher's temperature rises, epoch by epoch. 0: constant."""
+    center_momentum: float = 0.9
+    """Decay of the teacher's centre; it is updated once per micro-batch."""
+    momentum_teacher: float = 0.996
+    """Decay of the teacher's weights at the start; it rises to 1 over the run, as a cosine."""
+
+    def __post_init__(self) -> None:
+        for key in ("out_dim", "head_hidden", "head_bottleneck"):
+            check(getattr(self, key) >= 1, f"dino.{key}", getattr(self, key), "1 or more")
+        for key in ("freeze_last_layer", "warmup_teacher_temp_epochs"):
+            check(getattr(self, key) >= 0, f"dino.{key}", getattr(self, key), "0 (off) or a number of epochs")
+        for key in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
+            check(getattr(self, key) > 0, f"dino.{key}", getattr(self, key), "positive")
+        for key in ("center_momentum", "momentum_teacher"):
+            check(0 <= getattr(self, key) <= 1, f"dino.{key}", getattr(self, key), "from 0 to 1")
+
+
+class DINO(nn.Module):
+    """Student, teacher and their loss.
+
+    Args:
+        config: a configuration whose views and settings are this file's `Views` and `Settings`.
+    """
+
+    Views = Views
+    Settings = Settings
+    defaults: ClassVar[dict[str, object]] = {
+        "model.name": "vit_small",
+        "model.drop_path": 0.1,
+        "optim.name": "adamw",
+        "optim.lr": 5e-4,
+        "optim.min_lr": 1e-6,
+        "optim.weight_decay": 0.04,
+        "optim.weight_decay_end": 0.4,
+        "optim.clip_grad": 3.0,
+        "optim.clip_each": True,
+        "schedule.epochs": 100,
+        "schedule.warmup_epochs": 10,
+    }
+    backbone_prefix = "teacher.backbone."
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.settings: Settings = config.settings
+        for name, view in vars(config.views).items():
+            check_image_size(config.model, f"views.{name}.size", view.size)
+        self.student = Network(config)
+        self.teacher = Network(config, drop_path=0.0)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+        self.register_buffer("center", torch.zeros(self.settings.out_dim))
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What evaluation takes: the teacher's backbone."""
+        return self.teacher.backbone
+
+    @property
+    def chance_loss(self) -> float:
+        """The loss when student and teacher answer the same to everything."""
+        return math.log(self.settings.out_dim)
+
+    def forward(self, batch: Batch, values: Values) -> Step:
+        s = self.settings
+        large = [batch.views["global1"], batch.views["global2"]]  # each [B, n, 3, S, S]
+        _, student = self.student([*large, batch.views["local"]])  # [V, B, K]
+        with torch.no_grad():
+            features, teacher = self.teacher(large)  # [T, B, D], [T, B, K]
+
+        temp = linear_ramp(values.epoch, s.warmup_teacher_temp_epochs - 1, s.warmup_teacher_temp, s.teacher_temp)
+        loss, metrics = dino_loss(student, teacher, self.center, s.student_temp, temp)
+        if self.training:
+            update_center(self.center, teacher, s.center_momentum)
+        metrics["feature_std"] = feature_spread(features[0])
+        metrics["center_norm"] = self.center.norm()
+        return Step(loss, metrics)
+
+    def after_backward(self, values: Values) -> None:
+        """Drops the gradient of the prototypes in the first epochs."""
+        if values.epoch < self.settings.freeze_last_layer:
+            for parameter in self.student.head.last_layer.parameters():
+                parameter.grad = None
+
+    def after_step(self, values: Values) -> None:
+        """Moves the teacher towards the student."""
+        ema_update(self.teacher, self.student, self.momentum(values))
+
+    def momentum(self, values: Values) -> float:
+        """Decay of the teacher's weights at this step."""
+        return cosine(values.step, values.total_steps, self.settings.momentum_teacher, 1.0)
+
+    @staticmethod
+    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+        """The authors' file as our state dict.
+
+        Args:
+            checkpoint: a full training file (`student`, `teacher`, `dino_loss`), or a file with the bare backbone.
+
+        Returns:
+            All keys of ours for a full file; only `teacher.backbone.` for a bare backbone.
+        """
+        if "teacher" not in checkpoint:
+            return {f"{DINO.backbone_prefix}{key}": value for key, value in checkpoint.items()}
+        ours = {
+            f"{name}.{key.removeprefix('module.')}": value
+            for name in ("student", "teacher")
+            for key, value in checkpoint[name].items()
+        }
+        if "dino_loss" in checkpoint:
+            ours["center"] = checkpoint["dino_loss"]["center"].flatten()
+        return ours
+
+
+class Network(nn.Module):
+    """A backbone with DINO's head."""
+
+    def __init__(self, config: Config, drop_path: float | None = None) -> None:
+        super().__init__()
+        s: Settings = config.settings
+        self.backbone = build_backbone(config.model, drop_path)
+        self.head = DINOHead(
+            self.backbone.width,
+            s.out_dim,
+            hidden=s.head_hidden,
+            bottleneck=s.head_bottleneck,
+            batch_norm=s.head_batch_norm,
+            norm_last_layer=s.norm_last_layer,
+        )
+
+    def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """View groups, each [B, n, 3, S, S] -> features [V, B, D] and logits [V, B, K] of all crops in order.
+
+        Neighbouring groups of one size pass the backbone together; the head sees all crops at once.
+        """
+        features = []
+        for _, group in groupby(views, key=lambda view: view.shape[-1]):
+            crops = torch.cat(list(group), dim=1)  # [B, n, 3, S, S]
+            features.append(self.backbone(crops.flatten(0, 1)).unflatten(0, crops.shape[:2]).transpose(0, 1))
+        joined = torch.cat(features)
+        return joined, self.head(joined)
+
+
+def dino_loss(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy from the teacher's class of each of its crops to the student's class of every other crop (eq. 3).
+
+        for t in range(T):
+            q = softmax((teacher[t] - center) / teacher_temp)
+            for v in range(V):
+                if v != t:  # the same crop
+                    total += mean over images of -sum(q * log_softmax(student[v] / student_temp))
+        loss = total / (T V - T)
+
+    Cross-entropy is linear in q, so each student crop is compared once with the sum of its targets.
+
+    Args:
+        student: logits [V, B, K]; the first T crops are the teacher's crops.
+        teacher: logits [T, B, K]; no gradient flows to them.
+        center: [K], subtracted from the teacher's logits.
+        student_temp, teacher_temp: softmax temperatures.
+
+    Returns:
+        The loss and two metrics: `teacher_entropy`, the mean entropy of q over ln K, and `teacher_student_kl`, the mean
+        KL divergence from q to the student's class, in nats.
+    """
+    num_teacher, num_student, classes = len(teacher), len(student), student.shape[-1]
+    with torch.no_grad():
+        log_q = F.log_softmax((_at_least_fp32(teacher) - center) / teacher_temp, dim=-1)
+        q = log_q.exp()
+        entropy = -(q * log_q).sum(-1).mean()
+        everything = q.sum(0)  # [B, K]
+    total = student.new_zeros((), dtype=log_q.dtype)
+    for v in range(num_student):
+        target = everything - q[v] if v < num_teacher else everything
+        total = total - (target * F.log_softmax(_at_least_fp32(student[v]) / student_temp, dim=-1)).sum(-1).mean()
+    loss = total / (num_teacher * num_student - num_teacher)
+    metrics = {"teacher_entropy": entropy / math.log(classes), "teacher_student_kl": loss.detach() - entropy}
+    return loss, metrics
+
+
+@torch.no_grad()
+def update_center(center: Tensor, teacher: Tensor, momentum: float) -> None:
+    """center <- momentum x center + (1 - momentum) x mean teacher logits over crops, images and processes (equation 4).
+
+    Args:
+        center: [K], changed in place.
+        teacher: logits [T, B, K] of this process; every process holds as many.
+    """
+    mean = _at_least_fp32(teacher).mean(dim=(0, 1))
+    center.lerp_(distributed.all_reduce_mean(mean).to(center.dtype), 1.0 - momentum)
+
+
+def _at_least_fp32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

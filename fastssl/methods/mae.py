@@ -1,0 +1,171 @@
+"""MAE: masked autoencoders (He et al. 2022, arXiv 2111.06377).
+
+Three quarters of an image's patches are hidden. The encoder sees only the others; a light decoder paints the hidden
+ones, and the loss is the squared error of their pixels, normalised per patch.
+
+Letters: B images, N patches, K visible, M masked, p side of a patch, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.batch import Batch
+from fastssl.config import Config, ConfigError, View, check
+from fastssl.masks import random_mask
+from fastssl.models import build_backbone, check_image_size
+from fastssl.models.decoders import MAEDecoder
+from fastssl.models.vit import ViT, patch_grid, take_tokens, xavier_init_
+from fastssl.step import Step, Values, feature_spread
+
+
+@dataclass
+class Views:
+    """MAE's single crop."""
+
+    main: View = field(default_factory=lambda: View(size=224, scale=(0.2, 1.0)))
+    """The image that is masked and painted: crop and flip, no colour changes."""
+
+
+@dataclass
+class Settings:
+    """MAE's own numbers."""
+
+    mask_ratio: float = 0.75
+    """Fraction of the patches that is hidden."""
+    norm_pixel_loss: bool = True
+    """Predict each patch's pixels less their mean, divided by their standard deviation."""
+    decoder_width: int = 512
+    """Width of the decoder's tokens."""
+    decoder_depth: int = 8
+    """Blocks of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+
+    def __post_init__(self) -> None:
+        check(0 < self.mask_ratio < 1, "mae.mask_ratio", self.mask_ratio, "between 0 and 1")
+        for key in ("decoder_width", "decoder_depth", "decoder_heads"):
+            check(getattr(self, key) >= 1, f"mae.{key}", getattr(self, key), "1 or more")
+        check(self.decoder_width % self.decoder_heads == 0, "mae.decoder_width", self.decoder_width,
+              f"a multiple of mae.decoder_heads, {self.decoder_heads}")  # fmt: skip
+        check(self.decoder_width % 4 == 0, "mae.decoder_width", self.decoder_width, "a multiple of 4")
+
+
+class MAE(nn.Module):
+    """Encoder, decoder and their loss.
+
+    Args:
+        config: a configuration whose views and settings are this file's `Views` and `Settings`.
+    """
+
+    Views = Views
+    Settings = Settings
+    defaults: ClassVar[dict[str, object]] = {
+        "model.name": "vit_base",
+        "model.positions": "sincos",
+        "optim.name": "adamw",
+        "optim.lr": 1.5e-4,
+        "optim.min_lr": 0.0,
+        "optim.weight_decay": 0.05,
+        "optim.betas": (0.9, 0.95),
+        "schedule.epochs": 800,
+        "schedule.warmup_epochs": 40,
+    }
+    backbone_prefix = "encoder."
+    chance_loss = None
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        s: Settings = config.settings
+        view: View = config.views.main
+        self.settings = s
+        check(view.count == 1, "views.main.count", view.count, "1 with method mae")
+        check_image_size(config.model, "views.main.size", view.size)
+        self.encoder = build_backbone(config.model)
+        if not isinstance(self.encoder, ViT):
+            raise ConfigError(f"model.name is '{config.model.name}'; method mae needs a ViT")
+        p = self.encoder.patch_size
+        self.decoder = MAEDecoder(
+            self.encoder.width,
+            (view.size // p, view.size // p),
+            3 * p * p,
+            width=s.decoder_width,
+            depth=s.decoder_depth,
+            heads=s.decoder_heads,
+        )
+        xavier_init_(self)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What evaluation takes: the encoder, which then sees all patches."""
+        return self.encoder
+
+    def forward(self, batch: Batch, values: Values) -> Step:
+        images = batch.views["main"][:, 0]  # [B, 3, S, S]
+        patches = patchify(images, self.encoder.patch_size)  # [B, N, 3 p p]
+        keep, masked = random_mask(
+            batch.id, patches.shape[1], self.settings.mask_ratio, seed=values.seed, epoch=batch.epoch
+        )  # [B, K], [B, M]
+        tokens = self.encoder.tokens(images, keep)  # [B, 1+K, D]
+        prediction = self.decoder(tokens, keep, masked)  # [B, M, 3 p p]
+        loss = masked_pixel_loss(prediction, patches, masked, self.settings.norm_pixel_loss)
+        return Step(loss, {"feature_std": feature_spread(tokens[:, 0])})
+
+    def after_backward(self, values: Values) -> None:
+        """Nothing to do."""
+
+    def after_step(self, values: Values) -> None:
+        """Nothing to do."""
+
+    @staticmethod
+    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+        """The authors' file as our state dict.
+
+        Args:
+            checkpoint: a training file (`model` inside it), or its plain keys; a file of the encoder alone gives only
+                `encoder.` keys.
+        """
+
+        def ours(key: str) -> str:
+            if key == "mask_token" or key.startswith("decoder_"):
+                return f"decoder.{key.removeprefix('decoder_')}"
+            return f"encoder.{key}"
+
+        return {ours(key): value for key, value in checkpoint.get("model", checkpoint).items()}
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """[B, 3, H, W] -> [B, N, 3 p p]: patches in row-major order, values in the order row, column, channel."""
+    rows, columns = patch_grid(images, patch_size)
+    x = images.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))  # [B, 3, rows, p, columns, p]
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def norm_pixel_target(patches: Tensor) -> Tensor:
+    """Each patch less its mean, divided by its standard deviation: [.., P] -> [.., P] (section 4.1 of the paper).
+
+    The variance is the unbiased one, plus 1e-6.
+    """
+    mean = patches.mean(dim=-1, keepdim=True)
+    variance = patches.var(dim=-1, keepdim=True, unbiased=True)
+    return (patches - mean) * torch.rsqrt(variance + 1e-6)
+
+
+def masked_pixel_loss(prediction: Tensor, patches: Tensor, masked: Tensor, norm_pixels: bool = True) -> Tensor:
+    """Mean squared error over the masked patches, in float32 or better.
+
+    Args:
+        prediction: [B, M, P], in the order of `masked`.
+        patches: the pixels of all patches, [B, N, P]; no gradient flows to them.
+        masked: int64 [B, M].
+        norm_pixels: compare with `norm_pixel_target` rather than with the pixels themselves.
+    """
+    exact = torch.promote_types(prediction.dtype, torch.float32)
+    target = take_tokens(patches.detach(), masked).to(exact)
+    if norm_pixels:
+        target = norm_pixel_target(target)
+    return (prediction.to(exact) - target).square().mean()

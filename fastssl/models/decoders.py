@@ -1,0 +1,55 @@
+"""Decoders that paint masked patches from the visible ones."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl.models.vit import sincos_positions, transformer_blocks
+
+
+class MAEDecoder(nn.Module):
+    """The light transformer decoder of He et al. 2022 (arXiv 2111.06377), section 3.
+
+    Masked patches enter as one learned token plus their position. Attention does not care about the order of tokens
+    (positions are added to them), so the masked ones stand behind the visible ones and nothing is sorted back; the last
+    norm and the prediction are computed for them alone.
+
+    Args:
+        encoder_width: channels of the encoder's tokens (D).
+        grid: (rows, columns) of patches of the image.
+        outputs: values predicted per patch (P).
+        width, depth, heads: the decoder's own tokens (d), blocks and attention heads.
+    """
+
+    def __init__(
+        self, encoder_width: int, grid: tuple[int, int], outputs: int, *, width: int, depth: int, heads: int
+    ) -> None:
+        super().__init__()
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.pos_embed = nn.Parameter(sincos_positions(width, *grid), requires_grad=False)
+        self.blocks = transformer_blocks(width, depth, heads)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.pred = nn.Linear(width, outputs)
+
+    def forward(self, tokens: Tensor, keep: Tensor, masked: Tensor) -> Tensor:
+        """Predicts the masked patches.
+
+        Args:
+            tokens: the encoder's output for the class token and the visible patches, [B, 1+K, D].
+            keep: int64 [B, K], the visible patches, in the order of `tokens`.
+            masked: int64 [B, M], the patches to predict.
+
+        Returns:
+            [B, M, P], in the order of `masked`.
+        """
+        place = self.pos_embed[0, 1:]
+        x = self.embed(tokens)
+        visible = x[:, 1:] + F.embedding(keep, place)
+        hidden = self.mask_token + F.embedding(masked, place)
+        x = torch.cat([x[:, :1], visible, hidden], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, -masked.shape[1] :]))

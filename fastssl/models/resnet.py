@@ -1,0 +1,64 @@
+"""ResNet (He et al. 2016, arXiv 1512.03385): torchvision's network without its classifier, with taps on its stages.
+
+The state dict has torchvision's keys, less `fc`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from fastssl.config import ConfigError
+
+LAYERS: dict[str, tuple[type[nn.Module], list[int]]] = {
+    "resnet18": (BasicBlock, [2, 2, 2, 2]),
+    "resnet34": (BasicBlock, [3, 4, 6, 3]),
+    "resnet50": (Bottleneck, [3, 4, 6, 3]),
+}
+
+
+class ResNet(torchvision.models.ResNet):
+    """A ResNet that ends in its pooled features.
+
+    Args:
+        name: resnet18, resnet34 or resnet50.
+        small_images: 3x3 stem with stride 1 and no max-pool, for images of about 32 pixels.
+
+    Attributes:
+        width: channels of the pooled feature (C).
+    """
+
+    def __init__(self, name: str, small_images: bool = False) -> None:
+        block, layers = LAYERS[name]
+        super().__init__(block, layers)
+        self.width = self.fc.in_features
+        self.fc = nn.Identity()
+        if small_images:
+            self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.maxpool = nn.Identity()
+
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Feature maps after layers 1 to 4: [B, C_l, H_l, W_l], at 1/4, 1/8, 1/16, 1/32 of the image's side
+        (1, 1/2, 1/4, 1/8 with `small_images`)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        maps = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> the mean of the last feature map over its positions, [B, C]."""
+        return torch.flatten(self.avgpool(self.stages(images)[-1]), 1)
+
+    def represent(self, images: Tensor, blocks: int = 1, mean_patch: bool = False) -> Tensor:
+        """The image's feature for evaluation, [B, C]. `blocks` and `mean_patch` are a ViT's: 1 and False here."""
+        if blocks != 1 or mean_patch:
+            raise ConfigError(
+                f"a ResNet has one pooled feature: blocks is {blocks} and mean_patch {mean_patch}, "
+                "they must be 1 and False"
+            )
+        return self(images)

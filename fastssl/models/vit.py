@@ -1,0 +1,214 @@
+"""One vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) for every method, built from timm's blocks.
+
+It takes images of any size that the patch divides, and can be told which patches to look at. Its state dict has timm's
+keys, so weights move between the two as they are.
+
+Letters: B images, N patches of the image, K kept patches, D width, G side of the position table's grid.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from fastssl.config import ConfigError
+
+
+class ViT(nn.Module):
+    """Pre-norm transformer over square patches and a class token.
+
+    Args:
+        width: channels of a token (D).
+        depth: number of blocks.
+        heads: attention heads per block.
+        patch_size: side of a patch, in pixels.
+        image_size: side of the image for which the position table is made, in pixels.
+        positions: "learned" (trained table) or "sincos" (fixed 2-D sine-cosine table, `sincos_positions`).
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+
+    Attributes:
+        width, patch_size, num_blocks: as above.
+        grid: (rows, columns) of patches for which the position table is made.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        patch_size: int = 16,
+        image_size: int = 224,
+        positions: str = "learned",
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.patch_size = patch_size
+        self.num_blocks = depth
+        side = image_size // patch_size
+        self.grid = (side, side)
+
+        # A convolution only in name: it holds timm's keys, `embed` applies it as one matrix product.
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        if positions == "sincos":
+            self.pos_embed = nn.Parameter(sincos_positions(width, *self.grid), requires_grad=False)
+        else:
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, width))
+        self.blocks = transformer_blocks(width, depth, heads, drop_path)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        if self.pos_embed.requires_grad:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        """The position table for a grid of rows x columns patches, [1, 1+N, D]; resampled (bicubic) if not its own."""
+        if (rows, columns) == self.grid:
+            return self.pos_embed
+        table = self.pos_embed[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2)
+        table = F.interpolate(table, size=(rows, columns), mode="bicubic", antialias=True)
+        return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+
+    def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Class token and (kept) patches with their positions, before the first block: [B, 1+N, D] or [B, 1+K, D]."""
+        rows, columns = patch_grid(images, self.patch_size)
+        table = self.positions(rows, columns)
+        patches = cut_patches(images, self.patch_size)  # [B, N, 3 p p]
+        if keep is None:
+            place = table[:, 1:]
+        else:
+            patches = take_tokens(patches, keep)  # [B, K, 3 p p]
+            place = F.embedding(keep, table[0, 1:])
+        projection = self.patch_embed["proj"]
+        tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + place
+        first = (self.cls_token + table[:, :1]).expand(len(images), -1, -1)
+        return torch.cat([first, tokens], dim=1)
+
+    def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+        """All output tokens, after the final norm.
+
+        Args:
+            images: float [B, 3, H, W], H and W multiples of the patch side.
+            keep: int64 [B, K], the patches to look at (row-major ids 0..N-1), in any order. None: all.
+
+        Returns:
+            [B, 1+N, D], or [B, 1+K, D] in the order of `keep`; the class token first.
+        """
+        x = self.embed(images, keep)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The class token after the final norm, [B, D]."""
+        return self.tokens(images)[:, 0]
+
+    def intermediate(self, images: Tensor, n: int) -> list[Tensor]:
+        """Tokens after each of the last `n` blocks, every one passed through the final norm: n times [B, 1+N, D]."""
+        if not 1 <= n <= self.num_blocks:
+            raise ConfigError(f"features of the last {n} blocks were asked for; this model has {self.num_blocks}")
+        x = self.embed(images)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= self.num_blocks - n:
+                outputs.append(self.norm(x))
+        return outputs
+
+    def represent(self, images: Tensor, blocks: int = 1, mean_patch: bool = False) -> Tensor:
+        """The image's feature for evaluation (Caron et al. 2021, appendix F.2).
+
+        Args:
+            images: float [B, 3, H, W].
+            blocks: the class tokens of so many last blocks are concatenated.
+            mean_patch: append the mean of the last block's patch tokens.
+
+        Returns:
+            [B, (blocks + mean_patch) D].
+        """
+        outputs = self.intermediate(images, blocks)
+        parts = [tokens[:, 0] for tokens in outputs]
+        if mean_patch:
+            parts.append(outputs[-1][:, 1:].mean(dim=1))
+        return torch.cat(parts, dim=-1)
+
+
+def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.ModuleList:
+    """Pre-norm blocks: exact GELU, MLP ratio 4, biases everywhere, stochastic depth growing linearly to `drop_path`."""
+    return nn.ModuleList(
+        Block(
+            width,
+            heads,
+            qkv_bias=True,
+            drop_path=drop_path * i / max(depth - 1, 1),
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+        )
+        for i in range(depth)
+    )
+
+
+def sincos_positions(width: int, rows: int, columns: int) -> Tensor:
+    """Fixed 2-D sine-cosine position table with a zero row for the class token (He et al. 2022, as released with MAE).
+
+    The first half of the channels encodes the column c, the second half the row; each half is
+    [sin(c w_0), .., cos(c w_0), ..] with w_k = 10000^(-k / (width / 4)), k = 0 .. width/4 - 1.
+
+    Returns:
+        float32 [1, 1 + rows x columns, width].
+
+    Raises:
+        ConfigError: width is not a multiple of 4.
+    """
+    if width % 4:
+        raise ConfigError(f"a sine-cosine position table needs a width that is a multiple of 4, not {width}")
+    omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [coordinate.reshape(-1, 1) * omega for coordinate in (column, row)]
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), table])[None].float()
+
+
+def patch_grid(images: Tensor, patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches of images [B, 3, H, W]; ConfigError if the patch does not divide H and W."""
+    height, width = images.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise ConfigError(
+            f"images are {height} x {width} pixels; both sides must be multiples of the patch's side, {patch_size}"
+        )
+    return height // patch_size, width // patch_size
+
+
+def cut_patches(images: Tensor, patch_size: int) -> Tensor:
+    """[B, 3, H, W] -> [B, N, 3 p p]: patches in row-major order, values in the order channel, row, column."""
+    rows, columns = patch_grid(images, patch_size)
+    x = images.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))  # [B, 3, rows, p, columns, p]
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """The tokens named by `index`: [B, N, C], int64 [B, K] -> [B, K, C]."""
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
+
+
+def xavier_init_(module: nn.Module) -> None:
+    """Initialises as MAE does: linear layers and the patch projection Xavier-uniform, biases of linear layers 0,
+    class and mask tokens normal with standard deviation 0.02."""
+    for name, parameter in module.named_parameters():
+        if name.endswith(("cls_token", "mask_token")):
+            nn.init.normal_(parameter, std=0.02)
+    for child in module.modules():
+        if isinstance(child, nn.Linear):
+            nn.init.xavier_uniform_(child.weight)
+            nn.init.zeros_(child.bias)
+        elif isinstance(child, ViT):
+            nn.init.xavier_uniform_(child.patch_embed["proj"].weight.flatten(1))

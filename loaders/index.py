@@ -1,0 +1,59 @@
+"""Which samples stand in which batch: a pure function of (seed, epoch, position, rank, world)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from fastssl.loaders.philox import HALF, LOW, below, random_words
+
+
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch: a permutation of 0 .. count - 1, int64 [count], the same on every rank.
+
+    Sorts random 32-bit numbers, one per sample; equal ones stay in the order of their ids.
+    """
+    if not 0 < count < 2**32:
+        raise ValueError(f"the data has {count} samples; from 1 to 2^32 - 1 can be ordered")
+    words = random_words(seed, "order", np.arange((count + 3) // 4), epoch)
+    keys = np.stack(words, axis=-1).reshape(-1)[:count]
+    keys = np.sort((keys << HALF) | np.arange(count, dtype=np.uint64))
+    return (keys & LOW).astype(np.int64)
+
+
+def batches_per_epoch(count: int, batch_size: int, world: int = 1) -> int:
+    """Whole batches of `batch_size` images on each of `world` ranks; the samples left over are not used in that epoch.
+
+    Raises:
+        ValueError: there is not one whole batch.
+    """
+    batches = count // (batch_size * world)
+    if batches == 0:
+        raise ValueError(
+            f"the data has {count} images, fewer than one batch of {batch_size * world} "
+            f"({batch_size} on each of {world} ranks): lower data.batch_size"
+        )
+    return batches
+
+
+def batch_ids(order: np.ndarray, position: int, batch_size: int, rank: int = 0, world: int = 1) -> np.ndarray:
+    """Sample ids of this rank's batch at `position` in the epoch, int64 [batch_size].
+
+    All ranks together take the next batch_size x world samples of `order`, each rank one slice, so the samples of an
+    optimizer step are the same for any number of ranks with the same product. Accumulated micro-batches are
+    consecutive positions.
+
+    Raises:
+        ValueError: the epoch has no such whole batch, or there is no such rank.
+    """
+    batches = batches_per_epoch(len(order), batch_size, world)
+    if not 0 <= position < batches:
+        raise ValueError(f"batch {position} of the epoch does not exist; there are {batches}")
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} does not exist; there are {world}")
+    start = (position * world + rank) * batch_size
+    return order[start : start + batch_size]
+
+
+def replacement(sample: int, attempt: int, count: int, seed: int, epoch: int) -> int:
+    """The sample that stands in for an unreadable one; `attempt` counts up while replacements are unreadable too."""
+    return int(below(random_words(seed, "replacement", sample, epoch, attempt)[0], count))

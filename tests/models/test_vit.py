@@ -1,0 +1,170 @@
+"""The ViT: timm's numbers with timm's weights, positions, token selection, features for evaluation."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer, vit_base_patch16_224
+
+from fastssl.config import ConfigError
+from fastssl.models.vit import ViT, cut_patches, sincos_positions, take_tokens, xavier_init_
+
+
+def small_vit(**changes) -> ViT:
+    torch.manual_seed(0)
+    return ViT(**{"width": 48, "depth": 3, "heads": 3, "patch_size": 8, "image_size": 32, **changes}).eval()
+
+
+def timm_twin(model: ViT, **changes) -> VisionTransformer:
+    twin = VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=0, dynamic_img_size=True, **changes
+    )
+    twin.load_state_dict(model.state_dict())  # strict: the keys are timm's
+    return twin.eval()
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 24), (8, 8)], ids=str)
+def test_equals_timm(size):
+    model = small_vit()
+    twin = timm_twin(model)
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(model.tokens(images), twin.forward_features(images))
+    torch.testing.assert_close(model(images), twin(images))
+    ours = model.intermediate(images, 2)
+    theirs = twin.get_intermediate_layers(images, n=2, norm=True, return_prefix_tokens=True)
+    for tokens, (patches, first) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(tokens, torch.cat([first, patches], dim=1))
+
+
+def test_state_dict_of_vit_base_fits_timm():
+    with torch.device("meta"):
+        ours = ViT(width=768, depth=12, heads=12).state_dict()
+        theirs = vit_base_patch16_224(num_classes=0).state_dict()
+    assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in theirs.items()}
+
+
+def test_positions_of_the_own_grid_are_the_table_itself():
+    model = small_vit()
+    assert model.positions(4, 4) is model.pos_embed
+    assert model.positions(6, 3).shape == (1, 19, 48)
+
+
+def test_learned_positions_learn_at_every_size():
+    for side in (32, 24):
+        model = small_vit()
+        model(torch.randn(2, 3, side, side)).square().sum().backward()
+        assert model.pos_embed.grad.abs().sum(-1).gt(0).all()
+
+
+def test_sincos_row_of_a_known_patch():
+    table = sincos_positions(768, 28, 28)[0]
+    assert table.shape == (785, 768)
+    assert table[0].abs().max() == 0
+    row = table[1 + 29]  # row 1, column 1
+    expected = {0: math.sin(1), 192: math.cos(1), 384: math.sin(1), 576: math.cos(1)}
+    for channel, value in expected.items():
+        assert row[channel].item() == pytest.approx(value, abs=1e-7)
+
+
+def test_sincos_table_against_a_loop():
+    width, rows, columns = 16, 3, 5
+    table = sincos_positions(width, rows, columns)[0, 1:]
+    quarter = width // 4
+    for r in range(rows):
+        for c in range(columns):
+            for k in range(quarter):
+                w = 10000 ** (-k / quarter)
+                expected = [math.sin(c * w), math.cos(c * w), math.sin(r * w), math.cos(r * w)]
+                actual = table[r * columns + c, k::quarter].tolist()
+                assert actual == pytest.approx(expected, abs=1e-6)
+
+
+def test_sincos_positions_are_fixed_but_saved():
+    model = small_vit(positions="sincos")
+    assert not model.pos_embed.requires_grad
+    torch.testing.assert_close(model.state_dict()["pos_embed"], sincos_positions(48, 4, 4))
+
+
+def test_patches_are_projected_as_by_a_convolution():
+    model = small_vit()
+    images = torch.randn(2, 3, 32, 16)
+    conv = model.patch_embed["proj"](images).flatten(2).transpose(1, 2) + model.positions(4, 2)[:, 1:]
+    torch.testing.assert_close(model.embed(images)[:, 1:], conv)
+    assert cut_patches(images, 8).shape == (2, 8, 192)
+
+
+@pytest.mark.parametrize("positions", ["learned", "sincos"])
+def test_kept_tokens_against_selection_after_embedding(positions):
+    model = small_vit(positions=positions)
+    images = torch.randn(2, 3, 32, 32)
+    keep = torch.stack([torch.randperm(16)[:5] for _ in range(2)])
+    whole = model.embed(images)
+    x = torch.stack([torch.cat([whole[b, :1], whole[b, 1:][keep[b]]]) for b in range(2)])
+    torch.testing.assert_close(model.embed(images, keep), x)
+    for block in model.blocks:
+        x = block(x)
+    torch.testing.assert_close(model.tokens(images, keep), model.norm(x))
+
+
+def test_keeping_all_in_another_order_only_reorders():
+    model = small_vit()
+    images = torch.randn(2, 3, 32, 32)
+    order = torch.stack([torch.randperm(16) for _ in range(2)])
+    kept, whole = model.tokens(images, order), model.tokens(images)
+    torch.testing.assert_close(kept[:, 0], whole[:, 0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(kept[:, 1:], take_tokens(whole[:, 1:], order), rtol=1e-4, atol=1e-5)
+
+
+def test_represent_is_the_protocol_of_dino():
+    model = small_vit()
+    images = torch.randn(2, 3, 32, 32)
+    last, previous = model.intermediate(images, 2)[::-1]
+    torch.testing.assert_close(model.represent(images), model(images))
+    expected = torch.cat([previous[:, 0], last[:, 0], last[:, 1:].mean(1)], dim=1)
+    torch.testing.assert_close(model.represent(images, blocks=2, mean_patch=True), expected)
+
+
+def test_drop_path_grows_to_the_last_block():
+    model = small_vit(drop_path=0.2)
+    rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2])
+    assert model.state_dict().keys() == small_vit().state_dict().keys()
+
+
+def test_attention_is_the_fused_one(monkeypatch):
+    calls = []
+    fused = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or fused(*a, **k))
+    small_vit()(torch.randn(1, 3, 32, 32))
+    assert len(calls) == 3
+
+
+def test_traces_into_one_graph():
+    model = small_vit()
+    compiled = torch.compile(model.tokens, backend="eager", fullgraph=True)
+    images, keep = torch.randn(2, 3, 32, 32), torch.tensor([[3, 1], [0, 15]])
+    torch.testing.assert_close(compiled(images, keep), model.tokens(images, keep))
+
+
+def test_xavier_init_fills_as_mae_does():
+    model = small_vit(positions="sincos")
+    xavier_init_(model)
+    weight = model.patch_embed["proj"].weight
+    bound = math.sqrt(6 / (48 + 192))
+    assert 0.95 * bound < weight.abs().max() <= bound
+    assert model.blocks[0].mlp.fc1.weight.abs().max() <= math.sqrt(6 / (48 + 192))
+    assert model.blocks[0].mlp.fc1.bias.abs().max() == 0
+    torch.testing.assert_close(model.pos_embed, sincos_positions(48, 4, 4))
+
+
+def test_messages():
+    model = small_vit()
+    with pytest.raises(ConfigError, match=r"images are 30 x 32 pixels; both sides must be multiples .* 8"):
+        model(torch.randn(1, 3, 30, 32))
+    with pytest.raises(ConfigError, match="last 4 blocks were asked for; this model has 3"):
+        model.represent(torch.randn(1, 3, 32, 32), blocks=4)
+    with pytest.raises(ConfigError, match="multiple of 4, not 6"):
+        sincos_positions(6, 2, 2)

@@ -1,0 +1,93 @@
+import pytest
+
+from fastssl.cli import main
+from fastssl.config import ConfigError
+from fastssl.parse import parse_pretrain
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return f"--config={path}"
+
+
+def test_recipe_then_command_line_then_the_papers_defaults(tmp_path):
+    given = recipe(tmp_path, "method: dino\ndata: {path: a.beton}\nviews: {local: {count: 4}}\noptim: {lr: 2e-3}\n")
+    config, _ = parse_pretrain([given, "--views.local.size", "64", "--optim.lr=1e-3"])
+    assert config.method == "dino"
+    assert (config.views.local.count, config.views.local.size) == (4, 64)
+    assert config.views.local.scale == (0.05, 0.4)
+    assert config.optim.lr == 1e-3
+    assert config.settings.prototypes == 65536
+
+
+def test_method_defaults_are_the_papers():
+    config, _ = parse_pretrain(["--method", "mae", "--data.path", "a.beton"])
+    assert config.model.positions == "sincos"
+    assert config.optim.betas == (0.9, 0.95)
+    assert config.settings.mask_ratio == 0.75
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--optim.lrr", "3"], "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+        (["--views.local.sise=64"], "unknown key 'views.local.sise'; did you mean 'views.local.size'?"),
+        (["--mae.mask_ratio=0.5"], "unknown key 'mae.mask_ratio'"),
+        (["--data.batch_size", "0"], "data.batch_size is 0"),
+        (["--data.batch_size", "many"], "data.batch_size"),
+        (["--views.local.count=0"], "count is 0"),
+    ],
+)
+def test_a_bad_argument_is_one_line_that_names_the_key(arguments, words):
+    with pytest.raises(ConfigError) as error:
+        parse_pretrain(["--method=dino", "--data.path=a.beton", *arguments])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("method: dino\nviews: {local: {cuont: 4}}\n", "did you mean 'views.local.count'?"),
+        ("method: dino\nshedule: {epochs: 4}\n", "did you mean 'schedule"),
+        ("method: dion\n", "did you mean 'dino'?"),
+        ("method: [unclosed\n", "recipe.yaml"),
+        ("just text\n", "not a recipe"),
+    ],
+)
+def test_a_bad_recipe_is_one_line_that_names_the_key(tmp_path, text, words):
+    with pytest.raises(ConfigError) as error:
+        parse_pretrain([recipe(tmp_path, text), "--data.path=a.beton"])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["pretrian"], "did you mean 'pretrain'?"),
+        (["pretrain"], "no method named"),
+        (["pretrain", "--method=dino"], "data.path is empty"),
+        (["pretrain", "--method=dino", "--data.path=/nowhere/at/all.beton"], "/nowhere/at/all.beton"),
+        (["pretrain", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["convert"], "needs SRC"),
+        (["evaluate", "kn"], "known: knn, linear"),
+        (["verify", "/nowhere.beton"], "/nowhere.beton"),
+    ],
+)
+def test_commands_fail_with_one_line_and_a_code(arguments, words, capsys):
+    code = main(arguments)
+    printed = capsys.readouterr()
+    assert code in (1, 2)
+    assert words in printed.err + printed.out
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("command", ["convert", "verify", "pretrain", "evaluate", "demo"])
+def test_every_command_has_help(command, capsys):
+    arguments = ["--method=dino"] if command == "pretrain" else []
+    with pytest.raises(SystemExit) as stop:
+        raise SystemExit(main([command, *arguments, "--help"]))
+    assert stop.value.code == 0
+    assert "usage" in capsys.readouterr().out
