@@ -2,7 +2,9 @@
 
 Order: the four jitter operations in the crop's own drawn order, gray, Gaussian blur, solarize, normalise, cast. The
 operations are those of torchvision.transforms.v2.functional on float images in [0, 1]; all arithmetic is float32.
-torchvision and PIL on uint8 images round after every operation, so they differ by a few gray levels.
+On 8-bit images torchvision and PIL cut off the fraction after every operation and so come out darker, after the four
+jitter operations by about 1.5 of 255 levels; single values differ by up to 8 (torchvision) and 24 levels (PIL, which
+turns hues in 256 steps). A blur differs from PIL's by about 0.5 levels, up to 4.
 
 Letters: M crops (images x crops of the group), S side in pixels.
 """
@@ -105,13 +107,19 @@ def _operations(x: Tensor, p: Photometric) -> Tensor:
 
 def _where(mask: Tensor, f: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
     """f(x, *parameters) for the crops in mask [M], x for the others. May change x."""
-    if x.device.type == "cpu":
-        chosen = mask.nonzero()[:, 0]
-        if len(chosen) == len(x):
-            return f(x, *parameters)
-        if len(chosen):
-            x[chosen] = f(*(value.index_select(0, chosen) for value in (x, *parameters)))
-        return x
+    return (_only_chosen if x.device.type == "cpu" else _select)(mask, f, x, *parameters)
+
+
+def _only_chosen(mask: Tensor, f: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+    chosen = mask.nonzero()[:, 0]
+    if len(chosen) == len(x):
+        return f(x, *parameters)
+    if len(chosen):
+        x[chosen] = f(*(value.index_select(0, chosen.flip(0)) for value in (x, *parameters)))
+    return x
+
+
+def _select(mask: Tensor, f: Callable[..., Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
     return torch.where(_per_crop(mask), f(x, *parameters), x)
 
 

@@ -5,6 +5,7 @@ Letters: B images in the batch, n crops of the view group (View.count), S side i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -32,7 +33,7 @@ class Photometric:
     blur_sigma: Tensor
     solarize: Tensor
 
-    def map(self, f) -> Photometric:
+    def map(self, f: Callable[[Tensor], Tensor]) -> Photometric:
         return Photometric(**{name: f(value) for name, value in vars(self).items()})
 
 
@@ -47,7 +48,7 @@ class Batch:
         views: per group [B, n, 3, S, S]; uint8 as loaded, normalised float after `fastssl.augment.augment`.
         box: per group float32 [B, n, 4], (top, left, height, width) as fractions of the decoded (or squashed) image.
         flip: per group bool [B, n].
-        photometric: per group, the drawn parameters.
+        photometric: per group, the drawn parameters; a group that draws none is left out.
         parts: per group [B, n, g, g] part labels cut and flipped like the image; empty where the data has no part maps.
     """
 
@@ -63,19 +64,19 @@ class Batch:
     def __len__(self) -> int:
         return len(self.id)
 
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; the copies do not wait where the host memory is pinned."""
-
-        def move(value: Tensor) -> Tensor:
-            return value.to(device, non_blocking=True)
-
+    def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with `f` applied to every tensor."""
         return replace(
             self,
-            id=move(self.id),
-            label=move(self.label),
-            photometric={name: p.map(move) for name, p in self.photometric.items()},
+            id=f(self.id),
+            label=f(self.label),
+            photometric={name: p.map(f) for name, p in self.photometric.items()},
             **{
-                key: {name: move(value) for name, value in getattr(self, key).items()}
+                key: {name: f(value) for name, value in getattr(self, key).items()}
                 for key in ("views", "box", "flip", "parts")
             },
         )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; the copies do not wait where the host memory is pinned."""
+        return self.map(lambda value: value.to(device, non_blocking=True))

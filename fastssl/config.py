@@ -76,7 +76,7 @@ class View:
         for key in ("flip", "jitter_p", "gray", "blur", "solarize"):
             check_probability(f"{where}.{key}", getattr(self, key))
         lo, hi = self.blur_sigma
-        check(0.0 < lo <= hi, f"{where}.blur_sigma", self.blur_sigma, "a range of positive pixels")
+        check(0.0 < lo <= hi <= 2.0, f"{where}.blur_sigma", self.blur_sigma, "a range inside (0, 2] pixels")
         check(0 <= self.solarize_threshold <= 256, f"{where}.solarize_threshold", self.solarize_threshold, "0 to 256")
         check(self.squash >= 0, f"{where}.squash", self.squash, "0 (off) or a side in pixels")
 

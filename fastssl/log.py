@@ -77,6 +77,7 @@ class RunLog:
 
     def __init__(self, folder: Path, step: int, total_steps: int) -> None:
         self.main = distributed.is_main()
+        self.bar: tqdm | None = None
         if not self.main:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow import, and only one process writes
@@ -86,12 +87,17 @@ class RunLog:
         self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the run, closed by close()
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self.bar = tqdm(total=total_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self.begin = step
+        self.total_steps = total_steps
 
-    def progress(self, steps: int = 1) -> None:
-        """Moves the bar."""
-        if self.main:
-            self.bar.update(steps)
+    def progress(self) -> None:
+        """Moves the bar by one step."""
+        if self.main and self.bar is None:
+            self.bar = tqdm(
+                total=self.total_steps, initial=self.begin, unit="step", dynamic_ncols=True, mininterval=1.0
+            )
+        if self.bar is not None:
+            self.bar.update()
 
     def record(self, line: dict[str, float]) -> None:
         """Writes one line of numbers; `step` is one of them."""
@@ -101,6 +107,8 @@ class RunLog:
         for name, value in line.items():
             if name not in ("step", "epoch"):
                 self.board.add_scalar(name, value, line["step"])
+        if self.bar is None:
+            return
         shown = {
             "loss": f"{line['loss']:.4f}" if "loss" in line else None,
             "img/s": f"{line['images_per_s']:.0f}" if "images_per_s" in line else None,
@@ -112,11 +120,12 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line above the progress bar."""
         if self.main:
-            self.bar.write(text)
+            tqdm.write(text)
 
     def close(self) -> None:
         if self.main:
-            self.bar.close()
+            if self.bar is not None:
+                self.bar.close()
             self.board.close()
             self.file.close()
 

@@ -1,4 +1,4 @@
-"""Online k-NN: while a run goes on, the backbone of the moment classifies validation images by their nearest neighbours."""
+"""Online k-NN: while a run goes on, its backbone classifies validation images by their nearest training images."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BUDGET = 64 * 2**20  # bytes for similarities: less than the activations that a 
 class KNNMonitor:
     """Measures k-NN top-1 on evenly spaced parts of data.path and data.val; made once, before training starts.
 
-    Measuring leaves the backbone's weights and modes and the random generators as they were, needs no more device memory
-    than a training step, and on the host one table of features (monitor.train_images + monitor.val_images rows).
+    Measuring leaves the backbone's weights and modes and the random generators as they were. It needs no more device
+    memory than a training step, and on the host two tables with a feature per image.
 
     Args:
         config: reads data, model.image_size and monitor.

@@ -103,6 +103,7 @@ class Trainer:
             self.monitor = KNNMonitor(config, device=self.device, dtype=self.dtype, workers=self.threads)
         self.ring, self.clock = MetricRing(), Clock()
         self.recent_ids: dict[int, list[int]] = {}  # step -> this process's sample ids, since the last drain
+        self.unlogged: list[dict[str, float]] = []  # scalars of the steps since the last log line
         self.last_record: dict[str, float] = {}
         self.knn: float | None = None
         self.stopping = False
@@ -235,33 +236,40 @@ class Trainer:
     # -- between steps ----------------------------------------------------------------------------------------------
 
     def drain(self, log: RunLog) -> None:
-        """Reads the scalars since the last drain: stops on a non-finite loss, logs, asks the health watch."""
+        """Reads the scalars since the last drain: stops on a non-finite loss, asks the health watch."""
         steps, own, mean = self.ring.drain()
-        if not steps:
-            return
         watched = ("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm")
         broken = [(s, key) for s, row in zip(steps, own, strict=True) for key in watched if not math.isfinite(row[key])]
         if distributed.any_process(bool(broken), self.device):
             raise TrainingError(self._non_finite(broken))
         self.recent_ids.clear()
+        self.unlogged += mean
+        self._judge(log, [line for s, row in zip(steps, mean, strict=True) for line in self.watch.observe(s, row)])
 
+    def record(self, log: RunLog) -> None:
+        """Writes one log line: means over the steps since the last one."""
+        self.drain(log)
+        if not self.unlogged:
+            return
         elapsed, waited = self.clock.read()
         lr, weight_decay = self.rates()
+        rows, self.unlogged = self.unlogged, []
         self.last_record = {
             "step": self.step,
             "epoch": self.step / self.steps_per_epoch,
-            **{key: sum(row[key] for row in mean) / len(mean) for key in mean[0]},
+            **{key: sum(row[key] for row in rows) / len(rows) for key in rows[0]},
             "lr": lr,
             "weight_decay": weight_decay,
-            "images_per_s": len(steps) * self.images_per_step / elapsed,
+            "images_per_s": len(rows) * self.images_per_step / elapsed,
             "data_wait": waited,
         }
         log.record(self.last_record)
-        findings = [line for s, row in zip(steps, mean, strict=True) for line in self.watch.observe(s, row)]
-        findings += self.watch.observe(self.step, {"data_wait": waited})
+        self._judge(log, self.watch.observe(self.step, {"data_wait": waited}), fatal=False)
+
+    def _judge(self, log: RunLog, findings: list[str], fatal: bool = True) -> None:
         for line in findings:
             log.say(f"health: {line}")
-        if self.config.health.action == "stop" and any("waits for data" not in line for line in findings):
+        if findings and fatal and self.config.health.action == "stop":
             raise TrainingError(f"stopped by health.action=stop: {findings[0]}; kept: {self._kept()}")
 
     def _non_finite(self, broken: list[tuple[int, str]]) -> str:
@@ -331,7 +339,7 @@ class Trainer:
                     log.progress()
                     epoch, into = divmod(self.step, self.steps_per_epoch)
                     if self.step % run.log_every == 0:
-                        self.drain(log)
+                        self.record(log)
                     if self.step % save_steps == 0:
                         self._save_last(log)
                     if into == 0 and run.keep_every and epoch % run.keep_every == 0:
@@ -339,6 +347,7 @@ class Trainer:
                         self.save(self.folder / f"epoch-{epoch:04d}.pt")
                     if into == 0 and self.config.monitor.every and epoch % self.config.monitor.every == 0:
                         self._measure(log)
+                self.record(log)
                 self._save_last(log)
                 return self._summarise(log)
         finally:

@@ -32,7 +32,7 @@ def test_as_dict_is_plain_and_puts_the_method_under_its_name():
 
     dino = METHODS["dino"]
     values = Config("dino", dino.Views(), dino.Settings()).as_dict()
-    assert values["dino"]["prototypes"] == 65536
+    assert values["dino"]["out_dim"] == 65536
     assert "settings" not in values
     assert values["optim"]["betas"] == [0.9, 0.999]
     assert "name" not in values["views"]["local"]

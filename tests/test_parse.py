@@ -18,7 +18,7 @@ def test_recipe_then_command_line_then_the_papers_defaults(tmp_path):
     assert (config.views.local.count, config.views.local.size) == (4, 64)
     assert config.views.local.scale == (0.05, 0.4)
     assert config.optim.lr == 1e-3
-    assert config.settings.prototypes == 65536
+    assert config.settings.out_dim == 65536
 
 
 def test_method_defaults_are_the_papers():

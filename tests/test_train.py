@@ -38,7 +38,7 @@ METHOD = {
         "views.global2.size": 32,
         "views.local.size": 16,
         "views.local.count": 2,
-        "dino.prototypes": 64,
+        "dino.out_dim": 64,
         "dino.head_hidden": 32,
         "dino.head_bottleneck": 16,
     },
@@ -192,7 +192,7 @@ def test_non_finite_loss_names_step_and_ids_and_keeps_the_last_good_checkpoint(i
 
 
 def test_collapse_is_said_in_one_line_and_can_stop_the_run(images, tmp_path):
-    more = {"optim__lr": 1e-12, "optim__min_lr": 0.0, "dino__teacher_temp_start": 100.0, "dino__teacher_temp": 100.0}
+    more = {"optim__lr": 1e-12, "optim__min_lr": 0.0, "dino__warmup_teacher_temp": 100.0, "dino__teacher_temp": 100.0}
     with pytest.raises(TrainingError, match=r"health\.action=stop: step \d+: .*(pinned|uniform|collapsed)"):
         pretrain(config(images, tmp_path, health__action="stop", health__patience=4, **more))
 

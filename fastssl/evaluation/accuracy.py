@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NEVER = 2**31  # the rank of a class that is not an answer at all
 Z95 = 1.959964  # a normal variable is within this many standard deviations 95 % of the time
 
 
@@ -33,7 +34,12 @@ class Accuracy:
 
     def as_dict(self) -> dict[str, Any]:
         low, high = self.interval
-        return {"top1": self.top1, "top5": self.top5, "images": self.images, "top1_interval_95": [low, high]}
+        return {"top1": self.top1, "top5": self.top5, "images": self.images, "top1_interval": [low, high]}
+
+    def cells(self) -> tuple[str, str, str]:
+        """Top-1, its interval and top-5 as text for a table."""
+        low, high = self.interval
+        return f"{self.top1:.2f}", f"{low:.2f} to {high:.2f}", f"{self.top5:.2f}"
 
 
 def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
@@ -46,13 +52,13 @@ def class_ranks(scores: Tensor, labels: Tensor) -> Tensor:
         labels: int64 [n], 0 to C - 1.
 
     Returns:
-        int64 [n], 0 to C.
+        int64 [n], 0 to C - 1, or NEVER.
     """
     classes = scores.shape[1]
     true = scores.gather(1, labels[:, None])  # [n, 1]
     earlier = torch.arange(classes, device=scores.device) < labels[:, None]
     ranks = ((scores > true) | ((scores == true) & earlier)).sum(1)
-    return torch.where(true[:, 0] > -math.inf, ranks, classes)
+    return torch.where(true[:, 0] > -math.inf, ranks, NEVER)
 
 
 def top_accuracy(ranks: Tensor) -> tuple[float, float]:

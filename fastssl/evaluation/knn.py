@@ -1,8 +1,9 @@
 """Weighted k-nearest-neighbour classification of frozen features, in bounded memory.
 
-Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018, section 3.4; the protocol
-of Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021. Letters: N features that vote (the
-memory), n that are classified (the queries), F numbers per feature, k neighbours, C classes; q and m rows of one tile.
+Wu et al., "Unsupervised feature learning via non-parametric instance discrimination", CVPR 2018, section 3.4; the
+protocol of Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021. Letters: N features
+that vote (the memory), n that are classified (the queries), F numbers per feature, k neighbours, C classes; q queries
+and m memory rows make a tile.
 """
 
 from __future__ import annotations
@@ -85,14 +86,16 @@ def knn_classify(
     ks = sorted(set(ks))
     k = min(ks[-1], voters)
     ranks = {each: [] for each in ks}
-    tile = tile_shape(len(train), len(val), train.values.shape[1], k, classes, budget)
+    tile = tile_shape(len(train), len(val), train.values.shape[1], k, budget)
+    voting = max(1, budget // 8 // (32 * classes))  # queries whose votes are counted at a time
     bar = tqdm(total=len(val), desc=progress, unit="img", leave=False, disable=None if progress else True)
     with bar:
         for rows, similarity, index in _search(train, val, k, tile, torch.device(device), leave_one_out):
-            votes = _vote(similarity, train.labels[index], classes, ks, temperature)
-            for each, scores in votes:
-                ranks[each].append(class_ranks(scores, val.labels[rows]))
-            bar.update(len(index))
+            targets = val.labels[rows]
+            for part in _slices(len(targets), voting):
+                for each, votes in _vote(similarity[part], train.labels[index[part]], classes, ks, temperature):
+                    ranks[each].append(class_ranks(votes, targets[part]))
+            bar.update(len(targets))
     results = {}
     for each in ks:
         top1, top5 = top_accuracy(torch.cat(ranks[each]))
@@ -108,9 +111,9 @@ def check_numbers(ks: Sequence[int], temperature: float) -> None:
         raise ConfigError(f"temperature is {temperature}; it must be above 0")
 
 
-def tile_shape(memory: int, queries: int, width: int, k: int, classes: int, budget: int) -> tuple[int, int]:
+def tile_shape(memory: int, queries: int, width: int, k: int, budget: int) -> tuple[int, int]:
     """(q, m): how many queries meet how many memory rows at a time so that about `budget` bytes suffice."""
-    per_query = 8 * width + 32 * k + 32 * classes  # its feature twice; its neighbours; its votes and their comparison
+    per_query = 8 * width + 64 * k  # its feature twice; keys, similarities, labels and weights of its neighbours
     q = min(max(budget // 4 // per_query, 1), queries, 8192)
     per_row = 8 * width + 24 * q  # its feature twice; similarity, key, and the selection's copy of the key
     m = min(max(budget // 2 // per_row, 1), memory)

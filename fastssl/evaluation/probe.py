@@ -1,8 +1,8 @@
 """Linear classification of frozen features, several learning rates at once.
 
-The protocol of Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021: a linear layer on the
-class tokens of the last blocks, SGD with momentum 0.9 and no weight decay, learning rate x batch / 256, cosine over the
-epochs. Letters: n images, B images per step, F numbers per feature, C classes, L learning rates, R linear layers.
+The protocol of Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021: a linear layer on
+the class tokens of the last blocks, SGD with momentum 0.9 and no weight decay, learning rate x batch / 256, cosine over
+the epochs. Letters: n images, B images per step, F numbers per feature, C classes, L learning rates, R linear layers.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def linear_probe(
     """Trains linear layers on a table of features and judges one of them on `val`.
 
     With several learning rates, each has two layers, all trained side by side on the same minibatches: one sees all the
-    training features, its twin all but a held-out tenth. The learning rate whose twin does best on that tenth is chosen,
-    and its first layer is the one judged: `val` chooses nothing.
+    training features, its twin all but a held-out tenth. The learning rate whose twin does best on that tenth is
+    chosen, and its first layer is the one judged: `val` chooses nothing.
 
     Args:
         train, val: labelled, same classes, extracted with the same network and options.
@@ -234,13 +234,13 @@ def _fit(
 
     held_out_top1, best = {}, 0
     if several:
-        twin_scores = _accuracies(weight[:, len(lrs) :], bias[len(lrs) :], judge)
-        held_out_top1 = {lr: top1 for lr, (top1, _) in zip(lrs, twin_scores, strict=True)}
-        best = max(range(len(lrs)), key=lambda i: twin_scores[i][0])
+        twins_top1, _, twins_loss = _judge(weight[:, len(lrs) :], bias[len(lrs) :], judge)
+        held_out_top1 = dict(zip(lrs, twins_top1, strict=True))
+        best = max(range(len(lrs)), key=lambda i: twins_top1[i])
     chosen = weight[:, best : best + 1], bias[best : best + 1]
     if not (torch.isfinite(chosen[0]).all() and torch.isfinite(chosen[1]).all()):
         raise EvaluationError(f"the linear layer diverged with learning rate {lrs[best]}; try smaller ones")
-    [(top1, top5)] = _accuracies(*chosen, val)
+    [top1], [top5], _ = _judge(*chosen, val)
     return ProbeResult(top1, top5, len(val), lrs[best], held_out_top1)
 
 
@@ -251,19 +251,21 @@ def _logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _loss(logits: Tensor, labels: Tensor, sees: Tensor) -> Tensor:
     """Sum over the R layers of each one's mean cross-entropy over the images that it sees; no layer feels another."""
-    each = cross_entropy(
-        logits.transpose(1, 2), labels[:, None].expand(-1, logits.shape[1]), reduction="none"
-    )  # [B, R]
+    every = labels.repeat_interleave(logits.shape[1])
+    each = cross_entropy(logits.flatten(0, 1), every, reduction="none").view_as(sees)  # [B, R]
     return ((each * sees).sum(0) / sees.sum(0).clamp_min(1.0)).sum()
 
 
 @torch.no_grad()
-def _accuracies(weight: Tensor, bias: Tensor, data: Features) -> list[tuple[float, float]]:
-    """(top-1, top-5) in percent of each of the R layers."""
-    ranks = []
+def _judge(weight: Tensor, bias: Tensor, data: Features) -> tuple[list[float], list[float], list[float]]:
+    """Top-1 and top-5 in percent, and mean cross-entropy, of each of the R layers."""
+    ranks, losses = [], []
     for begin in range(0, len(data), 1024):
         rows = slice(begin, begin + 1024)
         logits = _logits(data.values[rows].to(weight.device, torch.float32), weight, bias)  # [B, R, C]
         labels = data.labels[rows].to(weight.device)
-        ranks.append(torch.stack([class_ranks(layer, labels) for layer in logits.unbind(1)]).cpu())
-    return [top_accuracy(layer) for layer in torch.cat(ranks, dim=1)]
+        ranks.append(torch.stack([class_ranks(layer, labels) for layer in logits.unbind(1)]))
+        losses.append(torch.stack([cross_entropy(layer, labels, reduction="sum") for layer in logits.unbind(1)]))
+    top1, top5 = zip(*(top_accuracy(layer) for layer in torch.cat(ranks, dim=1)), strict=True)
+    loss = torch.stack(losses).sum(0).nan_to_num(nan=math.inf) / len(data)
+    return list(top1), list(top5), loss.tolist()

@@ -89,9 +89,12 @@ class MAE(nn.Module):
         if not isinstance(self.encoder, ViT):
             raise ConfigError(f"model.name is '{config.model.name}'; method mae needs a ViT")
         p = self.encoder.patch_size
+        side = view.size // p
+        check(side * side * (1 - s.mask_ratio) + 1e-6 >= 1, "mae.mask_ratio", s.mask_ratio,
+              f"low enough to keep one of the image's {side * side} patches")  # fmt: skip
         self.decoder = MAEDecoder(
             self.encoder.width,
-            (view.size // p, view.size // p),
+            (side, side),
             3 * p * p,
             width=s.decoder_width,
             depth=s.decoder_depth,

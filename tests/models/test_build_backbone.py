@@ -56,5 +56,5 @@ def test_messages(model, message):
 def test_image_size_matters_to_a_vit_only():
     check_image_size(Model("resnet50"), "views.main.size", 30)
     check_image_size(Model("vit_tiny"), "views.main.size", 32)
-    with pytest.raises(ConfigError, match="views.main.size is 30; it must be a multiple of model.patch_size, 16"):
+    with pytest.raises(ConfigError, match=r"views.main.size is 30; it must be a multiple of model.patch_size, 16"):
         check_image_size(Model("vit_tiny"), "views.main.size", 30)

@@ -1,0 +1,320 @@
+"""The file format of FFCV (`.beton`, version 2) in plain numpy: its layout, and reading it.
+
+A file is: header, one descriptor per field, one metadata row per sample, zeros up to a page boundary, the stored bytes
+(no sample crosses a page boundary), and the allocation table (sample, position, size of every stored piece). Numbers
+are little-endian. Beside the file, `<file>.npz` keeps what FFCV has no place for: class names, source names and a
+checksum per sample. A file without it, as FFCV's own writer makes, reads just as well.
+
+Source: Leclerc et al. 2023, FFCV, and the format as its writer produces it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fastssl.loaders.picture import DecodeError, Encoded
+
+VERSION = 2
+PAGE_SIZE = 8 << 20  # FFCV's default, in bytes
+
+HEADER = np.dtype(
+    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4"), ("num_samples", "<u8"), ("table_ptr", "<u8")]
+)
+DESCRIPTOR = np.dtype([("type_id", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)])
+ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+
+FLOAT, INT, IMAGE, BYTES, ARRAY, JSON, TENSOR = range(7)  # type_id of a descriptor
+_ROW_TYPES = {
+    FLOAT: np.dtype("<f8"),
+    INT: np.dtype("<i8"),
+    IMAGE: np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")]),
+    BYTES: np.dtype([("ptr", "<u8"), ("size", "<u8")]),
+    ARRAY: np.dtype("<u8"),
+    JSON: np.dtype([("ptr", "<u8"), ("size", "<u8")]),
+    TENSOR: np.dtype("<u8"),
+}
+ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
+MODES = ("jpg", "raw")
+
+
+class BetonError(ValueError):
+    """A .beton file cannot be read or written; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One column of a file. `shape` and `dtype` matter to ARRAY and TENSOR fields only."""
+
+    name: str
+    type_id: int
+    shape: tuple[int, ...] = ()
+    dtype: np.dtype | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether samples keep bytes of this field in the data region (a number lives in its metadata row)."""
+        return self.type_id not in (FLOAT, INT)
+
+
+def row_type(fields: Sequence[Field]) -> np.dtype:
+    """Type of a metadata row; its columns are f0, f1, ... in the order of the fields."""
+    return np.dtype([("", _ROW_TYPES[field.type_id]) for field in fields], align=True)
+
+
+def pointers(rows: np.ndarray, fields: Sequence[Field], index: int) -> np.ndarray:
+    """View of the column that says where the bytes of field `index` begin: uint64 [n]."""
+    column = rows[f"f{index}"]
+    kind = fields[index].type_id
+    return column["data_ptr"] if kind == IMAGE else column["ptr"] if kind in (BYTES, JSON) else column
+
+
+class Beton:
+    """A .beton file, mapped into memory. Reading is safe from many threads.
+
+    Attributes:
+        path, size: the file and its length in bytes.
+        fields: its columns.
+        rows: metadata, structured [n] (see `row_type`).
+        labels: int64 [n], the field named 'label', or else the first int field; -1 where there is none.
+        heights, widths: int64 [n], in pixels.
+
+    Raises:
+        BetonError: not a .beton file, truncated, inconsistent, or accompanied by another file's side file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._data = np.memmap(self.path, np.uint8, "r").view(np.ndarray)
+        except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+            reason = "it has zero bytes" if isinstance(error, ValueError) else error.strerror
+            raise BetonError(f"{self.path} cannot be read: {reason}") from None
+        self.size = self._data.size
+        self._read_header()
+        self._read_columns()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @cached_property
+    def side(self) -> SideFile | None:
+        """The side file; None where there is none. Raises BetonError where it is damaged or belongs to another file."""
+        side = SideFile.read(self.path)
+        if side and (fault := side.mismatch(self)):
+            raise BetonError(fault)
+        return side
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names; empty where the file has no side file, or no classes. Raises BetonError like `side`."""
+        return self.side.classes if self.side else []
+
+    def image(self, i: int) -> Encoded:
+        """The stored image of sample `i`; `data` is a view of the mapped file.
+
+        Raises:
+            DecodeError: the metadata points outside the stored data, or its mode is unknown.
+        """
+        row = self.rows[f"f{self._image}"][i]
+        if row["mode"] >= len(MODES):
+            raise DecodeError(f"has the unknown storage mode {row['mode']} in its metadata")
+        data = self.stored(i, self._image)
+        return Encoded(data, MODES[row["mode"]], int(row["height"]), int(row["width"]))
+
+    def stored(self, i: int, index: int) -> np.ndarray:
+        """The bytes that sample `i` keeps for field `index`: uint8 [size], a view of the mapped file."""
+        ptr = pointers(self.rows, self.fields, index)[i]
+        if self.fields[index].type_id in (BYTES, JSON) and not self.rows[f"f{index}"]["size"][i]:
+            return self._data[:0]
+        at = np.searchsorted(self._ptrs, ptr, side="right") - 1
+        if at < 0 or self._ptrs[at] != ptr:
+            raise DecodeError(f"has a wrong pointer ({ptr}) for field '{self.fields[index].name}'")
+        begin, size = int(ptr), int(self._sizes[at])
+        if begin + size > self.data_end:
+            raise DecodeError(f"ends after the stored data (byte {begin + size} of {self.data_end})")
+        return self._data[begin : begin + size]
+
+    @property
+    def parts_shape(self) -> tuple[int, ...] | None:
+        """Shape of the part maps, the first uint8 array field with three dimensions; None without one."""
+        return None if self._parts is None else self.fields[self._parts].shape
+
+    def parts(self, i: int) -> np.ndarray | None:
+        """Part maps of sample `i`: uint8 [N, h, w], a view of the mapped file; None where the file has none."""
+        if self._parts is None:
+            return None
+        data = self.stored(i, self._parts)
+        if data.size != np.prod(self.parts_shape):
+            raise DecodeError(f"has {data.size} bytes of part maps, but shape {self.parts_shape} was promised")
+        return data.reshape(self.parts_shape)
+
+    def name(self, i: int) -> str:
+        """How messages name sample `i`: the file, the index, and the source file where it is known."""
+        return f"{self.path.name}[{i}] {self.side.name(i) if self.side else ''}".rstrip()
+
+    def sample_crc32(self, i: int) -> int:
+        """Checksum of all that sample `i` holds: its numbers and stored bytes, in the order of the fields."""
+        crc = 0
+        for index, field in enumerate(self.fields):
+            value = self.stored(i, index) if field.stored else self.rows[f"f{index}"][i].tobytes()
+            crc = zlib.crc32(value, crc)
+        return crc
+
+    def tables_crc32(self) -> int:
+        """Checksum of everything but the stored data: header, descriptors, metadata rows, allocation table."""
+        return zlib.crc32(self._data[self.data_end :], zlib.crc32(self._data[: self.tables_end]))
+
+    def _fail(self, what: str) -> BetonError:
+        return BetonError(f"{self.path} {what}")
+
+    def _read_header(self) -> None:
+        size = self.size
+        if size < HEADER.itemsize:
+            raise self._fail(f"is no .beton file: {size} bytes are too few for a header")
+        header = self._data[: HEADER.itemsize].view(HEADER)[0]
+        version, num_fields, self.page_size, num_samples, self.data_end = (int(value) for value in header)
+        if version != VERSION:
+            raise self._fail(f"is no .beton file of version {VERSION}: its header says version {version}")
+        self.tables_end = HEADER.itemsize + num_fields * DESCRIPTOR.itemsize
+        if self.tables_end > size:
+            raise self._fail(f"is truncated or has a damaged header: {num_fields} fields do not fit in {size} bytes")
+        descriptors = self._data[HEADER.itemsize : self.tables_end].view(DESCRIPTOR)
+        self.fields = [self._read_field(descriptor) for descriptor in descriptors]
+        if self.page_size < 1 or self.page_size & (self.page_size - 1):
+            raise self._fail(f"has a damaged header: page size {self.page_size} is not a power of two")
+        kind = row_type(self.fields)
+        begin, self.tables_end = self.tables_end, self.tables_end + num_samples * kind.itemsize
+        if self.tables_end > size:
+            raise self._fail(
+                f"is truncated or has a damaged header: {num_samples} metadata rows do not fit in {size} bytes"
+            )
+        expected = num_samples * sum(field.stored for field in self.fields)
+        if not self.tables_end <= self.data_end <= size or size - self.data_end != expected * ALLOCATION.itemsize:
+            raise self._fail(
+                f"is truncated or has a damaged header: an allocation table of {expected} entries should run "
+                f"from byte {self.data_end} to the end at byte {size}"
+            )
+        self.rows = self._data[begin : self.tables_end].view(kind).copy()
+        self.allocations = self._data[self.data_end :].view(ALLOCATION).copy()
+
+    def _read_field(self, descriptor: np.void) -> Field:
+        name = descriptor["name"].tobytes().split(b"\0")[0].decode("ascii", "replace")
+        kind = int(descriptor["type_id"])
+        if kind not in _ROW_TYPES:
+            raise self._fail(f"has a field '{name}' of unknown type {kind}")
+        if kind not in (ARRAY, TENSOR):
+            return Field(name, kind)
+        arguments = descriptor["arguments"]
+        head = arguments[: ARRAY_ARGUMENTS.itemsize].view(ARRAY_ARGUMENTS)[0]
+        text = arguments[ARRAY_ARGUMENTS.itemsize :][: int(head["type_length"])].tobytes()
+        try:
+            dtype = np.dtype([tuple(item) for item in json.loads(text)])[0]
+        except (ValueError, TypeError, KeyError):
+            raise self._fail(f"has a damaged description of the array field '{name}'") from None
+        return Field(name, kind, tuple(int(side) for side in head["shape"] if side), dtype)
+
+    def _read_columns(self) -> None:
+        def first(match) -> int | None:
+            return next((index for index, field in enumerate(self.fields) if match(field)), None)
+
+        self._image = first(lambda field: field.type_id == IMAGE)
+        if self._image is None:
+            raise self._fail(f"has no image field (fields: {', '.join(field.name for field in self.fields) or 'none'})")
+        self._parts = first(lambda f: f.type_id in (ARRAY, TENSOR) and f.dtype == np.uint8 and len(f.shape) == 3)
+        label = first(lambda field: field.type_id == INT and field.name == "label")
+        label = first(lambda field: field.type_id == INT) if label is None else label
+        images = self.rows[f"f{self._image}"]
+        self.heights, self.widths = images["height"].astype(np.int64), images["width"].astype(np.int64)
+        self.labels = np.full(len(self), -1, np.int64) if label is None else self.rows[f"f{label}"].astype(np.int64)
+        order = np.lexsort((self.allocations["size"], self.allocations["ptr"]))
+        self._ptrs = np.ascontiguousarray(self.allocations["ptr"][order])
+        self._sizes = np.ascontiguousarray(self.allocations["size"][order])
+
+
+@dataclass(frozen=True)
+class SideFile:
+    """`<file>.beton.npz`: what FFCV's format has no place for.
+
+    Attributes:
+        path: the side file.
+        classes: class names, in the order of the labels.
+        shard: which of how many shards the .beton is, counted from 0.
+        size, tables_crc32: of the .beton it belongs to, in bytes and as `Beton.tables_crc32`.
+        crc32: uint32 [n], checksum of each sample (see `sample_crc32`).
+    """
+
+    path: Path
+    classes: list[str]
+    shard: tuple[int, int]
+    size: int
+    tables_crc32: int
+    crc32: np.ndarray
+
+    @staticmethod
+    def path_of(path: Path) -> Path:
+        return path.with_name(path.name + ".npz")
+
+    @classmethod
+    def read(cls, beton: Path) -> SideFile | None:
+        """The side file of a .beton; None where there is none. Raises BetonError where it is damaged."""
+        path = cls.path_of(beton)
+        try:
+            with np.load(path, allow_pickle=False) as entries:
+                shard, total, size, tables_crc32 = (int(value) for value in entries["file"])
+                return cls(path, _split(entries["classes"]), (shard, total), size, tables_crc32, entries["crc32"])
+        except FileNotFoundError:
+            return None
+        except _DAMAGE as error:
+            raise BetonError(f"{path} is damaged ({error}); without it, names and checksums are missing") from None
+
+    def write(self, path: Path, names: Sequence[str]) -> None:
+        """Writes the side file; equal contents give equal bytes."""
+        entries = {
+            "file": np.array([*self.shard, self.size, self.tables_crc32], np.int64),
+            "classes": _join(self.classes),
+            "crc32": self.crc32,
+            "names": _join(names),
+        }
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for key, value in entries.items():
+                with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w") as file:  # ZipInfo's date is fixed: 1980
+                    np.lib.format.write_array(file, value, allow_pickle=False)
+
+    def mismatch(self, beton: Beton) -> str | None:
+        """Why this is not the side file of `beton`; None where it is."""
+        if (self.size, len(self.crc32)) != (beton.size, len(beton)):
+            return f"{self.path} belongs to another file than {beton.path}"
+        if self.tables_crc32 != beton.tables_crc32():
+            return f"{beton.path} has a damaged header, metadata or allocation table (their checksum has changed)"
+        return None
+
+    def name(self, i: int) -> str:
+        """Source name of sample `i`, relative to the folder that was converted."""
+        names, ends = self._names
+        return os.fsdecode(names[ends[i - 1] + 1 if i else 0 : ends[i]].tobytes())
+
+    @cached_property
+    def _names(self) -> tuple[np.ndarray, np.ndarray]:
+        with np.load(self.path, allow_pickle=False) as entries:
+            names = entries["names"]
+        return names, np.flatnonzero(names == 0)
+
+
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)
+
+
+def _join(words: Sequence[str]) -> np.ndarray:
+    return np.frombuffer(b"".join(os.fsencode(word) + b"\0" for word in words), np.uint8)
+
+
+def _split(data: np.ndarray) -> list[str]:
+    return [os.fsdecode(word) for word in data.tobytes().split(b"\0")[:-1]]

@@ -1,0 +1,262 @@
+"""Writing .beton files (see `fastssl.loaders.beton`): whole or not at all, in bounded memory, in plain numpy."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fastssl.loaders.beton import (
+    ALLOCATION,
+    ARRAY,
+    ARRAY_ARGUMENTS,
+    BYTES,
+    DESCRIPTOR,
+    HEADER,
+    IMAGE,
+    JSON,
+    MODES,
+    PAGE_SIZE,
+    TENSOR,
+    VERSION,
+    BetonError,
+    Field,
+    SideFile,
+    pointers,
+    row_type,
+)
+from fastssl.loaders.picture import Encoded
+
+MAX_PIECE = 1 << 31  # the largest power of two that the header's page_size holds, in bytes
+LOCK_SECONDS = 5.0  # how long to wait for another writer of the same file
+
+Sample = Sequence[Encoded | float | bytes | np.ndarray]
+"""One value per field: Encoded (mode jpg or raw) for IMAGE, a number for FLOAT and INT, bytes for BYTES and JSON, an
+array of the field's shape and dtype for ARRAY."""
+
+
+class Block:
+    """Samples on their way into a file.
+
+    Attributes:
+        rows: metadata, structured [k]; the pointers are set by `place`.
+        sizes: uint64 [k, stored fields], bytes stored per sample and field.
+        crc32: uint32 [k], as `Beton.sample_crc32`.
+    """
+
+    def __init__(self, fields: Sequence[Field], samples: Sequence[Sample]) -> None:
+        self.rows = np.zeros(len(samples), row_type(fields))
+        self.sizes = np.zeros((len(samples), sum(field.stored for field in fields)), np.uint64)
+        self.crc32 = np.zeros(len(samples), np.uint32)
+        self._pointers = [pointers(self.rows, fields, index) for index, field in enumerate(fields) if field.stored]
+        self._bytes: list[list[np.ndarray]] = []
+        for k, sample in enumerate(samples):
+            stored, crc = [], 0
+            for index, (field, value) in enumerate(zip(fields, sample, strict=True)):
+                data = _fill(self.rows[f"f{index}"][k : k + 1], field, value)
+                crc = zlib.crc32(data, crc)
+                if field.stored:
+                    stored.append(data)
+            self._bytes.append(stored)
+            self.sizes[k] = [data.size for data in stored]
+            self.crc32[k] = crc
+
+    def place(self, begin: int) -> int:
+        """Gives each sample its position in the file, from byte `begin` on; returns the end of the last one."""
+        for k, sizes in enumerate(self.sizes.tolist()):
+            for pointer, size in zip(self._pointers, sizes, strict=True):
+                page = page_for(size)
+                if begin % page + size > page:
+                    begin += page - begin % page
+                pointer[k] = begin
+                begin += max(size, 1)  # FFCV finds a piece by its position, so no two may share one
+        return begin
+
+    def write(self, file: int) -> None:
+        """Writes the bytes of all samples at their positions."""
+        for k, stored in enumerate(self._bytes):
+            for pointer, data in zip(self._pointers, stored, strict=True):
+                write_at(file, data, int(pointer[k]))
+
+
+class BetonWriter:
+    """Writes a .beton under a temporary name, `<path>.partial`, and gives it its name when it is whole.
+
+    Use as a context manager: `append` samples (or `add` blocks that were placed and written elsewhere), then `finish`.
+    Leaving the context without `finish` removes what was written; a killed process leaves only the temporary file,
+    which the next writer of the same path replaces.
+
+    Args:
+        path: the file to make; an existing one is replaced when the new one is whole.
+        fields: its columns; at least one IMAGE field, else `Beton` will not open it.
+        capacity: at most so many samples.
+
+    Attributes:
+        partial: the temporary file.
+        restarted: whether an earlier, unfinished attempt was found (and discarded).
+        begin: position of the first sample's bytes.
+
+    Raises:
+        BetonError: the folder cannot be written, or another process is writing the same file.
+    """
+
+    def __init__(self, path: str | Path, fields: Sequence[Field], capacity: int) -> None:
+        self.path, self.fields = Path(path), list(fields)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self._descriptors = np.concatenate([_descriptor(field) for field in self.fields])
+        tables = HEADER.itemsize + self._descriptors.nbytes + capacity * row_type(self.fields).itemsize
+        self.begin = -(-tables // PAGE_SIZE) * PAGE_SIZE
+        self._end, self._capacity = self.begin, capacity
+        self._blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._file, self.restarted = _open_alone(self.partial)
+
+    def __enter__(self) -> BetonWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._file is not None:
+            self.partial.unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None
+
+    def append(self, *sample: Encoded | float | bytes | np.ndarray) -> None:
+        """Writes one sample, one value per field."""
+        block = Block(self.fields, [sample])
+        end = block.place(self._end)
+        block.write(self._file)
+        self.add(block.rows, block.sizes, block.crc32, end)
+
+    def add(self, rows: np.ndarray, sizes: np.ndarray, crc32: np.ndarray, end: int) -> None:
+        """Takes over the next samples, whose bytes are in the temporary file already, the last one up to `end`."""
+        self._blocks.append((rows, sizes, crc32))
+        self._end = end
+
+    def finish(self, classes: Sequence[str] = (), names: Sequence[str] = (), shard: tuple[int, int] = (0, 1)) -> None:
+        """Writes the tables and the side file, waits for the disk, and gives the files their names.
+
+        Args:
+            classes: class names, in the order of the labels.
+            names: source name of each sample.
+            shard: which of how many shards this file is, counted from 0.
+        """
+        empty = Block(self.fields, [])
+        blocks = [(empty.rows, empty.sizes, empty.crc32), *self._blocks]
+        sizes, crc32 = (np.concatenate([block[k] for block in blocks]) for k in (1, 2))
+        # joined as bytes: numpy's concatenate leaves the padding between columns undefined
+        rows = np.frombuffer(b"".join(block[0].tobytes() for block in blocks), row_type(self.fields))
+        if len(rows) > self._capacity:
+            raise BetonError(f"{self.path}: {len(rows)} samples were added, but capacity is {self._capacity}")
+        allocations = np.zeros(sizes.shape, ALLOCATION)
+        allocations["sample_id"] = np.arange(len(rows))[:, None]
+        allocations["size"] = sizes
+        stored = [index for index, field in enumerate(self.fields) if field.stored]
+        for column, index in enumerate(stored):
+            allocations["ptr"][:, column] = pointers(rows, self.fields, index)
+        page = page_for(int(sizes.max(initial=0)))
+        header = np.array([(VERSION, len(self.fields), page, len(rows), self._end)], HEADER)
+        head, tail = header.tobytes() + self._descriptors.tobytes() + rows.tobytes(), allocations.tobytes()
+        write_at(self._file, head, 0)
+        write_at(self._file, tail, self._end)
+        os.fsync(self._file)
+
+        side_path = SideFile.path_of(self.path)
+        side_partial = side_path.with_name(side_path.name + ".partial")
+        crc_tables, size = zlib.crc32(tail, zlib.crc32(head)), self._end + len(tail)
+        side = SideFile(side_path, list(classes), tuple(shard), size, crc_tables, crc32)
+        try:
+            side.write(side_partial, names)
+            os.replace(side_partial, side_path)
+        finally:
+            side_partial.unlink(missing_ok=True)
+        os.replace(self.partial, self.path)
+        _sync_folder(self.path.parent)
+        os.close(self._file)
+        self._file = None
+
+
+def page_for(size: int) -> int:
+    """The page, in bytes, that a piece of `size` bytes must not cross: PAGE_SIZE, or the next power of two above."""
+    if size > MAX_PIECE:
+        raise BetonError(f"a sample of {size} bytes does not fit in a .beton page (at most {MAX_PIECE} bytes)")
+    return max(PAGE_SIZE, 1 << max(size - 1, 0).bit_length())
+
+
+def write_at(file: int, data: bytes | np.ndarray, position: int) -> None:
+    """Writes all of `data` at a position of an open file."""
+    view = memoryview(data).cast("B")
+    while len(view):
+        written = os.pwrite(file, view, position)
+        view, position = view[written:], position + written
+
+
+def _fill(row: np.ndarray, field: Field, value: Encoded | float | bytes | np.ndarray) -> np.ndarray | bytes:
+    """Fills a field's metadata (a view of one row) but for the pointer; returns the bytes that stand for the value."""
+    if field.type_id == IMAGE:
+        row["mode"], row["height"], row["width"] = MODES.index(value.mode), value.height, value.width
+        return value.data
+    if field.type_id in (BYTES, JSON):
+        data = np.frombuffer(value, np.uint8)
+        row["size"] = data.size
+        return data
+    if field.type_id in (ARRAY, TENSOR):
+        if value.shape != field.shape or value.dtype != field.dtype:
+            raise BetonError(f"field '{field.name}' takes {field.dtype} {field.shape}, not {value.dtype} {value.shape}")
+        return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    row[:] = value
+    return row.tobytes()
+
+
+def _descriptor(field: Field) -> np.ndarray:
+    descriptor = np.zeros(1, DESCRIPTOR)
+    name = np.frombuffer(field.name.encode("ascii"), np.uint8)
+    if not 1 <= name.size <= 16:
+        raise BetonError(f"field name '{field.name}' must have 1 to 16 ASCII characters")
+    descriptor["type_id"] = field.type_id
+    descriptor["name"][0, : name.size] = name
+    if field.type_id in (ARRAY, TENSOR):
+        text = json.dumps(np.dtype(field.dtype).descr).encode("ascii")
+        head = np.zeros(1, ARRAY_ARGUMENTS)
+        head["shape"][0, : len(field.shape)] = field.shape
+        head["type_length"] = len(text)
+        arguments = head.tobytes() + text
+        descriptor["arguments"][0, : len(arguments)] = np.frombuffer(arguments, np.uint8)
+    return descriptor
+
+
+def _open_alone(path: Path) -> tuple[int, bool]:
+    """Opens a file empty, for this process alone; also returns whether it was there before."""
+    deadline = time.monotonic() + LOCK_SECONDS
+    while True:
+        there = path.exists()
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise BetonError(f"{path} cannot be written: {error.strerror}") from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            if time.monotonic() > deadline:
+                raise BetonError(f"{path} is being written by another process") from None
+            time.sleep(0.1)  # a killed writer's processes may need a moment to end
+            continue
+        except OSError:  # a file system without locks
+            pass
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            os.ftruncate(file, 0)
+            return file, there
+        os.close(file)  # the other writer has just finished and renamed it
+
+
+def _sync_folder(folder: Path) -> None:
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)

@@ -1,0 +1,378 @@
+"""A folder of images → one .beton: JPEGs that fit are copied byte for byte, everything else is re-encoded upright.
+
+Workers read, check, re-encode and write; the samples lie in the file in the order of the folder, so that the same
+folder gives the same bytes whatever the number of workers.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from fastssl.config import check
+from fastssl.loaders import jpeg
+from fastssl.loaders.beton import ARRAY, IMAGE, INT, BetonError, Field
+from fastssl.loaders.beton_writer import MAX_PIECE, BetonWriter, Block
+from fastssl.loaders.picture import (
+    MAX_PIXELS,
+    DecodeError,
+    Encoded,
+    decode,
+    open_image,
+    orientation,
+    to_rgb,
+    upright_size,
+)
+from fastssl.loaders.pool import CONTEXT, WorkerDied, ordered, usable_cores
+from fastssl.loaders.sources import SourceError, read_file, scan_folder
+
+CHUNK = 32  # images per task of a worker
+MAX_SIDE = 65535  # the metadata's 16 bits
+DRAFT = 2  # a JPEG that shrinks is decoded at 1/2, 1/4 or 1/8 if that leaves this many times the wanted side
+LISTED = 100  # bad files that a message lists
+
+
+class ConvertError(RuntimeError):
+    """The conversion failed and left nothing behind; the message says why.
+
+    Attributes:
+        bad: (source name, reason) of every file that could not be converted.
+    """
+
+    def __init__(self, message: str, bad: Sequence[tuple[str, str]] = ()) -> None:
+        super().__init__(message)
+        self.bad = list(bad)
+
+
+@dataclass
+class ConvertOptions:
+    """What to convert, and how the images are stored."""
+
+    src: str = ""
+    """Folder of images: one sub-folder per class, or no sub-folders (unlabelled)."""
+    dst: str = ""
+    """The .beton file to write. FILE.beton.npz beside it keeps class names, source names and checksums."""
+    max_resolution: int = 0
+    """Images with a longer side are scaled down to this many pixels. 0: no limit."""
+    quality: int = 90
+    """JPEG quality of re-encoded images, 1 to 95 (4:2:0 chroma). Copied JPEGs keep their own."""
+    mode: Literal["jpg", "raw", "proportion"] = "jpg"
+    """jpg, raw (RGB pixels: faster to read, about ten times larger), or proportion (some of each)."""
+    raw_fraction: float = 0.5
+    """With mode=proportion: the fraction of the images that is stored raw, chosen by their names."""
+    check: Literal["structure", "decode"] = "structure"
+    """How JPEGs that are copied are checked: their segments and end marker, or also by decoding them (20 x slower)."""
+    max_bad: int = 0
+    """Skip up to so many files that cannot be read or decoded; more fail the conversion, with the list."""
+    parts: str = ""
+    """Folder of part maps: for src's CLASS/NAME.jpg the file CLASS/NAME.npy, uint8 [N, h, w]. Empty: none."""
+    shard: str = ""
+    """I/N: convert only the I-th of N equal runs of the files, I from 0 to N-1. Empty: all."""
+    workers: int = 0
+    """Processes. 0: one per usable core."""
+    overwrite: bool = False
+    """Replace dst if it exists (when the new file is whole). False: refuse."""
+
+    def __post_init__(self) -> None:
+        check(self.max_resolution >= 0, "max_resolution", self.max_resolution, "0 (no limit) or a number of pixels")
+        check(1 <= self.quality <= 95, "quality", self.quality, "from 1 to 95")
+        check(0.0 <= self.raw_fraction <= 1.0, "raw_fraction", self.raw_fraction, "from 0 to 1")
+        check(self.max_bad >= 0, "max_bad", self.max_bad, "0 or more")
+        check(self.workers >= 0, "workers", self.workers, "0 (one per core) or more")
+        index, total = self.part
+        check(0 <= index < total, "shard", self.shard, "I/N with I from 0 to N-1, such as 0/4")
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """`shard` as numbers: which of how many; (0, 1) for all, (0, 0) for one that cannot be read."""
+        index, slash, total = (self.shard or "0/1").partition("/")
+        return (int(index), int(total)) if slash and index.isdecimal() and total.isdecimal() else (0, 0)
+
+
+@dataclass
+class ConvertResult:
+    """What a conversion did.
+
+    Attributes:
+        path: the file that was written; size in bytes.
+        images: samples in it; copied of them byte for byte, re-encoded or stored raw the rest.
+        classes: number of classes.
+        bad: (source name, reason) of each file that was skipped.
+        seconds: wall-clock time.
+    """
+
+    path: str
+    size: int
+    images: int
+    copied: int
+    classes: int
+    seconds: float
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def summary(self) -> str:
+        text = (
+            f"{self.path}: {self.images} images in {self.classes or 'no'} classes, {self.size / 1e6:.1f} MB; "
+            f"{self.copied} copied byte for byte, {self.images - self.copied} re-encoded; "
+            f"{self.seconds:.1f} s, {self.images / max(self.seconds, 1e-9):.0f} img/s"
+        )
+        return "\n".join([text, *([_listing("skipped", self.bad)] if self.bad else [])])
+
+
+def convert(options: ConvertOptions, say: Callable[[str], None] | None = None) -> ConvertResult:
+    """Converts a folder of images into a .beton file.
+
+    Nothing is left under the name `options.dst` unless the file is whole. A killed conversion leaves
+    `<dst>.partial`; the next one says so and starts over.
+
+    Args:
+        options: what to convert and how.
+        say: told what is worth knowing before the end; default: a line on stderr above the progress bar.
+
+    Raises:
+        ConvertError: no images, more than `max_bad` bad ones, no space, no permission, or a worker that died.
+    """
+    begin = time.perf_counter()
+    say = say or (lambda text: tqdm.write(text, file=sys.stderr))
+    target = Path(options.dst)
+    if target.suffix != ".beton":
+        raise ConvertError(f"{target} must end in .beton")
+    if target.exists() and not options.overwrite:
+        raise ConvertError(f"{target} exists already; --overwrite=true replaces it")
+    if not target.parent.is_dir():
+        raise ConvertError(f"{target.parent} is no folder to write {target.name} into")
+    job = _job(options)
+    try:
+        with BetonWriter(target, job.fields, len(job.files)) as writer:
+            if writer.restarted:
+                say(f"{writer.partial} was left by an unfinished conversion; starting over")
+            outcome = _run(job, writer)
+            if len(outcome.bad) > options.max_bad or not outcome.names:
+                head = f"{target} was not written (max_bad is {options.max_bad})"
+                raise ConvertError(_listing(head, outcome.bad), outcome.bad)
+            writer.finish(job.classes, outcome.names, options.part)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ConvertError(f"no space left for {target}; what was written has been removed") from None
+        raise ConvertError(f"{target} cannot be written: {error.strerror}") from None
+    except (WorkerDied, BetonError) as error:
+        raise ConvertError(str(error)) from None
+    seconds = time.perf_counter() - begin
+    size = target.stat().st_size
+    return ConvertResult(
+        str(target), size, len(outcome.names), outcome.copied, len(job.classes), round(seconds, 3), outcome.bad
+    )
+
+
+@dataclass
+class _Job:
+    """What the workers know: the files to convert, in order."""
+
+    options: ConvertOptions
+    fields: list[Field]
+    classes: list[str]
+    files: list[str]
+    labels: np.ndarray
+
+
+@dataclass
+class _Outcome:
+    names: list[str] = field(default_factory=list)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+    copied: int = 0
+
+
+def _job(options: ConvertOptions) -> _Job:
+    try:
+        classes, files, labels = scan_folder(options.src)
+    except SourceError as error:
+        raise ConvertError(str(error)) from None
+    fields = [Field("image", IMAGE), Field("label", INT)]
+    if options.parts:
+        fields.append(Field("parts", ARRAY, _parts_shape(options.parts, files), np.dtype("u1")))
+    index, total = options.part
+    begin, end = len(files) * index // total, len(files) * (index + 1) // total
+    if begin == end:
+        raise ConvertError(f"shard {options.shard} is empty: {options.src} has only {len(files)} images")
+    return _Job(options, fields, classes, files[begin:end], labels[begin:end])
+
+
+def _run(job: _Job, writer: BetonWriter) -> _Outcome:
+    """Lets the workers convert all files into the writer's temporary file; shows progress."""
+    outcome = _Outcome()
+    workers = min(job.options.workers or usable_cores(), -(-len(job.files) // CHUNK))
+    state = (job, str(writer.partial), _Turn(writer.begin))
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    results = ordered(_convert_chunk, range(-(-len(job.files) // CHUNK)), workers, _start, state)
+    try:
+        with tqdm(total=len(job.files), unit="img", desc=writer.path.name, mininterval=interval) as bar:
+            for names, bad, copied, rows, sizes, crc32, end in results:
+                writer.add(rows, sizes, crc32, end)
+                outcome.names += names
+                outcome.bad += bad
+                outcome.copied += copied
+                if bad:
+                    bar.set_postfix(bad=len(outcome.bad), refresh=False)
+                bar.update(len(names) + len(bad))
+    finally:
+        results.close()
+    return outcome
+
+
+# -- in the workers --------------------------------------------------------------------------------------------------
+
+
+class _Turn:
+    """Hands out positions in the file chunk by chunk, in order, to workers that finish them in any order."""
+
+    def __init__(self, begin: int) -> None:
+        self._changed = CONTEXT.Condition()
+        self._next, self._end, self._failed = (CONTEXT.Value("q", v, lock=False) for v in (0, begin, 2**63 - 1))
+
+    def place(self, chunk: int, block: Block) -> int:
+        """Waits for the chunks before, then places the block; returns its end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._next.value == chunk or self._failed.value < chunk)
+            if self._failed.value < chunk:
+                raise WorkerDied("an earlier chunk has failed")
+            self._end.value = end = block.place(self._end.value)
+            self._next.value += 1
+            self._changed.notify_all()
+        return end
+
+    def fail(self, chunk: int) -> None:
+        """Lets no later chunk wait for this one."""
+        with self._changed:
+            self._failed.value = min(chunk, self._failed.value)
+            self._changed.notify_all()
+
+
+def _start(job: _Job, path: str, turn: _Turn) -> None:
+    global _job_here, _file, _turn
+    _job_here, _file, _turn = job, os.open(path, os.O_WRONLY), turn
+
+
+def _convert_chunk(chunk: int) -> tuple:
+    try:
+        samples, names, bad, copied = [], [], [], 0
+        for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(_job_here.files))):
+            name = _job_here.files[i]
+            try:
+                image, was_copied = encode(os.path.join(_job_here.options.src, name), name, _job_here.options)
+                parts = [_read_parts(_job_here, name)] if _job_here.options.parts else []
+            except DecodeError as error:
+                bad.append((name, str(error)))
+                continue
+            samples.append((image, _job_here.labels[i], *parts))
+            names.append(name)
+            copied += was_copied
+        block = Block(_job_here.fields, samples)
+        end = _turn.place(chunk, block)
+        block.write(_file)
+    except BaseException:
+        _turn.fail(chunk)
+        raise
+    return names, bad, copied, block.rows, block.sizes, block.crc32, end
+
+
+def encode(path: str, name: str, options: ConvertOptions) -> tuple[Encoded, bool]:
+    """One image file as it is stored, and whether its bytes are those of the file.
+
+    Raises:
+        DecodeError: the file cannot be read or decoded.
+    """
+    data = read_file(path)
+    if len(data) > MAX_PIECE:
+        raise DecodeError(f"has {len(data)} bytes; a .beton takes at most {MAX_PIECE} per sample")
+    as_raw = options.mode == "raw" or (options.mode == "proportion" and _draw(name) < options.raw_fraction)
+    if data.startswith(jpeg.SOI):
+        header = jpeg.scan(data)
+        if header.fault:
+            raise DecodeError(header.fault)
+        if not as_raw and _fits(header, data, options):
+            stored = Encoded(np.frombuffer(data, np.uint8), "jpg", header.height, header.width)
+            if options.check == "decode":
+                decode(stored)
+            return stored, True
+    image = open_image(data)
+    height, width = upright_size(image)
+    shrink = options.max_resolution / max(height, width) if options.max_resolution else 1.0
+    if shrink < 1:
+        height, width = (max(1, round(side * shrink)) for side in (height, width))
+        image.draft(None, (round(image.width * shrink * DRAFT), round(image.height * shrink * DRAFT)))
+    image = to_rgb(image)
+    if (image.height, image.width) != (height, width):
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    if max(height, width) > MAX_SIDE:
+        raise DecodeError(f"is {height} x {width} pixels; a .beton holds sides up to {MAX_SIDE}")
+    if as_raw:
+        return Encoded(np.array(image).reshape(-1), "raw", height, width), False
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=options.quality)
+    return Encoded(np.frombuffer(buffer.getbuffer(), np.uint8), "jpg", height, width), False
+
+
+def _fits(header: jpeg.Jpeg, data: bytes, options: ConvertOptions) -> bool:
+    """Whether a whole JPEG can be stored as it is: usual coding, upright, not too large."""
+    return (
+        header.common
+        and header.height * header.width <= MAX_PIXELS
+        and (not options.max_resolution or max(header.height, header.width) <= options.max_resolution)
+        and (not header.app1 or orientation(open_image(data)) == 1)
+    )
+
+
+def _draw(name: str) -> float:
+    """A number from 0 to 1 that depends on the name alone, hence on neither shards nor workers."""
+    return zlib.crc32(os.fsencode(name)) / 2**32
+
+
+def _parts_path(folder: str, name: str) -> Path:
+    return Path(folder, name).with_suffix(".npy")
+
+
+def _parts_shape(folder: str, files: list[str]) -> tuple[int, ...]:
+    """Shape of the part maps: that of the first image that has some."""
+    for name in files:
+        if (path := _parts_path(folder, name)).exists():
+            maps = _load_parts(path)
+            if maps is None or maps.ndim != 3 or maps.dtype != np.uint8:
+                raise ConvertError(f"{path} holds no part maps; they are uint8 [N, h, w], written by numpy.save")
+            return maps.shape
+    raise ConvertError(f"{folder} has no part maps for these images; {_parts_path(folder, files[0])} does not exist")
+
+
+def _read_parts(job: _Job, name: str) -> np.ndarray:
+    path, shape = _parts_path(job.options.parts, name), job.fields[-1].shape
+    maps = _load_parts(path)
+    if maps is None:
+        raise DecodeError(f"has no readable part maps ({path})")
+    if maps.shape != shape or maps.dtype != np.uint8:
+        raise DecodeError(f"has part maps {maps.dtype} {maps.shape}, others have uint8 {shape} ({path})")
+    return maps
+
+
+def _load_parts(path: Path) -> np.ndarray | None:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+
+
+def _listing(head: str, bad: list[tuple[str, str]]) -> str:
+    lines = [f"{head}: {len(bad)} bad file{'s' * (len(bad) != 1)}", *(f"  {name} {why}" for name, why in bad[:LISTED])]
+    return "\n".join([*lines, *([f"  and {len(bad) - LISTED} more"] if len(bad) > LISTED else [])])

@@ -1,0 +1,139 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fastssl.config import ConfigError
+from fastssl.evaluation import probe
+from fastssl.evaluation.features import EvaluationError, Features
+from fastssl.evaluation.probe import linear_probe
+
+
+def clusters(images, seed, classes=5, width=12, noise=1.0):
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(7))
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (images,), generator=generator)
+    values = centres[labels] + noise * torch.randn(images, width, generator=generator)
+    return Features(values, labels, torch.arange(images))
+
+
+def plain_probe(train, val, lr, epochs, batch_size, seed):
+    """The same layer trained by PyTorch's own modules: Linear, SGD, CosineAnnealingLR."""
+    width, classes = train.values.shape[1], int(train.labels.max()) + 1
+    layer = nn.Linear(width, classes)
+    with torch.no_grad():
+        start = torch.randn(width, 1, classes, generator=torch.Generator().manual_seed(seed)) * 0.01
+        layer.weight.copy_(start[:, 0].T)
+        layer.bias.zero_()
+    optimizer = torch.optim.SGD(layer.parameters(), lr * batch_size / 256, momentum=0.9, weight_decay=0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    for epoch in range(epochs):
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + epoch))
+        for rows in order.tensor_split(math.ceil(len(train) / batch_size)):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(layer(train.values[rows]), train.labels[rows]).backward()
+            optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        logits = layer(val.values)
+    top5 = (logits.topk(5).indices == val.labels[:, None]).any(1)
+    return 100 * (logits.argmax(1) == val.labels).double().mean().item(), 100 * top5.double().mean().item()
+
+
+@pytest.mark.parametrize("lr", [0.01, 0.3])
+def test_agrees_with_pytorchs_own_optimizer(lr):
+    train, val = clusters(230, 0, classes=9, noise=2.0), clusters(400, 1, classes=9, noise=2.0)
+    result = linear_probe(train, val, lrs=(lr,), epochs=5, batch_size=50, seed=3)
+    assert (result.top1, result.top5) == pytest.approx(plain_probe(train, val, lr, 5, 50, 3))
+    assert result.top1 > 25  # chance: 11
+    assert (result.lr, result.held_out, result.at_edge) == (lr, {}, False)
+
+
+def test_layers_side_by_side_do_not_feel_each_other():
+    """A diverging neighbour, and a twin, leave a layer as it is when it is trained alone."""
+    train, val = clusters(200, 0), clusters(300, 1)
+    alone = linear_probe(train, val, lrs=(0.05,), epochs=5, batch_size=64)
+    both = linear_probe(train, val, lrs=(0.05, 1e39), epochs=5, batch_size=64)
+    assert both.lr == 0.05
+    assert (both.top1, both.top5) == pytest.approx((alone.top1, alone.top5))
+    assert both.held_out[1e39] < both.held_out[0.05]
+
+
+def test_the_learning_rate_is_chosen_on_training_images_alone(monkeypatch):
+    train, val = clusters(300, 0), clusters(200, 1)
+    first = linear_probe(train, val, lrs=(1e-6, 0.1, 0.3), epochs=10, batch_size=64)
+    shuffled = Features(val.values, val.labels.roll(1), val.ids)
+    second = linear_probe(train, shuffled, lrs=(1e-6, 0.1, 0.3), epochs=10, batch_size=64)
+    assert first.held_out == second.held_out
+    assert first.lr == second.lr != 1e-6
+    assert first.top1 > 60 > second.top1
+
+
+def test_twins_never_see_the_held_out_tenth():
+    """With labels at random, only a layer that has seen an image can know its label."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(200, 400, generator=generator)  # wide enough to learn by heart
+    data = Features(values, torch.randint(4, (200,), generator=generator), torch.arange(200))
+    result = linear_probe(data, data, lrs=(1.0, 2.0), epochs=30, batch_size=50)
+    assert result.top1 == 100.0
+    assert max(result.held_out.values()) <= 60.0  # chance: 25, on 20 images
+
+
+def test_equal_accuracies_go_by_the_loss():
+    result = linear_probe(clusters(100, 0, noise=0.1), clusters(50, 1, noise=0.1), lrs=(0.1, 0.5, 0.3), epochs=10)
+    assert set(result.held_out.values()) == {100.0}
+    assert result.lr == 0.5
+
+
+def test_the_best_at_the_edge_is_said():
+    train, val = clusters(300, 0), clusters(100, 1)
+    assert linear_probe(train, val, lrs=(1e-9, 0.1), epochs=3, batch_size=64).at_edge
+    assert not linear_probe(train, val, lrs=(1e-9, 0.1, 1e39), epochs=3, batch_size=64).at_edge
+
+
+def test_repeats_exactly_and_leaves_the_random_state():
+    train, val = clusters(100, 0), clusters(100, 1)
+    state = torch.get_rng_state()
+    first = linear_probe(train, val, lrs=(0.01, 0.1), epochs=3, batch_size=30)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert linear_probe(train, val, lrs=(0.01, 0.1), epochs=3, batch_size=30) == first
+    assert linear_probe(train, val, lrs=(0.01, 0.1), epochs=3, batch_size=30, seed=1) != first
+
+
+def test_loss_is_the_mean_over_seen_images_of_every_layer():
+    logits = torch.randn(6, 2, 3, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    sees = torch.ones(6, 2)
+    sees[2:, 1] = 0
+    expected = nn.functional.cross_entropy(logits[:, 0], labels) + nn.functional.cross_entropy(
+        logits[:2, 1], labels[:2]
+    )
+    assert probe._loss(logits, labels, sees) == pytest.approx(expected.item())
+    sees[:, 1] = 0  # a minibatch of held-out images only
+    assert probe._loss(logits, labels, sees) == pytest.approx(nn.functional.cross_entropy(logits[:, 0], labels).item())
+
+
+def test_divergence_is_an_error():
+    with pytest.raises(EvaluationError, match=r"diverged with learning rate 1e\+39; try smaller"):
+        linear_probe(clusters(100, 0), clusters(50, 1), lrs=(1e39,), epochs=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lrs": ()}, r"lrs is \[\]"),
+        ({"lrs": (0.1, -1.0)}, r"lrs is \[0.1, -1.0\]; .* above 0"),
+        ({"lrs": (0.1, 0.1)}, "different learning rates"),
+        ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
+    ],
+)
+def test_unusable_numbers(change, message):
+    with pytest.raises(ConfigError, match=message):
+        linear_probe(clusters(20, 0), clusters(10, 1), **change)
+
+
+def test_different_widths():
+    with pytest.raises(EvaluationError, match="training features have 12 numbers, validation features 8"):
+        linear_probe(clusters(20, 0), clusters(10, 1, width=8))

@@ -1,0 +1,224 @@
+"""MAE: pixels, their normalisation, the loss against loops, what is seen and what learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastssl.batch import Batch
+from fastssl.config import Config, ConfigError, Model
+from fastssl.masks import random_mask
+from fastssl.methods import METHODS, view_list
+from fastssl.methods.mae import MAE, masked_pixel_loss, norm_pixel_target, patchify
+from fastssl.step import Values
+
+VALUES = Values(0, 10, 2, seed=5)
+
+
+def make_method(model: Model | None = None, size: int = 32, count: int = 1, **settings) -> MAE:
+    torch.manual_seed(0)
+    views = MAE.Views()
+    views.main.size, views.main.count = size, count
+    numbers = {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, **settings}
+    model = model or Model("vit_tiny", 32, 8, 48, 2, 3, positions="sincos")
+    return MAE(Config("mae", views, MAE.Settings(**numbers), model=model))
+
+
+def make_batch(size: int = 32, seed: int = 0) -> Batch:
+    images = torch.randn(3, 1, 3, size, size, generator=torch.Generator().manual_seed(seed))
+    return Batch(torch.tensor([4, 9, 2]), torch.full((3,), -1), epoch=3, views={"main": images})
+
+
+def test_patchify_order_is_row_column_channel():
+    images = torch.randn(2, 3, 8, 12)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 6, 48)
+    for patch in range(6):
+        top, left = 4 * (patch // 3), 4 * (patch % 3)
+        for row in range(4):
+            for column in range(4):
+                for channel in range(3):
+                    value = patches[:, patch, (row * 4 + column) * 3 + channel]
+                    assert torch.equal(value, images[:, channel, top + row, left + column])
+
+
+def test_norm_pixel_target():
+    patches = torch.randn(2, 5, 48, dtype=torch.float64) * 3 + 7
+    target = norm_pixel_target(patches)
+    torch.testing.assert_close(target.mean(-1), torch.zeros(2, 5, dtype=torch.float64))
+    variance = target.var(-1, unbiased=True)
+    assert (1 - variance).gt(0).all()  # the 1e-6 under the root
+    assert (1 - variance).lt(1e-5).all()
+    assert norm_pixel_target(torch.full((1, 48), 0.3)).abs().max() == 0
+
+
+def loss_by_loop(prediction, patches, masked, norm_pixels):
+    """Patch by patch over all patches, with a mask of zeros and ones."""
+    total, count = 0.0, 0
+    for b in range(len(patches)):
+        for patch in range(patches.shape[1]):
+            if patch not in masked[b].tolist():
+                continue
+            slot = masked[b].tolist().index(patch)
+            target = patches[b, patch]
+            if norm_pixels:
+                mean = sum(target) / len(target)
+                variance = sum((x - mean) ** 2 for x in target) / (len(target) - 1)
+                target = torch.stack([(x - mean) / (variance + 1e-6) ** 0.5 for x in target])
+            total = total + sum((prediction[b, slot, i] - target[i]) ** 2 for i in range(len(target))) / len(target)
+            count += 1
+    return total / count
+
+
+@pytest.mark.parametrize("norm_pixels", [True, False])
+def test_loss_and_gradient_against_the_loop(norm_pixels):
+    torch.manual_seed(0)
+    prediction = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
+    patches = torch.randn(2, 4, 12, dtype=torch.float64)
+    masked = torch.tensor([[3, 0, 2], [1, 2, 0]])
+    loss = masked_pixel_loss(prediction, patches, masked, norm_pixels)
+    (grad,) = torch.autograd.grad(loss * 0.7, prediction)
+    expected = loss_by_loop(prediction, patches, masked, norm_pixels)
+    (expected_grad,) = torch.autograd.grad(expected * 0.7, prediction)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+def test_loss_of_known_predictions():
+    patches = torch.randn(2, 4, 12, dtype=torch.float64)
+    masked = torch.tensor([[3, 0], [1, 2]])
+    target = torch.stack([norm_pixel_target(patches)[b, masked[b]] for b in range(2)])
+    assert masked_pixel_loss(target, patches, masked).item() == 0
+    assert masked_pixel_loss(target + 0.3, patches, masked).item() == pytest.approx(0.09, abs=1e-12)
+    order = torch.tensor([1, 0])
+    shuffled = masked_pixel_loss((target + 0.3)[order], patches[order], masked[order])
+    assert shuffled.item() == pytest.approx(0.09, abs=1e-12)
+    patches[0, 1] += 100  # visible
+    assert masked_pixel_loss(target, patches, masked).item() == 0
+
+
+def test_bfloat16_predictions_are_compared_in_float32():
+    prediction = torch.randn(2, 2, 12).bfloat16()
+    patches, masked = torch.randn(2, 4, 12), torch.tensor([[3, 0], [1, 2]])
+    loss = masked_pixel_loss(prediction, patches, masked)
+    torch.testing.assert_close(loss, masked_pixel_loss(prediction.float(), patches, masked))
+    assert loss.dtype == torch.float32
+
+
+def test_a_step_in_the_order_of_the_paper():
+    method, batch = make_method(), make_batch()
+    keep, masked = random_mask(batch.id, 16, 0.75, seed=5, epoch=3)
+    assert keep.shape == (3, 4)
+    images = batch.views["main"][:, 0]
+    prediction = method.decoder(method.encoder.tokens(images, keep), keep, masked)
+    expected = masked_pixel_loss(prediction, patchify(images, 8), masked)
+    out = method(batch, VALUES)
+    torch.testing.assert_close(out.loss, expected)
+    assert 0 < out.metrics["feature_std"] < 1.5
+
+
+def test_the_encoder_does_not_see_masked_patches():
+    method, batch = make_method(), make_batch()
+    keep, masked = random_mask(batch.id, 16, 0.75, seed=5, epoch=3)
+    images = batch.views["main"][:, 0].clone().requires_grad_()
+    method.encoder.tokens(images, keep).square().sum().backward()
+    seen = patchify(images.grad, 8).abs().sum(-1)
+    assert seen.gather(1, masked).max() == 0
+    assert seen.gather(1, keep).min() > 0
+
+
+def test_every_trainable_parameter_learns():
+    method = make_method()
+    method(make_batch(), VALUES).loss.backward()
+    for key, parameter in method.named_parameters():
+        assert (parameter.grad is None) == (not parameter.requires_grad), key
+        if parameter.requires_grad:
+            assert parameter.grad.abs().sum() > 0, key
+    assert [key for key, p in method.named_parameters() if not p.requires_grad] == [
+        "encoder.pos_embed",
+        "decoder.pos_embed",
+    ]
+
+
+def test_start_values_are_maes():
+    method = make_method()
+    assert method.decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.5)
+    assert method.encoder.cls_token.std().item() == pytest.approx(0.02, rel=0.5)
+    for linear in (method.encoder.blocks[0].attn.qkv, method.decoder.pred):
+        bound = (6 / sum(linear.weight.shape)) ** 0.5
+        assert 0.95 * bound < linear.weight.abs().max() <= bound
+
+
+def test_loss_falls_on_one_batch():
+    method, batch = make_method(), make_batch()
+    optimizer = torch.optim.AdamW(method.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = method(batch, VALUES).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_image_size_may_differ_from_the_models():
+    method = make_method(size=48)
+    assert method(make_batch(48), VALUES).loss.isfinite()
+
+
+def test_official_checkpoint_round_trip():
+    def official(key: str) -> str:
+        side, _, rest = key.partition(".")
+        return rest if side == "encoder" or rest == "mask_token" else f"decoder_{rest}"
+
+    method = make_method()
+    state = method.state_dict()
+    checkpoint = {"model": {official(key): value for key, value in state.items()}, "epoch": 799}
+    assert {"cls_token", "mask_token", "decoder_embed.weight", "decoder_pos_embed", "decoder_pred.bias"} <= set(
+        checkpoint["model"]
+    )
+    for given in (checkpoint, checkpoint["model"]):
+        other = make_method()
+        for parameter in other.parameters():
+            parameter.data.zero_()
+        other.load_state_dict(MAE.official(given))
+        for key, value in state.items():
+            assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_backbone_stands_under_its_prefix():
+    method = make_method()
+    ours = {key for key in method.state_dict() if key.startswith(method.backbone_prefix)}
+    assert ours == {method.backbone_prefix + key for key in method.backbone.state_dict()}
+    assert method.chance_loss is None
+
+
+def test_size_of_the_published_model():
+    with torch.device("meta"):
+        config = Config("mae", MAE.Views(), MAE.Settings(), model=Model("vit_base", positions="sincos"))
+        count = sum(p.numel() for p in MAE(config).parameters() if p.requires_grad)
+    assert count == 111_655_680
+
+
+def test_view_is_that_of_the_paper():
+    (view,) = view_list(METHODS["mae"].Views())
+    assert (view.name, view.count, view.size, view.scale, view.flip) == ("main", 1, 224, (0.2, 1.0), 0.5)
+    assert view.jitter_p == view.gray == view.blur == view.solarize == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 36}, "views.main.size is 36; it must be a multiple of model.patch_size, 8"),
+        ({"count": 2}, "views.main.count is 2; it must be 1 with method mae"),
+        ({"model": Model("resnet18")}, "model.name is 'resnet18'; method mae needs a ViT"),
+        ({"mask_ratio": 1.0}, "mae.mask_ratio is 1.0; it must be between 0 and 1"),
+        ({"mask_ratio": 0.95}, "mae.mask_ratio is 0.95; it must be low enough to keep one of the image's 16 patches"),
+        ({"decoder_heads": 3}, "mae.decoder_width is 32; it must be a multiple of mae.decoder_heads, 3"),
+    ],
+    ids=str,
+)
+def test_messages(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        make_method(**arguments)
