@@ -115,7 +115,7 @@ def _only_chosen(mask: Tensor, f: Callable[..., Tensor], x: Tensor, *parameters:
     if len(chosen) == len(x):
         return f(x, *parameters)
     if len(chosen):
-        x[chosen] = f(*(value.index_select(0, chosen.flip(0)) for value in (x, *parameters)))
+        x[chosen] = f(*(value.index_select(0, chosen) for value in (x, *parameters)))
     return x
 
 

@@ -46,7 +46,7 @@ def kept_patches(num_patches: int, ratio: float) -> int:
     """
     keep = int(num_patches * (1 - ratio) + 1e-6) if 0 <= ratio < 1 else 0
     if keep < 1:
-        raise ValueError(f"mask ratio {ratio} keeps none of {num_patches} patches; it must be from 0 to less than 1")
+        raise ConfigError(f"mask ratio {ratio} keeps none of {num_patches} patches; it must be from 0 to less than 1")
     return keep
 
 

@@ -218,7 +218,7 @@ class Beton:
         text = arguments[ARRAY_ARGUMENTS.itemsize :][: int(head["type_length"])].tobytes()
         try:
             dtype = np.dtype([tuple(item) for item in json.loads(text)])[0]
-        except (ValueError, TypeError, KeyError):
+        except Exception:  # json's and numpy's parsers raise whatever a damaged text makes them
             raise self._fail(f"has a damaged description of the array field '{name}'") from None
         return Field(name, kind, tuple(int(side) for side in head["shape"] if side), dtype)
 

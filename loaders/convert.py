@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import io
+import mmap
 import os
 import sys
 import time
@@ -41,6 +42,7 @@ from fastssl.loaders.sources import SourceError, read_file, scan_folder
 CHUNK = 32  # images per task of a worker
 MAX_SIDE = 65535  # the metadata's 16 bits
 DRAFT = 2  # a JPEG that shrinks is decoded at 1/2, 1/4 or 1/8 if that leaves this many times the wanted side
+BUFFER = 32 << 20  # bytes per worker for the JPEGs of a chunk that are copied; more than this takes memory as it goes
 LISTED = 100  # bad files that a message lists
 
 
@@ -262,24 +264,27 @@ class _Turn:
 
 
 def _start(job: _Job, path: str, turn: _Turn) -> None:
-    global _job_here, _file, _turn
-    _job_here, _file, _turn = job, os.open(path, os.O_WRONLY), turn
+    global _job_here, _file, _turn, _buffer
+    _job_here, _file, _turn, _buffer = job, os.open(path, os.O_WRONLY), turn, memoryview(mmap.mmap(-1, BUFFER))
 
 
 def _convert_chunk(chunk: int) -> tuple:
     try:
-        samples, names, bad, copied = [], [], [], 0
+        samples, names, bad, copied, space = [], [], [], 0, _buffer
         for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(_job_here.files))):
             name = _job_here.files[i]
             try:
-                image, was_copied = encode(os.path.join(_job_here.options.src, name), name, _job_here.options)
+                data = read_file(os.path.join(_job_here.options.src, name), space)
+                image, is_copy = encode(data, name, _job_here.options)
                 parts = [_read_parts(_job_here, name)] if _job_here.options.parts else []
             except DecodeError as error:
                 bad.append((name, str(error)))
                 continue
             samples.append((image, _job_here.labels[i], *parts))
             names.append(name)
-            copied += was_copied
+            if is_copy:
+                copied += 1
+                space = space[len(data) :]
         block = Block(_job_here.fields, samples)
         end = _turn.place(chunk, block)
         block.write(_file)
@@ -289,17 +294,16 @@ def _convert_chunk(chunk: int) -> tuple:
     return names, bad, copied, block.rows, block.sizes, block.crc32, end
 
 
-def encode(path: str, name: str, options: ConvertOptions) -> tuple[Encoded, bool]:
-    """One image file as it is stored, and whether its bytes are those of the file.
+def encode(data: bytes | memoryview, name: str, options: ConvertOptions) -> tuple[Encoded, bool]:
+    """One image file's bytes as they are stored, and whether they are stored unchanged (as a view of `data`).
 
     Raises:
-        DecodeError: the file cannot be read or decoded.
+        DecodeError: the file cannot be decoded.
     """
-    data = read_file(path)
     if len(data) > MAX_PIECE:
         raise DecodeError(f"has {len(data)} bytes; a .beton takes at most {MAX_PIECE} per sample")
     as_raw = options.mode == "raw" or (options.mode == "proportion" and _draw(name) < options.raw_fraction)
-    if data.startswith(jpeg.SOI):
+    if data[:2] == jpeg.SOI:
         header = jpeg.scan(data)
         if header.fault:
             raise DecodeError(header.fault)
@@ -308,7 +312,7 @@ def encode(path: str, name: str, options: ConvertOptions) -> tuple[Encoded, bool
             if options.check == "decode":
                 decode(stored)
             return stored, True
-    image = open_image(data)
+    image = open_image(bytes(data))
     height, width = upright_size(image)
     shrink = options.max_resolution / max(height, width) if options.max_resolution else 1.0
     if shrink < 1:
@@ -316,7 +320,7 @@ def encode(path: str, name: str, options: ConvertOptions) -> tuple[Encoded, bool
         image.draft(None, (round(image.width * shrink * DRAFT), round(image.height * shrink * DRAFT)))
     image = to_rgb(image)
     if (image.height, image.width) != (height, width):
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        image = image.resize((width, height), Image.Resampling.HAMMING)
     if max(height, width) > MAX_SIDE:
         raise DecodeError(f"is {height} x {width} pixels; a .beton holds sides up to {MAX_SIDE}")
     if as_raw:
@@ -326,13 +330,13 @@ def encode(path: str, name: str, options: ConvertOptions) -> tuple[Encoded, bool
     return Encoded(np.frombuffer(buffer.getbuffer(), np.uint8), "jpg", height, width), False
 
 
-def _fits(header: jpeg.Jpeg, data: bytes, options: ConvertOptions) -> bool:
+def _fits(header: jpeg.Jpeg, data: bytes | memoryview, options: ConvertOptions) -> bool:
     """Whether a whole JPEG can be stored as it is: usual coding, upright, not too large."""
     return (
         header.common
         and header.height * header.width <= MAX_PIXELS
         and (not options.max_resolution or max(header.height, header.width) <= options.max_resolution)
-        and (not header.app1 or orientation(open_image(data)) == 1)
+        and (not header.app1 or orientation(open_image(bytes(data))) == 1)
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from fastssl.config import ConfigError
 from fastssl.loaders.philox import HALF, LOW, below, random_words
 
 
@@ -13,7 +14,7 @@ def order(count: int, seed: int, epoch: int) -> np.ndarray:
     Sorts random 32-bit numbers, one per sample; equal ones stay in the order of their ids.
     """
     if not 0 < count < 2**32:
-        raise ValueError(f"the data has {count} samples; from 1 to 2^32 - 1 can be ordered")
+        raise ConfigError(f"the data has {count} samples; from 1 to 2^32 - 1 can be ordered")
     words = random_words(seed, "order", np.arange((count + 3) // 4), epoch)
     keys = np.stack(words, axis=-1).reshape(-1)[:count]
     keys = np.sort((keys << HALF) | np.arange(count, dtype=np.uint64))
@@ -24,11 +25,11 @@ def batches_per_epoch(count: int, batch_size: int, world: int = 1) -> int:
     """Whole batches of `batch_size` images on each of `world` ranks; the samples left over are not used in that epoch.
 
     Raises:
-        ValueError: there is not one whole batch.
+        ConfigError: there is not one whole batch.
     """
     batches = count // (batch_size * world)
     if batches == 0:
-        raise ValueError(
+        raise ConfigError(
             f"the data has {count} images, fewer than one batch of {batch_size * world} "
             f"({batch_size} on each of {world} ranks): lower data.batch_size"
         )

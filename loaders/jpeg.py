@@ -6,6 +6,7 @@ Source: ITU-T T.81, annex B (markers) and table B.2 (frame header).
 from __future__ import annotations
 
 import re
+import struct
 from dataclasses import dataclass
 
 SOI = b"\xff\xd8"
@@ -14,7 +15,9 @@ _HUFFMAN_DCT = {0xC0, 0xC1, 0xC2}  # baseline, extended, progressive
 _SOS, _EOI, _APP1 = 0xDA, 0xD9, 0xE1
 _ALONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length: TEM, RST0 to RST7, SOI
 _LUMA = {(1, 1), (2, 1), (1, 2), (2, 2), (4, 1)}  # samplings of 4:4:4, 4:2:2, 4:4:0, 4:2:0, 4:1:1
-_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # inside a scan: neither a stuffed 0xff nor a restart
+_FRAME = struct.Struct(">BHHB")  # precision, height, width, number of components
+_NO_MARKER = {0x00, *range(0xD0, 0xD8), 0xFF}  # after 0xff: a stuffed 0xff, a restart, a fill byte
+_NEXT_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
 
 
 @dataclass
@@ -35,33 +38,38 @@ class Jpeg:
     app1: bool = False
 
 
-def scan(data: bytes) -> Jpeg:
+def scan(data: bytes | memoryview) -> Jpeg:
     """Walks the segments of a JPEG file up to its end-of-image marker; what follows that is ignored."""
-    jpeg, at, scans, clean = Jpeg(), len(SOI), 0, data.startswith(SOI)
+    jpeg, at, end, scans, clean = Jpeg(), len(SOI), len(data), 0, data[:2] == SOI
     while True:
-        found = _NEXT_MARKER.search(data, at)
-        if not found:
-            jpeg.fault = "is truncated (no end-of-image marker)"
-            return jpeg
-        clean &= scans > 0 or found.start() == at  # stray bytes between two segments
-        code, at = data[found.start() + 1], found.end()
+        if at + 1 >= end or data[at] != 0xFF or data[at + 1] in _NO_MARKER:
+            found = _NEXT_MARKER.search(data, at)
+            if not found:
+                jpeg.fault = "is truncated (no end-of-image marker)"
+                return jpeg
+            clean &= scans > 0  # otherwise, stray bytes between two segments
+            at = found.start()
+        code, at = data[at + 1], at + 2
         if code == _EOI:
             break
         if code in _ALONE:
             continue
-        length = int.from_bytes(data[at : at + 2], "big")
-        if at + max(length, 2) > len(data):
+        length = data[at] << 8 | data[at + 1] if at + 1 < end else 2
+        if at + length > end:
             jpeg.fault = "is truncated (a segment runs past the end)"
             return jpeg
         if length < 2:
             jpeg.fault = f"is damaged (a segment of length {length} at byte {at})"
             return jpeg
-        segment, at = data[at + 2 : at + length], at + length
-        if code in _SOF and not jpeg.height and len(segment) >= 6:
-            jpeg.height, jpeg.width = int.from_bytes(segment[1:3], "big"), int.from_bytes(segment[3:5], "big")
-            jpeg.common = code in _HUFFMAN_DCT and segment[0] == 8 and _common_sampling(segment[5], segment[6:])
-        jpeg.app1 |= code == _APP1
-        scans += code == _SOS
+        if code == _APP1:
+            jpeg.app1 = True
+        elif code == _SOS:
+            scans += 1
+        elif code in _SOF and not jpeg.height and length >= 8:
+            precision, jpeg.height, jpeg.width, count = _FRAME.unpack_from(data, at + 2)
+            components = bytes(data[at + 8 : at + length])
+            jpeg.common = code in _HUFFMAN_DCT and precision == 8 and _common_sampling(count, components)
+        at += length
     if not scans or not jpeg.height or not jpeg.width:
         jpeg.fault = "is damaged (no image between start and end)"
     jpeg.common &= clean

@@ -202,11 +202,20 @@ def scan_folder(path: str | Path) -> tuple[list[str], list[str], np.ndarray]:
     return folders, files, np.array(labels, np.int64)
 
 
-def read_file(path: str) -> bytes:
-    """The bytes of an image file. Raises DecodeError where it cannot be read."""
+def read_file(path: str, space: memoryview | None = None) -> bytes | memoryview:
+    """The bytes of an image file; in `space`, with no new memory, where they fit.
+
+    Raises:
+        DecodeError: the file cannot be read.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
-            return file.read()
+            if space is None:
+                return file.read()
+            size = 0
+            while count := file.readinto(space[size:]):
+                size += count
+            return space[:size] if size < len(space) else bytes(space) + file.read()
     except OSError as error:
         raise DecodeError(f"cannot be read: {error.strerror}") from None
 

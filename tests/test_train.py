@@ -145,17 +145,20 @@ def test_sigterm_and_sigusr1_save_and_end_cleanly(images, tmp_path, kind):
 
 @pytest.mark.parametrize("method", ["dino", "mae"])
 def test_two_processes_equal_one_in_loss_and_weights(images, tmp_path, method):
-    pretrain(config(images, tmp_path / "one", method, run__steps=6, run__log_every=1))
+    # Drop path draws per process, so it is off here. SGD, because Adam divides by gradients
+    # that are zero but for rounding (the bias of the attention keys).
+    more = {"run__steps": 6, "run__log_every": 1, "model__drop_path": 0.0, "optim__name": "sgd", "optim__lr": 1.6}
+    pretrain(config(images, tmp_path / "one", method, **more))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "fastssl.cli", "pretrain"]
-    command += arguments(images, tmp_path / "two", method, run__steps=6, run__log_every=1, data__batch_size=8)
+    command += arguments(images, tmp_path / "two", method, data__batch_size=8, **more)
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
     assert done.returncode == 0, done.stdout + done.stderr
 
     def losses(run):
         return [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
 
-    assert losses("two") == pytest.approx(losses("one"), rel=1e-5)
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-4)
     one, two = (checkpoint.load(tmp_path / run / "last.pt")["method"] for run in ("one", "two"))
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
@@ -238,6 +241,7 @@ def test_bfloat16_trains(images, tmp_path):
 
 def test_resnet_trains(images, tmp_path):
     more = {"model__name": "resnet18", "model__small_images": "true", "model__drop_path": 0.0}
+    more |= {"model__width": 0, "model__depth": 0, "model__heads": 0, "data__batch_size": 4}
     summary = pretrain(config(images, tmp_path, run__steps=2, **more))
     assert summary["step"] == 2
 

@@ -132,6 +132,8 @@ def linear_probe_augmented(
 ) -> ProbeResult:
     """`linear_probe` on random crops and flips, drawn and put through the backbone anew in every epoch.
 
+    An epoch is made of whole batches; the images left over, others each time, wait for the next one.
+
     Args:
         backbone, size, resize, blocks, mean_patch, workers, dtype: as in `features.extract`, and as `val` was made.
         source: labelled training images, same classes as `val`.
@@ -236,7 +238,7 @@ def _fit(
     if several:
         twins_top1, _, twins_loss = _judge(weight[:, len(lrs) :], bias[len(lrs) :], judge)
         held_out_top1 = dict(zip(lrs, twins_top1, strict=True))
-        best = max(range(len(lrs)), key=lambda i: twins_top1[i])
+        best = max(range(len(lrs)), key=lambda i: (twins_top1[i], -twins_loss[i]))
     chosen = weight[:, best : best + 1], bias[best : best + 1]
     if not (torch.isfinite(chosen[0]).all() and torch.isfinite(chosen[1]).all()):
         raise EvaluationError(f"the linear layer diverged with learning rate {lrs[best]}; try smaller ones")

@@ -105,7 +105,8 @@ def test_what_a_backbone_caches_stays_usable_in_training(folder):
 def test_modes_come_back_after_an_error(folder):
     backbone = Probe(fill=float("nan")).train()
     with pytest.raises(EvaluationError, match="the features of image 0 are not finite"):
-        extract(backbone, open_source(str(folder)), size=16)
+        extract(backbone, open_source(str(folder)), size=16, batch_size=1)
+    assert len(backbone.seen) == 1  # found at once, not after hours
     assert all(part.training for part in backbone.modules())
 
 

@@ -309,8 +309,10 @@ def test_bad_sample_is_replaced_and_reported_once(caplog):
             attempt += 1
     assert ids == [substitute.get(sample, sample) for sample in order(12, 3, 0).tolist()]
     healthy = by_sample(loader(source).epoch(0))
-    for key, row in by_sample(batches).items():
-        assert torch.equal(row, healthy[key]), key
+    for batch in batches:
+        for name, value in tensors(batch).items():
+            for row, sample in enumerate(batch.id.tolist()):
+                assert torch.equal(value[row], healthy[sample, name]), (sample, name)
 
 
 def test_too_many_bad_samples_end_the_epoch():
