@@ -2,7 +2,12 @@
 
 from setuptools import find_packages, setup
 
-FOLDERS = {"fastssl": "fastssl", "fastssl.kernels": "kernels", "fastssl.loaders": "loaders", "fastssl.configs": "configs"}
+FOLDERS = {
+    "fastssl": "fastssl",
+    "fastssl.kernels": "kernels",
+    "fastssl.loaders": "loaders",
+    "fastssl.configs": "configs",
+}
 
 setup(
     package_dir=FOLDERS,

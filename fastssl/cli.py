@@ -65,8 +65,8 @@ def convert(arguments: list[str]) -> None:
 
 def verify(arguments: list[str]) -> int:
     """Read every sample of a .beton file and list what is bad."""
-    from fastssl.loaders.beton import VerifyOptions
-    from fastssl.loaders.beton import verify as run
+    from fastssl.loaders.verify import VerifyOptions
+    from fastssl.loaders.verify import verify as run
 
     options, as_json = parse_options("fastssl verify", verify.__doc__, VerifyOptions, arguments, "path")
     report = run(options)

@@ -10,6 +10,8 @@ import zlib
 import torch
 from torch import Tensor
 
+from fastssl.config import ConfigError
+
 LOW = 0xFFFFFFFF
 
 

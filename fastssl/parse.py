@@ -36,7 +36,9 @@ class Parser(ArgumentParser):
         text = re.sub(r"\s+", " ", message).strip()
         unknown = re.search(r"unrecognized arguments: --([\w.]+)", text)
         group = re.search(r"[Gg]roup '([\w.]+)' does not accept (?:option|nested key) '([\w.]+)'", text)
-        other = re.search(r"[Kk]ey '([\w.]+)' is not expected", text) or re.search(r"does not accept '([\w.]+)'", text)
+        other = re.search(r"[Kk]ey '([\w.]+)' is not expected", text) or re.search(
+            r"Option '([\w.]+)' is not accepted", text
+        )
         key = None
         if unknown:
             key = unknown[1]

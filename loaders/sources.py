@@ -148,6 +148,7 @@ class Shards(Source):
             ):
                 if mine != other:
                     raise SourceError(f"{path}: {first.path} and {shard.path} have different {what}")
+        _check_complete(path, shards)
         self.classes, self.has_parts = first.classes, first.has_parts
         self.labels = np.concatenate([shard.labels for shard in shards])
         self._heights = np.concatenate([shard.beton.heights for shard in shards])
@@ -172,6 +173,22 @@ class Shards(Source):
     def _find(self, i: int) -> tuple[BetonSource, int]:
         k = int(np.searchsorted(self._begins, i, side="right")) - 1
         return self._shards[k], i - int(self._begins[k])
+
+
+def _check_complete(path: str, shards: list[BetonSource]) -> None:
+    """Raises SourceError unless files that say which shard they are make up the whole."""
+    said = {shard.path: shard.beton.side.shard for shard in shards if shard.beton.side}
+    totals = {total for _, total in said.values()}
+    if totals <= {1}:
+        return
+    if len(totals) > 1 or len(said) < len(shards):
+        raise SourceError(f"{path} matches files that are not shards of the same conversion")
+    (total,) = totals
+    present = [index for index, _ in said.values()]
+    if missing := sorted(set(range(total)) - set(present)):
+        raise SourceError(f"{path} lacks shard {', '.join(map(str, missing))} of {total} (counted from 0)")
+    if len(present) > total:
+        raise SourceError(f"{path} matches {len(present)} files, but there are {total} shards")
 
 
 def scan_folder(path: str | Path) -> tuple[list[str], list[str], np.ndarray]:

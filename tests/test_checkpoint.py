@@ -6,6 +6,7 @@ import torch
 from fastssl import checkpoint
 from fastssl.checkpoint import CheckpointError
 from fastssl.cli import main
+from fastssl.loaders.synthetic import draw_images
 
 
 def test_saved_content_comes_back_and_opens_without_this_package(tmp_path):
@@ -69,6 +70,8 @@ def test_a_file_that_would_execute_code_is_refused(tmp_path):
 
 
 def test_evaluate_without_a_checkpoint_says_so(tmp_path, capsys):
-    code = main(["evaluate", "knn", "--checkpoint", str(tmp_path / "no.pt"), "--data", "a", "--val", "b"])
+    images = draw_images(tmp_path, train=8, val=8)
+    data = ["--data", str(images / "train"), "--val", str(images / "val")]
+    code = main(["evaluate", "knn", "--checkpoint", str(tmp_path / "no.pt"), *data])
     assert code == 1
     assert "no.pt: no such checkpoint" in capsys.readouterr().err

@@ -14,7 +14,11 @@ from fastssl.config import Config, ConfigError, Data, Health, Optim, Run, Schedu
         (View, {"blur_sigma": (0.0, 2.0)}, "blur_sigma"),
         (Optim, {"lr": 0.0}, "optim.lr is 0.0; it must be positive"),
         (Optim, {"betas": (0.9, 1.0)}, "optim.betas"),
-        (Schedule, {"epochs": 5, "warmup_epochs": 6}, "schedule.warmup_epochs is 6; it must be from 0 to schedule.epochs"),
+        (
+            Schedule,
+            {"epochs": 5, "warmup_epochs": 6},
+            "schedule.warmup_epochs is 6; it must be from 0 to schedule.epochs",
+        ),
         (Run, {"seed": -1}, "run.seed is -1"),
         (Run, {"save_every": 0.0}, "run.save_every"),
         (Health, {"grad_spike": 1.0}, "health.grad_spike"),

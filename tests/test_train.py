@@ -152,7 +152,9 @@ def test_two_processes_equal_one_in_loss_and_weights(images, tmp_path, method):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "fastssl.cli", "pretrain"]
     command += arguments(images, tmp_path / "two", method, data__batch_size=8, **more)
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
     def losses(run):
