@@ -120,7 +120,7 @@ class Model:
     patch_size: int = 16
     """Side of a ViT's patch, in pixels."""
     width: int = 0
-    """Width of a ViT's tokens. 0: the named model's."""
+    """Width of a ViT's tokens, or channels of a ResNet's first stage (64 in the paper). 0: the named model's."""
     depth: int = 0
     """Number of a ViT's blocks. 0: the named model's."""
     heads: int = 0

@@ -90,7 +90,7 @@ class Trainer:
         self.method = METHODS[config.method](config).to(self.device).train()
         if self.device.type == "cuda" and distributed.world() > 1:
             self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
-        if self.device.type == "cuda" and any(isinstance(m, ResNet) for m in self.method.modules()):
+        if any(isinstance(m, ResNet) for m in self.method.modules()):
             self.method = self.method.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.method, config.optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)

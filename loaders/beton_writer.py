@@ -161,6 +161,7 @@ class BetonWriter:
         page = page_for(int(sizes.max(initial=0)))
         header = np.array([(VERSION, len(self.fields), page, len(rows), self._end)], HEADER)
         head, tail = header.tobytes() + self._descriptors.tobytes() + rows.tobytes(), allocations.tobytes()
+        os.ftruncate(self._file, self._end)  # reaches this far even where nothing was stored
         write_at(self._file, head, 0)
         write_at(self._file, tail, self._end)
         os.fsync(self._file)

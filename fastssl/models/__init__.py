@@ -31,9 +31,9 @@ def build_backbone(model: Model, drop_path: float | None = None) -> ViT | ResNet
         ConfigError: unknown name (the nearest known one is named), or numbers that do not fit together.
     """
     if model.name in RESNETS:
-        if model.width or model.depth or model.heads:
-            raise ConfigError(f"model.width, model.depth and model.heads change a ViT; model.name is '{model.name}'")
-        return ResNet(model.name, model.small_images)
+        if model.depth or model.heads:
+            raise ConfigError(f"model.depth and model.heads change a ViT; model.name is '{model.name}'")
+        return ResNet(model.name, model.small_images, model.width or 64)
     if model.name not in VITS:
         near = difflib.get_close_matches(model.name, [*VITS, *RESNETS], n=1, cutoff=0.0)[0]
         raise ConfigError(

@@ -25,20 +25,30 @@ class ResNet(torchvision.models.ResNet):
     Args:
         name: resnet18, resnet34 or resnet50.
         small_images: 3x3 stem with stride 1 and no max-pool, for images of about 32 pixels.
+        channels: of the stem and the first stage; each later stage has twice as many as the one before.
 
     Attributes:
         width: channels of the pooled feature (C).
     """
 
-    def __init__(self, name: str, small_images: bool = False) -> None:
+    def __init__(self, name: str, small_images: bool = False, channels: int = 64) -> None:
         block, layers = LAYERS[name]
         super().__init__(block, layers)
-        self.width = self.fc.in_features
         self.fc = nn.Identity()
+        self.width = 8 * channels * block.expansion
+        if channels != 64:
+            self.inplanes = channels
+            self.conv1 = nn.Conv2d(3, channels, kernel_size=7, stride=2, padding=3, bias=False)
+            self.bn1 = nn.BatchNorm2d(channels)
+            for stage, count in enumerate(layers):
+                made = self._make_layer(block, channels * 2**stage, count, stride=1 if stage == 0 else 2)
+                setattr(self, f"layer{stage + 1}", made)
         if small_images:
-            self.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-            nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.conv1 = nn.Conv2d(3, channels, kernel_size=3, stride=1, padding=1, bias=False)
             self.maxpool = nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """Feature maps after layers 1 to 4: [B, C_l, H_l, W_l], at 1/4, 1/8, 1/16, 1/32 of the image's side
