@@ -50,10 +50,25 @@ class Parser(ArgumentParser):
             text = f"unknown key '{key}'{self._nearest(key)}"
         raise ConfigError(text)
 
+    def parse_args(self, args: list[str], **kwargs: Any) -> Any:
+        """As jsonargparse, but --max-bad and --max_bad are the same."""
+        return super().parse_args([_underscored(argument) for argument in args], **kwargs)
+
+    def format_help(self) -> str:
+        """Options of commands are shown with dashes; configuration keys (with dots) as they stand in a recipe."""
+        return re.sub(
+            r"--[a-z]+(?:_[a-z]+)+(?![\w.])", lambda option: option[0].replace("_", "-"), super().format_help()
+        )
+
     def _nearest(self, key: str) -> str:
         known = [option[2:] for action in self._actions for option in action.option_strings if option.startswith("--")]
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _underscored(argument: str) -> str:
+    key, equals, value = argument.partition("=")
+    return "--" + key[2:].replace("-", "_") + equals + value if key.startswith("--") else argument
 
 
 def parse_options(prog: str, about: str, kind: type, arguments: list[str], *positional: str) -> tuple[Any, bool]:

@@ -40,7 +40,7 @@ from fastssl.loaders.pool import CONTEXT, WorkerDied, ordered, usable_cores
 from fastssl.loaders.sources import SourceError, read_file, scan_folder
 
 CHUNK = 32  # images per task of a worker
-MAX_SIDE = 65535  # the metadata's 16 bits
+MAX_SIDE = 65500  # of a JPEG; the metadata's 16 bits hold little more
 DRAFT = 2  # a JPEG that shrinks is decoded at 1/2, 1/4 or 1/8 if that leaves this many times the wanted side
 BUFFER = 32 << 20  # bytes per worker for the JPEGs of a chunk that are copied; more than this takes memory as it goes
 LISTED = 100  # bad files that a message lists
@@ -75,7 +75,7 @@ class ConvertOptions:
     raw_fraction: float = 0.5
     """With mode=proportion: the fraction of the images that is stored raw, chosen by their names."""
     check: Literal["structure", "decode"] = "structure"
-    """How JPEGs that are copied are checked: their segments and end marker, or also by decoding them (20 x slower)."""
+    """How copied JPEGs are checked: segments and end marker, or also by decoding them (about ten times slower)."""
     max_bad: int = 0
     """Skip up to so many files that cannot be read or decoded; more fail the conversion, with the list."""
     parts: str = ""
@@ -93,12 +93,12 @@ class ConvertOptions:
         check(0.0 <= self.raw_fraction <= 1.0, "raw_fraction", self.raw_fraction, "from 0 to 1")
         check(self.max_bad >= 0, "max_bad", self.max_bad, "0 or more")
         check(self.workers >= 0, "workers", self.workers, "0 (one per core) or more")
-        index, total = self.part
+        index, total = self.shard_numbers
         check(0 <= index < total, "shard", self.shard, "I/N with I from 0 to N-1, such as 0/4")
 
     @property
-    def part(self) -> tuple[int, int]:
-        """`shard` as numbers: which of how many; (0, 1) for all, (0, 0) for one that cannot be read."""
+    def shard_numbers(self) -> tuple[int, int]:
+        """Which shard of how many; (0, 1) for all, (0, 0) where `shard` cannot be read."""
         index, slash, total = (self.shard or "0/1").partition("/")
         return (int(index), int(total)) if slash and index.isdecimal() and total.isdecimal() else (0, 0)
 
@@ -108,8 +108,9 @@ class ConvertResult:
     """What a conversion did.
 
     Attributes:
-        path: the file that was written; size in bytes.
-        images: samples in it; copied of them byte for byte, re-encoded or stored raw the rest.
+        path, size: the file that was written, and its length in bytes.
+        images: samples in it.
+        copied: JPEGs among them that were stored byte for byte; the rest was decoded, and encoded anew or stored raw.
         classes: number of classes.
         bad: (source name, reason) of each file that was skipped.
         seconds: wall-clock time.
@@ -129,7 +130,7 @@ class ConvertResult:
     def summary(self) -> str:
         text = (
             f"{self.path}: {self.images} images in {self.classes or 'no'} classes, {self.size / 1e6:.1f} MB; "
-            f"{self.copied} copied byte for byte, {self.images - self.copied} re-encoded; "
+            f"{self.copied} copied byte for byte, {self.images - self.copied} decoded and stored anew; "
             f"{self.seconds:.1f} s, {self.images / max(self.seconds, 1e-9):.0f} img/s"
         )
         return "\n".join([text, *([_listing("skipped", self.bad)] if self.bad else [])])
@@ -154,7 +155,7 @@ def convert(options: ConvertOptions, say: Callable[[str], None] | None = None) -
     if target.suffix != ".beton":
         raise ConvertError(f"{target} must end in .beton")
     if target.exists() and not options.overwrite:
-        raise ConvertError(f"{target} exists already; --overwrite=true replaces it")
+        raise ConvertError(f"{target} exists already; --overwrite true replaces it")
     if not target.parent.is_dir():
         raise ConvertError(f"{target.parent} is no folder to write {target.name} into")
     job = _job(options)
@@ -164,13 +165,13 @@ def convert(options: ConvertOptions, say: Callable[[str], None] | None = None) -
                 say(f"{writer.partial} was left by an unfinished conversion; starting over")
             outcome = _run(job, writer)
             if len(outcome.bad) > options.max_bad or not outcome.names:
-                head = f"{target} was not written (max_bad is {options.max_bad})"
+                head = f"{target} was not written (up to {options.max_bad} bad files are skipped: --max-bad)"
                 raise ConvertError(_listing(head, outcome.bad), outcome.bad)
-            writer.finish(job.classes, outcome.names, options.part)
+            writer.finish(job.classes, outcome.names, options.shard_numbers)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConvertError(f"no space left for {target}; what was written has been removed") from None
-        raise ConvertError(f"{target} cannot be written: {error.strerror}") from None
+        raise ConvertError(f"{target} cannot be written: {error.strerror or error}") from None
     except (WorkerDied, BetonError) as error:
         raise ConvertError(str(error)) from None
     seconds = time.perf_counter() - begin
@@ -206,7 +207,7 @@ def _job(options: ConvertOptions) -> _Job:
     fields = [Field("image", IMAGE), Field("label", INT)]
     if options.parts:
         fields.append(Field("parts", ARRAY, _parts_shape(options.parts, files), np.dtype("u1")))
-    index, total = options.part
+    index, total = options.shard_numbers
     begin, end = len(files) * index // total, len(files) * (index + 1) // total
     if begin == end:
         raise ConvertError(f"shard {options.shard} is empty: {options.src} has only {len(files)} images")
@@ -215,11 +216,11 @@ def _job(options: ConvertOptions) -> _Job:
 
 def _run(job: _Job, writer: BetonWriter) -> _Outcome:
     """Lets the workers convert all files into the writer's temporary file; shows progress."""
-    outcome = _Outcome()
-    workers = min(job.options.workers or usable_cores(), -(-len(job.files) // CHUNK))
+    outcome, chunks = _Outcome(), -(-len(job.files) // CHUNK)
+    workers = min(job.options.workers or usable_cores(), chunks)
     state = (job, str(writer.partial), _Turn(writer.begin))
     interval = 0.2 if sys.stderr.isatty() else 10.0
-    results = ordered(_convert_chunk, range(-(-len(job.files) // CHUNK)), workers, _start, state)
+    results = ordered(_convert_chunk, range(chunks), workers, _start, state)
     try:
         with tqdm(total=len(job.files), unit="img", desc=writer.path.name, mininterval=interval) as bar:
             for names, bad, copied, rows, sizes, crc32, end in results:
@@ -280,6 +281,9 @@ def _convert_chunk(chunk: int) -> tuple:
             except DecodeError as error:
                 bad.append((name, str(error)))
                 continue
+            except Exception as error:  # one odd file must not end a long conversion; the list of bad files names it
+                bad.append((name, f"cannot be converted ({type(error).__name__}: {error})"))
+                continue
             samples.append((image, _job_here.labels[i], *parts))
             names.append(name)
             if is_copy:
@@ -326,7 +330,7 @@ def encode(data: bytes | memoryview, name: str, options: ConvertOptions) -> tupl
     if as_raw:
         return Encoded(np.array(image).reshape(-1), "raw", height, width), False
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=options.quality)
+    image.save(buffer, "JPEG", quality=options.quality, comment=b"")  # else PIL takes over the source's comment
     return Encoded(np.frombuffer(buffer.getbuffer(), np.uint8), "jpg", height, width), False
 
 

@@ -19,6 +19,7 @@ MAX_PIXELS = 1 << 27
 
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P6")
 _ORIENTATION = 0x0112
+_TIFF_SIZE = (0x0100, 0x0101)  # tags of width and height
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
@@ -89,9 +90,10 @@ def open_image(data: bytes) -> Image.Image:
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Height and width of `to_rgb(image)`, from the header alone."""
-    if image.format != "TIFF" and orientation(image) in _SIDEWAYS:  # PIL reports TIFF sizes upright
-        return image.width, image.height
-    return image.height, image.width
+    width, height = image.size
+    if image.format == "TIFF":  # whose `size` is upright already in newer versions of PIL
+        width, height = (image.tag_v2[tag] for tag in _TIFF_SIZE)
+    return (width, height) if orientation(image) in _SIDEWAYS else (height, width)
 
 
 def orientation(image: Image.Image) -> int:

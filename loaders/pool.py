@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -48,7 +49,9 @@ def ordered(
     try:
         waiting = deque()
         for task in tasks:
-            waiting.append(pool.submit(function, task))
+            with warnings.catch_warnings():  # of fork beside threads (tqdm's, torch's): our workers touch neither
+                warnings.simplefilter("ignore", DeprecationWarning)
+                waiting.append(pool.submit(function, task))
             if len(waiting) > 4 * workers:
                 yield waiting.popleft().result()
         while waiting:

@@ -91,3 +91,16 @@ def test_every_command_has_help(command, capsys):
         raise SystemExit(main([command, *arguments, "--help"]))
     assert stop.value.code == 0
     assert "usage" in capsys.readouterr().out
+
+
+def test_dashes_and_underscores_are_the_same(tmp_path):
+    config, _ = parse_pretrain(["--method=mae", "--data.path=a-b_c.beton", "--data.batch-size", "32"])
+    assert config.data.batch_size == 32
+    assert config.data.path == "a-b_c.beton"
+
+
+def test_help_shows_dashes_for_commands_and_underscores_for_configuration_keys(capsys):
+    for arguments, shown in ((["convert"], "--max-resolution"), (["pretrain", "--method=mae"], "--data.batch_size")):
+        with pytest.raises(SystemExit):
+            main([*arguments, "--help"])
+        assert shown in capsys.readouterr().out

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from fastssl.config import ConfigError
 from fastssl.loaders import beton_writer, convert
@@ -268,7 +269,7 @@ def test_bad_files_fail_the_conversion_with_the_list(tmp_path, bad_folder):
     with pytest.raises(ConvertError) as caught:
         run(bad_folder, tmp_path / "a.beton", max_bad=6)
     message = str(caught.value)
-    assert "a.beton was not written (max_bad is 6): 7 bad files" in message
+    assert "a.beton was not written (up to 6 bad files are skipped: --max-bad): 7 bad files" in message
     for name, reason in REASONS.items():
         assert f"\n  {name} {reason}" in message
     assert [name for name, _ in caught.value.bad] == sorted(REASONS)
@@ -304,9 +305,32 @@ def test_decoding_finds_what_the_structure_does_not_show(tmp_path):
         run(tmp_path / "in", tmp_path / "b.beton", check="decode")
 
 
-def test_sides_beyond_sixteen_bits(tmp_path):
+def test_an_odd_file_is_listed_with_what_went_wrong(tmp_path, many, monkeypatch):
+    real = convert.encode
+
+    def fail(data, name, options):
+        if name == "class 0/003.jpg":
+            raise ZeroDivisionError("odd")
+        return real(data, name, options)
+
+    monkeypatch.setattr(convert, "encode", fail)
+    assert run(many, tmp_path / "a.beton", max_bad=1).bad == [
+        ("class 0/003.jpg", "cannot be converted (ZeroDivisionError: odd)")
+    ]
+
+
+def test_a_comment_is_not_taken_over(tmp_path):
+    """PIL would write a PNG's comment, which is text, into the JPEG, and fail."""
+    text = PngInfo()
+    text.add_text("comment", "words")
+    save(tmp_path / "in" / "a.png", pnginfo=text)
+    assert run(tmp_path / "in", tmp_path / "a.beton").images == 1
+    assert b"words" not in Beton(tmp_path / "a.beton").image(0).data.tobytes()
+
+
+def test_sides_beyond_those_of_a_jpeg(tmp_path):
     save(tmp_path / "in" / "long.png", Image.new("RGB", (70000, 1)))
-    with pytest.raises(ConvertError, match=r"long\.png is 1 x 70000 pixels; a \.beton holds sides up to 65535"):
+    with pytest.raises(ConvertError, match=r"long\.png is 1 x 70000 pixels; a \.beton holds sides up to 65500"):
         run(tmp_path / "in", tmp_path / "a.beton")
     assert run(tmp_path / "in", tmp_path / "a.beton", max_resolution=1000).images == 1
 
@@ -379,15 +403,15 @@ def test_a_killed_worker_is_said_and_leaves_nothing(tmp_path, many, monkeypatch)
 
 
 def test_an_error_in_a_worker_stops_those_that_wait_for_it(tmp_path, many, monkeypatch):
-    real = convert.encode
+    real, first = convert.Block, (many / "class 0" / "000.jpg").read_bytes()
 
-    def fail(data, name, options):
-        if name == "class 0/003.jpg":
+    def fail(fields, samples):
+        if samples[0][0].data.tobytes() == first:
             time.sleep(0.3)  # until the others wait for their turn
             raise ZeroDivisionError("a bug")
-        return real(data, name, options)
+        return real(fields, samples)
 
-    monkeypatch.setattr(convert, "encode", fail)
+    monkeypatch.setattr(convert, "Block", fail)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         run(many, tmp_path / "a.beton", workers=4)
     assert os.listdir(tmp_path) == []

@@ -44,7 +44,7 @@ def test_numbers_override_the_name():
         (Model("vit_tiny", width=100), "model.width is 100; it must be a multiple of model.heads, 3"),
         (Model("vit_tiny", width=18, positions="sincos"), "multiple of 4, not 18"),
         (Model("vit_tiny", small_images=True), "model.small_images changes a ResNet's stem"),
-        (Model("resnet18", width=64), "change a ViT; model.name is 'resnet18'"),
+        (Model("resnet18", depth=4), "change a ViT; model.name is 'resnet18'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -38,6 +38,18 @@ def test_stage_maps_of_both_stems():
     assert small(images).shape == (1, 512)
 
 
+@pytest.mark.parametrize(("name", "width"), [("resnet18", 128), ("resnet50", 512)])
+@pytest.mark.parametrize("small_images", [False, True])
+def test_channels_of_the_first_stage_scale_the_whole_network(name, width, small_images):
+    model = ResNet(name, small_images, channels=16).eval()
+    maps = model.stages(torch.randn(1, 3, 32, 32))
+    assert model.width == width == maps[-1].shape[1]
+    assert [m.shape[1] for m in maps] == [width // 8, width // 4, width // 2, width]
+    kernel = model.layer2[0].conv1.weight
+    fan_out = kernel.shape[0] * kernel.shape[2] * kernel.shape[3]
+    assert kernel.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)  # He et al. 2015
+
+
 def test_a_vits_options_are_refused():
     with pytest.raises(ConfigError, match="blocks is 4 and mean_patch False"):
         ResNet("resnet18").represent(torch.randn(1, 3, 32, 32), blocks=4)
