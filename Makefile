@@ -8,8 +8,11 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest
 
+# The converter against FFCV's own; make bench IMAGES=/data/imagenet/val for another folder.
+IMAGES = demo/images/train
 bench: .venv/ready
-	$(BIN)/python docs/benchmarks/convert_vs_ffcv.py
+	test -d $(IMAGES) || $(MAKE) demo
+	$(BIN)/python docs/benchmarks/convert_vs_ffcv.py $(IMAGES)
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

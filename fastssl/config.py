@@ -239,6 +239,8 @@ class Monitor:
     """Epochs between two measurements. 0: off. Needs data.val and labels."""
     k: int = 20
     """Neighbours that vote."""
+    mean_patch: bool = False
+    """The feature is the class token and the mean patch token of a ViT, rather than the class token alone."""
     train_images: int = 10000
     """At most so many (evenly spaced) training images form the memory."""
     val_images: int = 2000

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from fastssl.checkpoint import load_backbone
+from fastssl.device import choose_device
 from fastssl.evaluation.features import extract, pixels
 from fastssl.evaluation.knn import knn_classify
 from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.sources import open_source
 from fastssl.loaders.synthetic import draw_images
+from fastssl.loaders.verify import VerifyOptions, verify
 from fastssl.methods import METHODS
 from fastssl.parse import parse_pretrain
 from fastssl.train import pretrain
@@ -30,7 +32,7 @@ class DemoOptions:
 
     dir: str = "demo"
     """Folder for the images, the .beton files and the run. A second start continues what is there."""
-    train: int = 4000
+    train: int = 3200
     """Training images to draw."""
     val: int = 800
     """Validation images to draw."""
@@ -72,11 +74,11 @@ def demo(options: DemoOptions) -> DemoResult:
     if not all(path.exists() for path in betons.values()):
         print(f"1. drawing {options.train} + {options.val} images into {folder / 'images'}", flush=True)
         images = draw_images(folder / "images", train=options.train, val=options.val)
-        print("2. converting them to .beton", flush=True)
+        print("2. converting them to .beton and verifying the files", flush=True)
         for split, path in betons.items():
-            print(
-                convert(ConvertOptions(str(images / split), str(path), parts=str(images / "parts" / split))).summary()
-            )
+            parts = str(images / "parts" / split)
+            print(convert(ConvertOptions(str(images / split), str(path), parts=parts, overwrite=True)).summary())
+            print(verify(VerifyOptions(str(path))).summary(), flush=True)
     else:
         print(f"1, 2. using the images and .beton files in {folder}", flush=True)
 
@@ -96,13 +98,15 @@ def demo(options: DemoOptions) -> DemoResult:
     print("4. evaluating", flush=True)
     train, val = (open_source(str(path)) for path in betons.values())
     size = config.model.image_size
-    pretrained = load_backbone(run / "last.pt").module
+    device = choose_device(options.device, "device")
+    pretrained = load_backbone(run / "last.pt", device).module
     torch.manual_seed(config.run.seed)
-    untrained = METHODS[config.method](config).backbone.eval()
+    untrained = METHODS[config.method](config).backbone.to(device).eval()
+    how = {"size": size, "mean_patch": config.monitor.mean_patch}
     accuracy = {
-        "knn_random": _knn(extract(untrained, train, size=size), extract(untrained, val, size=size)),
+        "knn_random": _knn(extract(untrained, train, **how), extract(untrained, val, **how)),
         "knn_pixels": _knn(pixels(train), pixels(val)),
-        "knn_pretrained": _knn(extract(pretrained, train, size=size), extract(pretrained, val, size=size)),
+        "knn_pretrained": _knn(extract(pretrained, train, **how), extract(pretrained, val, **how)),
     }
     result = DemoResult(**accuracy, seconds=round(time.perf_counter() - begin, 1), summary=str(run / "summary.json"))
     numbers = {**summary, **accuracy, "seconds": result.seconds}

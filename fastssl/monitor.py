@@ -44,11 +44,13 @@ class KNNMonitor:
         self.val_ids = spaced_ids(len(self.val), config.monitor.val_images)
         self.k, self.size, self.batch_size = config.monitor.k, config.model.image_size, config.data.batch_size
         self.same_images = os.path.realpath(path) == os.path.realpath(val)
+        self.mean_patch = config.monitor.mean_patch
         self.device, self.dtype, self.workers = device, dtype, workers
 
     def measure(self, backbone: nn.Module) -> float:
         """Top-1 accuracy of `backbone`, in percent."""
         options = {"size": self.size, "batch_size": self.batch_size, "workers": self.workers, "dtype": self.dtype}
+        options["mean_patch"] = self.mean_patch
         train = extract(backbone, self.train, ids=self.train_ids, progress="k-NN: memory", **options)
         val = extract(backbone, self.val, ids=self.val_ids, progress="k-NN: queries", **options)
         results = knn_classify(train, val, (self.k,), device=self.device, budget=BUDGET, leave_one_out=self.same_images)

@@ -88,7 +88,7 @@ class Beton:
         heights, widths: int64 [n], in pixels.
 
     Raises:
-        BetonError: not a .beton file, truncated, inconsistent, or accompanied by another file's side file.
+        BetonError: not a .beton file, truncated, or inconsistent.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -284,10 +284,13 @@ class SideFile:
             "crc32": self.crc32,
             "names": _join(names),
         }
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            for key, value in entries.items():
-                with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w") as file:  # ZipInfo's date is fixed: 1980
-                    np.lib.format.write_array(file, value, allow_pickle=False)
+        with open(path, "wb") as file:
+            with zipfile.ZipFile(file, "w") as archive:  # not compressed: libraries differ in the bytes that they make
+                for key, value in entries.items():
+                    with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w") as entry:  # ZipInfo's date is fixed: 1980
+                        np.lib.format.write_array(entry, value, allow_pickle=False)
+            file.flush()
+            os.fsync(file.fileno())
 
     def mismatch(self, beton: Beton) -> str | None:
         """Why this is not the side file of `beton`; None where it is."""
@@ -298,8 +301,10 @@ class SideFile:
         return None
 
     def name(self, i: int) -> str:
-        """Source name of sample `i`, relative to the folder that was converted."""
+        """Source name of sample `i`, relative to the folder that was converted; empty where it is not known."""
         names, ends = self._names
+        if i >= len(ends):
+            return ""
         return os.fsdecode(names[ends[i - 1] + 1 if i else 0 : ends[i]].tobytes())
 
     @cached_property

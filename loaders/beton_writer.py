@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -257,7 +258,6 @@ def _open_alone(path: Path) -> tuple[int, bool]:
 
 def _sync_folder(folder: Path) -> None:
     file = os.open(folder, os.O_RDONLY)
-    try:
+    with contextlib.suppress(OSError):  # some file systems cannot
         os.fsync(file)
-    finally:
-        os.close(file)
+    os.close(file)

@@ -1,15 +1,17 @@
 """CPU time of `fastssl convert` against FFCV's own DatasetWriter, on the same images, alternating in one run.
 
-    python docs/benchmarks/convert_vs_ffcv.py FOLDER [--workers 2] [--rounds 5] [--case TEXT]
+    python docs/benchmarks/convert_vs_ffcv.py [FOLDER] [--workers 2] [--rounds 5] [--case TEXT]
 
-FOLDER has one sub-folder per class. Both write JPEG mode, quality 90, with the same number of processes. CPU
-milliseconds per image are user + system time of all processes, the start of the workers included; the median over the
-rounds counts. The rows called "command" start Python anew each time, imports included, as a user does.
+FOLDER has one sub-folder per class; without it, 1000 small images are drawn. Both write JPEG mode, quality 90, with
+the same number of processes. CPU milliseconds per image are user + system time of all processes, the start of the
+workers included; the median over the rounds counts. The rows called "command" start Python anew each time, imports
+included, as a user does.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import os
 import platform
@@ -26,6 +28,7 @@ from PIL import Image
 
 from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.sources import scan_folder
+from fastssl.loaders.synthetic import draw_images
 
 CASES = {"no size limit": 0, "at most 500 px": 500, "at most 256 px": 256}
 
@@ -97,11 +100,19 @@ def measure(write, folder: str, target: Path, side: int, workers: int) -> tuple[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder")
+    parser.add_argument("folder", nargs="?")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--case", default="", help="measure only the cases whose name contains this")
     options = parser.parse_args()
+    if importlib.util.find_spec("ffcv") is None:
+        sys.exit("ffcv is not installed, so there is nothing to compare with (pip install ffcv opencv-python-headless)")
+    with tempfile.TemporaryDirectory() as drawn:
+        options.folder = options.folder or str(draw_images(drawn, train=1000, val=0) / "train")
+        compare(options)
+
+
+def compare(options: argparse.Namespace) -> None:
     files = [Path(options.folder, name) for name in Images(options.folder).files]
     cases = [(f"{name}, writer alone", side, (write_ours, write_ffcv)) for name, side in CASES.items()]
     cases += [(f"{name}, command", side, (command_ours, command_ffcv)) for name, side in CASES.items()]

@@ -70,8 +70,8 @@ class KNNOptions(EvaluateOptions):
     """A neighbour with cosine similarity s votes with weight exp(s / temperature)."""
     blocks: int = 1
     """Concatenate the class tokens of this many last blocks (ViT)."""
-    mean_patch: bool = False
-    """Append the last block's mean patch token (ViT)."""
+    mean_patch: bool | None = None
+    """Append the last block's mean patch token (ViT). None: as the run's own monitor did (yes for MAE, no for DINO)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,7 +195,8 @@ def evaluate_knn(options: KNNOptions) -> KNNEvaluation:
     begin = time.perf_counter()
     train_source, val_source = open_labelled(options.data, options.val)
     backbone, how = _open(options)
-    how.update(blocks=options.blocks, mean_patch=options.mean_patch, batch_size=options.batch_size)
+    mean_patch = backbone.config["monitor"]["mean_patch"] if options.mean_patch is None else options.mean_patch
+    how.update(blocks=options.blocks, mean_patch=mean_patch, batch_size=options.batch_size)
     train = extract(backbone.module, train_source, progress="features of data", **how)
     val = train if options.same_images else extract(backbone.module, val_source, progress="features of val", **how)
     results = knn_classify(

@@ -74,6 +74,7 @@ class MAE(nn.Module):
         "optim.betas": (0.9, 0.95),
         "schedule.epochs": 800,
         "schedule.warmup_epochs": 40,
+        "monitor.mean_patch": True,  # the class token alone has no loss of its own
     }
     backbone_prefix = "encoder."
     chance_loss = None

@@ -82,6 +82,11 @@ def test_without_side_file_names_are_indices(tmp_path):
     assert (beton.side, beton.classes, beton.name(1)) == (None, [], "a.beton[1]")
 
 
+def test_without_source_names(tmp_path):
+    write(tmp_path / "a.beton", samples(2))
+    assert Beton(tmp_path / "a.beton").name(1) == "a.beton[1]"
+
+
 def test_same_samples_give_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         write(tmp_path / f"{name}.beton", samples(3), names=["x", "y", "z"])

@@ -1,5 +1,6 @@
 """The oracle of our .beton code is FFCV itself: its Loader reads what we write, we read what its writer writes."""
 
+import gc
 import io
 
 import numpy as np
@@ -31,6 +32,12 @@ from fastssl.loaders.verify import VerifyOptions, verify
 # numba, which FFCV compiles with, complains when its functions are collected
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 COUNT = 12
+
+
+@pytest.fixture(autouse=True)
+def collect_compiled_functions():
+    yield
+    gc.collect()
 
 
 def smooth(height, width, seed) -> Image.Image:
