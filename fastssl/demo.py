@@ -9,21 +9,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastssl.checkpoint import load_backbone
-from fastssl.device import choose_device
-from fastssl.evaluation.features import extract, pixels
-from fastssl.evaluation.knn import knn_classify
+from fastssl.evaluation import HEADLINE_K, KNNOptions, evaluate_knn
 from fastssl.loaders.convert import ConvertOptions, convert
-from fastssl.loaders.sources import open_source
 from fastssl.loaders.synthetic import draw_images
 from fastssl.loaders.verify import VerifyOptions, verify
-from fastssl.methods import METHODS
 from fastssl.parse import parse_pretrain
 from fastssl.train import pretrain
-
-NEIGHBOURS = 20
 
 
 @dataclass
@@ -61,7 +52,7 @@ class DemoResult:
             ("random weights", self.knn_random),
             ("pretrained without labels", self.knn_pretrained),
         ]
-        lines = [f"k-NN top-1 on the validation images ({NEIGHBOURS} neighbours, 8 classes, chance 12.5 %)", ""]
+        lines = [f"k-NN top-1 on the validation images ({HEADLINE_K} neighbours, 8 classes, chance 12.5 %)", ""]
         lines += [f"  {name:<28}{value:6.1f} %" for name, value in rows]
         return "\n".join([*lines, "", f"{self.seconds:.0f} s in all; all numbers: {self.summary}"])
 
@@ -96,23 +87,17 @@ def demo(options: DemoOptions) -> DemoResult:
     summary = pretrain(config)
 
     print("4. evaluating", flush=True)
-    train, val = (open_source(str(path)) for path in betons.values())
-    size = config.model.image_size
-    device = choose_device(options.device, "device")
-    pretrained = load_backbone(run / "last.pt", device).module
-    torch.manual_seed(config.run.seed)
-    untrained = METHODS[config.method](config).backbone.to(device).eval()
-    how = {"size": size, "mean_patch": config.monitor.mean_patch}
+    measured = evaluate_knn(
+        KNNOptions(
+            str(run / "last.pt"), str(betons["train"]), str(betons["val"]), device=options.device, baselines=True
+        )
+    )
     accuracy = {
-        "knn_random": _knn(extract(untrained, train, **how), extract(untrained, val, **how)),
-        "knn_pixels": _knn(pixels(train), pixels(val)),
-        "knn_pretrained": _knn(extract(pretrained, train, **how), extract(pretrained, val, **how)),
+        "knn_random": measured.baselines["random"],
+        "knn_pixels": measured.baselines["pixels"],
+        "knn_pretrained": measured.top1,
     }
     result = DemoResult(**accuracy, seconds=round(time.perf_counter() - begin, 1), summary=str(run / "summary.json"))
     numbers = {**summary, **accuracy, "seconds": result.seconds}
     (run / "summary.json").write_text(json.dumps(numbers, indent=1) + "\n")
     return result
-
-
-def _knn(train, val) -> float:
-    return knn_classify(train, val, (NEIGHBOURS,))[NEIGHBOURS].top1

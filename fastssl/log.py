@@ -57,6 +57,10 @@ class Clock:
         """Counts time spent waiting for the next batch."""
         self.waited += seconds
 
+    def skip(self, seconds: float) -> None:
+        """Leaves out time that is not training (a checkpoint, an evaluation)."""
+        self.begin += seconds
+
     def read(self) -> tuple[float, float]:
         """(elapsed seconds, share of them spent waiting for data); starts anew."""
         now = time.perf_counter()

@@ -340,6 +340,7 @@ class Trainer:
                     epoch, into = divmod(self.step, self.steps_per_epoch)
                     if self.step % run.log_every == 0:
                         self.record(log)
+                    aside = time.perf_counter()
                     if self.step % save_steps == 0:
                         self._save_last(log)
                     if into == 0 and run.keep_every and epoch % run.keep_every == 0:
@@ -347,6 +348,7 @@ class Trainer:
                         self.save(self.folder / f"epoch-{epoch:04d}.pt")
                     if into == 0 and self.config.monitor.every and epoch % self.config.monitor.every == 0:
                         self._measure(log)
+                    self.clock.skip(time.perf_counter() - aside)
                 self.record(log)
                 self._save_last(log)
                 return self._summarise(log)

@@ -21,6 +21,9 @@ def test_clock_separates_waiting():
     _, share = clock.read()
     assert share == 1.0
     assert clock.read()[1] == 0.0
+    clock.begin -= 100
+    clock.skip(99)
+    assert 1.0 <= clock.read()[0] < 50
 
 
 def test_resumed_log_drops_lines_beyond_the_checkpoint_and_a_cut_last_line(tmp_path):

@@ -7,15 +7,17 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from fastssl.checkpoint import Backbone, load_backbone
 from fastssl.config import ConfigError, Model
 from fastssl.device import choose_device, choose_dtype
 from fastssl.evaluation import knn, probe
 from fastssl.evaluation.accuracy import format_table
-from fastssl.evaluation.features import Features, extract, open_labelled
+from fastssl.evaluation.features import Features, extract, open_labelled, pixels
 from fastssl.evaluation.knn import KNNResult, knn_classify
 from fastssl.evaluation.probe import ProbeResult, linear_probe, linear_probe_augmented
-from fastssl.models import VITS, check_image_size
+from fastssl.models import VITS, build_backbone, check_image_size
 
 HEADLINE_K = 20  # the k that papers quote
 WIDE = 768  # from this width on DINO takes one block and the mean patch token
@@ -72,6 +74,8 @@ class KNNOptions(EvaluateOptions):
     """Concatenate the class tokens of this many last blocks (ViT)."""
     mean_patch: bool | None = None
     """Append the last block's mean patch token (ViT). None: as the run's own monitor did (yes for MAE, no for DINO)."""
+    baselines: bool = False
+    """Also measure what pretraining has to beat: raw pixels (32 x 32), and the same network with random weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,11 +141,15 @@ class Measured:
 
 @dataclass(frozen=True)
 class KNNEvaluation:
-    """Accuracies by number of neighbours; `k` is the one that gives the headline."""
+    """Accuracies by number of neighbours; `k` is the one that gives the headline.
+
+    `baselines` has the top-1 accuracy, in percent, of `pixels` and `random` weights with `k` neighbours, if asked for.
+    """
 
     measured: Measured
     results: dict[int, KNNResult]
     k: int
+    baselines: dict[str, float]
 
     @property
     def top1(self) -> float:
@@ -150,14 +158,19 @@ class KNNEvaluation:
 
     def as_dict(self) -> dict[str, Any]:
         by_k = {str(k): result.as_dict() for k, result in self.results.items()}
-        return {"k": self.k, **self.results[self.k].as_dict(), "ks": by_k, **vars(self.measured)}
+        baselines = {f"top1_{name}": top1 for name, top1 in self.baselines.items()}
+        return {"k": self.k, **self.results[self.k].as_dict(), **baselines, "ks": by_k, **vars(self.measured)}
 
     def table(self) -> str:
         rows = [("neighbours", "top-1 %", "95 % interval", "top-5 %")]
         for k, result in self.results.items():
             voters = f"{k}" if result.neighbours == k else f"{k} (all {result.neighbours})"
             rows.append((voters, *result.cells()))
-        return f"k-NN, {self.measured.line()}\n\n{format_table(rows)}"
+        lines = [f"k-NN, {self.measured.line()}", "", format_table(rows)]
+        if self.baselines:
+            others = [f"{top1:.1f} % with {name}" for name, top1 in self.baselines.items()]
+            lines += ["", f"to compare, {self.k} neighbours: {', '.join(others)}"]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -195,21 +208,30 @@ def evaluate_knn(options: KNNOptions) -> KNNEvaluation:
     begin = time.perf_counter()
     train_source, val_source = open_labelled(options.data, options.val)
     backbone, how = _open(options)
-    mean_patch = backbone.config["monitor"]["mean_patch"] if options.mean_patch is None else options.mean_patch
+    mean_patch = (
+        backbone.config["monitor"].get("mean_patch", False) if options.mean_patch is None else options.mean_patch
+    )
     how.update(blocks=options.blocks, mean_patch=mean_patch, batch_size=options.batch_size)
     train = extract(backbone.module, train_source, progress="features of data", **how)
     val = train if options.same_images else extract(backbone.module, val_source, progress="features of val", **how)
-    results = knn_classify(
-        train,
-        val,
-        options.ks,
-        temperature=options.temperature,
-        device=choose_device(options.device, "device"),
-        leave_one_out=options.same_images,
-        progress="k-NN",
-    )
-    measured = _measured(options, backbone, len(train), val, begin)
-    return KNNEvaluation(measured, results, HEADLINE_K if HEADLINE_K in results else options.ks[0])
+    voting = {
+        "temperature": options.temperature,
+        "device": choose_device(options.device, "device"),
+        "leave_one_out": options.same_images,
+    }
+    results = knn_classify(train, val, options.ks, progress="k-NN", **voting)
+    headline = HEADLINE_K if HEADLINE_K in results else options.ks[0]
+    baselines = {}
+    if options.baselines:
+        with torch.random.fork_rng():
+            torch.manual_seed(backbone.config["run"]["seed"])
+            untrained = build_backbone(Model(**backbone.config["model"])).to(voting["device"])
+        tables = {
+            "pixels": [pixels(source, workers=options.workers) for source in (train_source, val_source)],
+            "random": [extract(untrained, source, **how) for source in (train_source, val_source)],
+        }
+        baselines = {name: knn_classify(*table, (headline,), **voting)[headline].top1 for name, table in tables.items()}
+    return KNNEvaluation(_measured(options, backbone, len(train), val, begin), results, headline, baselines)
 
 
 def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
