@@ -418,6 +418,8 @@ def test_an_error_in_a_worker_stops_those_that_wait_for_it(tmp_path, many, monke
 
 
 SLOW = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
 import sys, time
 from fastssl.loaders import convert
 real = convert.encode
