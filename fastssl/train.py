@@ -414,7 +414,7 @@ def _compile(method: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _signals(stop) -> Iterator[None]:
-    """SIGTERM and SIGUSR1 (SLURM's warning before the end of a job) call `stop` while the block runs."""
+    """SIGTERM and SIGUSR1 (a scheduler's warning before the end of a job) call `stop` while the block runs."""
     kinds = (signal.SIGTERM, signal.SIGUSR1)
     previous = [signal.signal(kind, lambda *_: stop()) for kind in kinds]
     try:

@@ -143,6 +143,20 @@ def test_sigterm_and_sigusr1_save_and_end_cleanly(images, tmp_path, kind):
     assert checkpoint.load(tmp_path / "last.pt")["step"] == summary["step"]
 
 
+def test_sigterm_to_torchrun_saves_on_all_processes_and_leaves_none_behind(images, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "fastssl.cli", "pretrain"]
+    command += arguments(images, tmp_path, schedule__epochs=4000, run__save_every=0.25, data__batch_size=8)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(process, tmp_path, 1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)  # ends only when every worker has closed its end of the pipe
+    assert "asked to stop" in output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"] is False
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == summary["step"]
+
+
 @pytest.mark.parametrize("method", ["dino", "mae"])
 def test_two_processes_equal_one_in_loss_and_weights(images, tmp_path, method):
     # Drop path draws per process, so it is off here. SGD, because Adam divides by gradients
