@@ -1,0 +1,156 @@
+"""Ahead-of-time build of every kernel that the ops launch, without a GPU: registers, spills and shared memory.
+
+The launches are not listed by hand: each op runs forward and backward on its cases while launches are only recorded,
+and what was recorded is compiled for each architecture exactly as a real launch would be.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastssl.kernels import _launch
+from fastssl.kernels._check import KernelError
+from fastssl.kernels._path import forced, has_triton
+from fastssl.kernels._spec import Maker, Op, map_tensors
+from fastssl.kernels._verify import run
+
+ARCHS = (80, 90, 100)  # A100, H100 and H200, B200
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes of shared memory that a block can have
+
+
+@dataclass(frozen=True)
+class Build:
+    """One kernel variant on one architecture.
+
+    Attributes:
+        op, case, dtype: the first that launches it.
+        kernel: name of the function.
+        arch: 80, 90 or 100.
+        registers: per thread.
+        spills: bytes written to local memory for want of registers.
+        shared: bytes of shared memory per block.
+        warps: per block.
+    """
+
+    op: str
+    case: str
+    dtype: str
+    kernel: str
+    arch: int
+    registers: int
+    spills: int
+    shared: int
+    warps: int
+
+    @property
+    def ok(self) -> bool:
+        """No spills, and the shared memory fits."""
+        return self.spills == 0 and self.shared <= SHARED_LIMIT[self.arch]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": "triton", "arch": f"sm_{self.arch}"}
+
+
+def build_all(ops: list[Op], archs: tuple[int, ...] = ARCHS) -> list[Build]:
+    """Compiles every variant that the ops launch on their training sizes (bench.py lists one case per path).
+
+    Raises:
+        KernelError: Triton is missing or set to interpret.
+    """
+    if not has_triton():
+        raise KernelError("the package triton is not installed, so no kernel can be built")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise KernelError("TRITON_INTERPRET=1 is set, so kernels are interpreted and cannot be built; unset it")
+    launches = [(op, case, dtype, found) for op in ops for case, dtype, found in _launches(op)]
+    jobs = []
+    for arch in archs:
+        seen: set[str] = set()
+        with _target(arch):
+            for op, case, dtype, (kernel, arguments, options) in launches:
+                compiled = kernel.warmup(*arguments, grid=(1,), **options)
+                if compiled.hash not in seen:
+                    seen.add(compiled.hash)
+                    jobs.append((op.name, case, dtype, arch, compiled))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda job: _measure(*job), jobs))
+
+
+def _launches(op: Op) -> Iterator[tuple[str, str, _launch.Launch]]:
+    """Case, dtype and launch of every kernel launch of the op."""
+    for case, parameters in op.bench.items():
+        for dtype in op.dtypes:
+            inputs = op.inputs(Maker(empty=True), dtype, **parameters)
+            inputs = map_tensors(inputs, lambda x: x.to("cpu"))
+            with _launch.record() as recorded, forced("triton"):
+                run(op, op.call, inputs, None, empty=True)
+            for found in recorded:
+                yield case, str(dtype).removeprefix("torch."), found
+
+
+class _Driver:
+    """Stands in for the GPU's driver: says which architecture to compile for."""
+
+    def __init__(self, arch: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.arch = arch
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return -self.arch  # no real device: the kernels' caches of real ones stay as they are
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def _target(arch: int) -> Iterator[None]:
+    from triton.runtime import driver
+
+    driver.set_active(_Driver(arch))
+    try:
+        yield
+    finally:
+        if torch.cuda.is_available():
+            driver.reset_active()
+
+
+def _measure(op: str, case: str, dtype: str, arch: int, compiled: Any) -> Build:
+    """Assembles the PTX once more, with the assembler's own report."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    ptx = compiled.asm["ptx"]
+    name = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise KernelError(f"{op}, {case}, {dtype}, sm_{arch}: ptxas failed: {done.stderr.strip().splitlines()[0]}")
+    registers = int(re.search(r"Used (\d+) registers", done.stderr)[1])
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr))
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    return Build(op, case, dtype, compiled.metadata.name, arch, registers, spills, shared, warps)
+
+
+def device_arch() -> int | None:
+    """The architecture number of this machine's GPU, as in ARCHS."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor

@@ -1,0 +1,77 @@
+"""Which path an op takes: the Triton kernel or the PyTorch reference.
+
+The environment variable FASTSSL_KERNELS decides: `auto` (default; the kernel for CUDA tensors where Triton is
+installed), `reference` (never the kernel), `triton` (always the kernel; on the CPU only under TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from fastssl.kernels import _launch
+from fastssl.kernels._check import KernelError
+
+VARIABLE = "FASTSSL_KERNELS"
+MODES = ("auto", "reference", "triton")
+
+
+def use_triton(op: str, *tensors: Tensor) -> bool:
+    """Whether a call with these tensors goes to the kernel.
+
+    Raises:
+        KernelError: the variable has another value, or demands a kernel that cannot run.
+    """
+    mode = _mode()
+    if mode not in MODES:
+        raise KernelError(f"{VARIABLE} is '{mode}'; it must be one of {', '.join(MODES)}")
+    if mode == "reference":
+        return False
+    on_gpu = all(tensor.is_cuda for tensor in tensors)
+    if mode == "auto":
+        return on_gpu and has_triton()
+    if not has_triton():
+        raise KernelError(f"{op}: {VARIABLE}=triton, but the package triton is not installed")
+    if not (on_gpu or _interpreted()):
+        raise KernelError(f"{op}: {VARIABLE}=triton needs CUDA tensors (or TRITON_INTERPRET=1 on the CPU)")
+    return True
+
+
+@torch.compiler.assume_constant_result
+def _mode() -> str:
+    return os.environ.get(VARIABLE) or "auto"
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    return _launch.recording() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@torch.compiler.assume_constant_result
+def has_triton() -> bool:
+    return _find_triton()
+
+
+@cache
+def _find_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@contextmanager
+def forced(mode: str) -> Iterator[None]:
+    """Within the context every op takes the path `mode`, one of MODES."""
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = mode
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VARIABLE]
+        else:
+            os.environ[VARIABLE] = before
