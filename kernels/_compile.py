@@ -138,7 +138,14 @@ def _measure(op: str, case: str, dtype: str, arch: int, compiled: Any) -> Build:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", str(source), "-o", str(source.with_suffix(".cubin"))]
+        command = [
+            get_ptxas(arch).path,
+            "-v",
+            f"--gpu-name={name}",
+            str(source),
+            "-o",
+            str(source.with_suffix(".cubin")),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise KernelError(f"{op}, {case}, {dtype}, sm_{arch}: ptxas failed: {done.stderr.strip().splitlines()[0]}")

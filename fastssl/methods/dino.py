@@ -15,13 +15,13 @@ from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import distributed
 from fastssl.batch import Batch
 from fastssl.config import Config, View, check
 from fastssl.ema import ema_update
+from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.heads import DINOHead
 from fastssl.schedule import cosine, linear_ramp
@@ -135,12 +135,16 @@ class DINO(nn.Module):
             features, teacher = self.teacher(large)  # [T, B, D], [T, B, K]
 
         temp = linear_ramp(values.epoch, s.warmup_teacher_temp_epochs - 1, s.warmup_teacher_temp, s.teacher_temp)
-        loss, metrics = dino_loss(student, teacher, self.center, s.student_temp, temp)
+        result = centering_softmax_loss(student, teacher, self.center, s.student_temp, temp)
         if self.training:
-            update_center(self.center, teacher, s.center_momentum)
-        metrics["feature_std"] = feature_spread(features[0])
-        metrics["center_norm"] = self.center.norm()
-        return Step(loss, metrics)
+            update_center(self.center, result.column_sum, teacher.shape[0] * teacher.shape[1], s.center_momentum)
+        metrics = {
+            "teacher_entropy": result.entropy / math.log(s.out_dim),
+            "teacher_student_kl": result.divergence,
+            "feature_std": feature_spread(features[0]),
+            "center_norm": self.center.norm(),
+        }
+        return Step(result.loss, metrics)
 
     def after_backward(self, values: Values) -> None:
         """Drops the gradient of the prototypes in the first epochs."""
@@ -207,56 +211,14 @@ class Network(nn.Module):
         return joined, self.head(joined)
 
 
-def dino_loss(
-    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy from the teacher's class of each of its crops to the student's class of every other crop (eq. 3).
-
-        for t in range(T):
-            q = softmax((teacher[t] - center) / teacher_temp)
-            for v in range(V):
-                if v != t:  # the same crop
-                    total += mean over images of -sum(q * log_softmax(student[v] / student_temp))
-        loss = total / (T V - T)
-
-    Cross-entropy is linear in q, so each student crop is compared once with the sum of its targets.
-
-    Args:
-        student: logits [V, B, K]; the first T crops are the teacher's crops.
-        teacher: logits [T, B, K]; no gradient flows to them.
-        center: [K], subtracted from the teacher's logits.
-        student_temp, teacher_temp: softmax temperatures.
-
-    Returns:
-        The loss and two metrics: `teacher_entropy`, the mean entropy of q over ln K, and `teacher_student_kl`, the mean
-        KL divergence from q to the student's class, in nats.
-    """
-    num_teacher, num_student, classes = len(teacher), len(student), student.shape[-1]
-    with torch.no_grad():
-        log_q = F.log_softmax((_at_least_fp32(teacher) - center) / teacher_temp, dim=-1)
-        q = log_q.exp()
-        entropy = -(q * log_q).sum(-1).mean()
-        everything = q.sum(0)  # [B, K]
-    total = student.new_zeros((), dtype=log_q.dtype)
-    for v in range(num_student):
-        target = everything - q[v] if v < num_teacher else everything
-        total = total - (target * F.log_softmax(_at_least_fp32(student[v]) / student_temp, dim=-1)).sum(-1).mean()
-    loss = total / (num_teacher * num_student - num_teacher)
-    metrics = {"teacher_entropy": entropy / math.log(classes), "teacher_student_kl": loss.detach() - entropy}
-    return loss, metrics
-
-
 @torch.no_grad()
-def update_center(center: Tensor, teacher: Tensor, momentum: float) -> None:
+def update_center(center: Tensor, column_sum: Tensor, rows: int, momentum: float) -> None:
     """center <- momentum x center + (1 - momentum) x mean teacher logits over crops, images and processes (equation 4).
 
     Args:
         center: [K], changed in place.
-        teacher: logits [T, B, K] of this process; every process holds as many.
+        column_sum: [K], sum of this process's teacher logits over crops and images.
+        rows: T x B, how many were summed; the same on every process.
     """
-    mean = _at_least_fp32(teacher).mean(dim=(0, 1))
-    center.lerp_(distributed.all_reduce_mean(mean).to(center.dtype), 1.0 - momentum)
-
-
-def _at_least_fp32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = distributed.all_reduce_mean(column_sum / rows)
+    center.lerp_(mean.to(center.dtype), 1.0 - momentum)

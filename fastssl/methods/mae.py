@@ -11,15 +11,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, View, check
+from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
 from fastssl.masks import random_mask
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.decoders import MAEDecoder
-from fastssl.models.vit import ViT, patch_grid, take_tokens, xavier_init_
+from fastssl.models.vit import ViT, patch_grid, xavier_init_
 from fastssl.step import Step, Values, feature_spread
 
 
@@ -110,13 +110,14 @@ class MAE(nn.Module):
 
     def forward(self, batch: Batch, values: Values) -> Step:
         images = batch.views["main"][:, 0]  # [B, 3, S, S]
-        patches = patchify(images, self.encoder.patch_size)  # [B, N, 3 p p]
+        p = self.encoder.patch_size
+        rows, columns = patch_grid(images, p)
         keep, masked = random_mask(
-            batch.id, patches.shape[1], self.settings.mask_ratio, seed=values.seed, epoch=batch.epoch
+            batch.id, rows * columns, self.settings.mask_ratio, seed=values.seed, epoch=batch.epoch
         )  # [B, K], [B, M]
         tokens = self.encoder.tokens(images, keep)  # [B, 1+K, D]
         prediction = self.decoder(tokens, keep, masked)  # [B, M, 3 p p]
-        loss = masked_pixel_loss(prediction, patches, masked, self.settings.norm_pixel_loss)
+        loss = patch_pixel_loss(prediction, images, masked, patch_size=p, norm_pixels=self.settings.norm_pixel_loss)
         return Step(loss, {"feature_std": feature_spread(tokens[:, 0])})
 
     def after_backward(self, values: Values) -> None:
@@ -140,36 +141,3 @@ class MAE(nn.Module):
             return f"encoder.{key}"
 
         return {ours(key): value for key, value in checkpoint.get("model", checkpoint).items()}
-
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """[B, 3, H, W] -> [B, N, 3 p p]: patches in row-major order, values in the order row, column, channel."""
-    rows, columns = patch_grid(images, patch_size)
-    x = images.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))  # [B, 3, rows, p, columns, p]
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-
-
-def norm_pixel_target(patches: Tensor) -> Tensor:
-    """Each patch less its mean, divided by its standard deviation: [.., P] -> [.., P] (section 4.1 of the paper).
-
-    The variance is the unbiased one, plus 1e-6.
-    """
-    mean = patches.mean(dim=-1, keepdim=True)
-    variance = patches.var(dim=-1, keepdim=True, unbiased=True)
-    return (patches - mean) * torch.rsqrt(variance + 1e-6)
-
-
-def masked_pixel_loss(prediction: Tensor, patches: Tensor, masked: Tensor, norm_pixels: bool = True) -> Tensor:
-    """Mean squared error over the masked patches, in float32 or better.
-
-    Args:
-        prediction: [B, M, P], in the order of `masked`.
-        patches: the pixels of all patches, [B, N, P]; no gradient flows to them.
-        masked: int64 [B, M].
-        norm_pixels: compare with `norm_pixel_target` rather than with the pixels themselves.
-    """
-    exact = torch.promote_types(prediction.dtype, torch.float32)
-    target = take_tokens(patches.detach(), masked).to(exact)
-    if norm_pixels:
-        target = norm_pixel_target(target)
-    return (prediction.to(exact) - target).square().mean()

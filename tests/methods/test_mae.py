@@ -1,4 +1,4 @@
-"""MAE: pixels, their normalisation, the loss against loops, what is seen and what learns."""
+"""MAE: a step in the order of the paper, what is seen and what learns."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import torch
 
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, Model
+from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
 from fastssl.masks import random_mask
 from fastssl.methods import METHODS, view_list
-from fastssl.methods.mae import MAE, masked_pixel_loss, norm_pixel_target, patchify
+from fastssl.methods.mae import MAE
+from fastssl.models.vit import cut_patches
 from fastssl.step import Values
 
 VALUES = Values(0, 10, 2, seed=5)
@@ -29,89 +31,13 @@ def make_batch(size: int = 32, seed: int = 0) -> Batch:
     return Batch(torch.tensor([4, 9, 2]), torch.full((3,), -1), epoch=3, views={"main": images})
 
 
-def test_patchify_order_is_row_column_channel():
-    images = torch.randn(2, 3, 8, 12)
-    patches = patchify(images, 4)
-    assert patches.shape == (2, 6, 48)
-    for patch in range(6):
-        top, left = 4 * (patch // 3), 4 * (patch % 3)
-        for row in range(4):
-            for column in range(4):
-                for channel in range(3):
-                    value = patches[:, patch, (row * 4 + column) * 3 + channel]
-                    assert torch.equal(value, images[:, channel, top + row, left + column])
-
-
-def test_norm_pixel_target():
-    patches = torch.randn(2, 5, 48, dtype=torch.float64) * 3 + 7
-    target = norm_pixel_target(patches)
-    torch.testing.assert_close(target.mean(-1), torch.zeros(2, 5, dtype=torch.float64))
-    variance = target.var(-1, unbiased=True)
-    assert (1 - variance).gt(0).all()  # the 1e-6 under the root
-    assert (1 - variance).lt(1e-5).all()
-    assert norm_pixel_target(torch.full((1, 48), 0.3)).abs().max() == 0
-
-
-def loss_by_loop(prediction, patches, masked, norm_pixels):
-    """Patch by patch over all patches, with a mask of zeros and ones."""
-    total, count = 0.0, 0
-    for b in range(len(patches)):
-        for patch in range(patches.shape[1]):
-            if patch not in masked[b].tolist():
-                continue
-            slot = masked[b].tolist().index(patch)
-            target = patches[b, patch]
-            if norm_pixels:
-                mean = sum(target) / len(target)
-                variance = sum((x - mean) ** 2 for x in target) / (len(target) - 1)
-                target = torch.stack([(x - mean) / (variance + 1e-6) ** 0.5 for x in target])
-            total = total + sum((prediction[b, slot, i] - target[i]) ** 2 for i in range(len(target))) / len(target)
-            count += 1
-    return total / count
-
-
-@pytest.mark.parametrize("norm_pixels", [True, False])
-def test_loss_and_gradient_against_the_loop(norm_pixels):
-    torch.manual_seed(0)
-    prediction = torch.randn(2, 3, 12, dtype=torch.float64, requires_grad=True)
-    patches = torch.randn(2, 4, 12, dtype=torch.float64)
-    masked = torch.tensor([[3, 0, 2], [1, 2, 0]])
-    loss = masked_pixel_loss(prediction, patches, masked, norm_pixels)
-    (grad,) = torch.autograd.grad(loss * 0.7, prediction)
-    expected = loss_by_loop(prediction, patches, masked, norm_pixels)
-    (expected_grad,) = torch.autograd.grad(expected * 0.7, prediction)
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(grad, expected_grad)
-
-
-def test_loss_of_known_predictions():
-    patches = torch.randn(2, 4, 12, dtype=torch.float64)
-    masked = torch.tensor([[3, 0], [1, 2]])
-    target = torch.stack([norm_pixel_target(patches)[b, masked[b]] for b in range(2)])
-    assert masked_pixel_loss(target, patches, masked).item() == 0
-    assert masked_pixel_loss(target + 0.3, patches, masked).item() == pytest.approx(0.09, abs=1e-12)
-    order = torch.tensor([1, 0])
-    shuffled = masked_pixel_loss((target + 0.3)[order], patches[order], masked[order])
-    assert shuffled.item() == pytest.approx(0.09, abs=1e-12)
-    patches[0, 1] += 100  # visible
-    assert masked_pixel_loss(target, patches, masked).item() == 0
-
-
-def test_bfloat16_predictions_are_compared_in_float32():
-    prediction = torch.randn(2, 2, 12).bfloat16()
-    patches, masked = torch.randn(2, 4, 12), torch.tensor([[3, 0], [1, 2]])
-    loss = masked_pixel_loss(prediction, patches, masked)
-    torch.testing.assert_close(loss, masked_pixel_loss(prediction.float(), patches, masked))
-    assert loss.dtype == torch.float32
-
-
 def test_a_step_in_the_order_of_the_paper():
     method, batch = make_method(), make_batch()
     keep, masked = random_mask(batch.id, 16, 0.75, seed=5, epoch=3)
     assert keep.shape == (3, 4)
     images = batch.views["main"][:, 0]
     prediction = method.decoder(method.encoder.tokens(images, keep), keep, masked)
-    expected = masked_pixel_loss(prediction, patchify(images, 8), masked)
+    expected = patch_pixel_loss(prediction, images, masked, patch_size=8)
     out = method(batch, VALUES)
     torch.testing.assert_close(out.loss, expected)
     assert 0 < out.metrics["feature_std"] < 1.5
@@ -122,7 +48,7 @@ def test_the_encoder_does_not_see_masked_patches():
     keep, masked = random_mask(batch.id, 16, 0.75, seed=5, epoch=3)
     images = batch.views["main"][:, 0].clone().requires_grad_()
     method.encoder.tokens(images, keep).square().sum().backward()
-    seen = patchify(images.grad, 8).abs().sum(-1)
+    seen = cut_patches(images.grad, 8).abs().sum(-1)
     assert seen.gather(1, masked).max() == 0
     assert seen.gather(1, keep).min() > 0
 
