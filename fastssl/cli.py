@@ -103,6 +103,24 @@ def evaluate(arguments: list[str]) -> None:
     print(json.dumps(result.as_dict()) if as_json else result.table())
 
 
+def bench(arguments: list[str]) -> int:
+    """Measure the parts: fastssl bench kernels."""
+    from fastssl.kernels._bench import KernelBenchOptions
+    from fastssl.kernels._bench import bench as bench_kernels
+
+    benches: dict[str, tuple[type, Callable]] = {"kernels": (KernelBenchOptions, bench_kernels)}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: fastssl bench {'|'.join(benches)} [options]   (fastssl bench kernels --help lists them)")
+        return 0
+    if arguments[0] not in benches:
+        raise ConfigError(f"bench '{arguments[0]}' is unknown; known: {', '.join(benches)}")
+    kind, run = benches[arguments[0]]
+    options, as_json = parse_options(f"fastssl bench {arguments[0]}", run.__doc__, kind, arguments[1:])
+    result = run(options)
+    print(json.dumps(result.as_dict()) if as_json else result.table())
+    return 0 if result.ok else 1
+
+
 def demo(arguments: list[str]) -> None:
     """The whole walk on a drawn image set: make images, convert, pretrain, evaluate (minutes on a CPU)."""
     from fastssl.demo import DemoOptions
@@ -118,6 +136,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "verify": verify,
     "pretrain": pretrain,
     "evaluate": evaluate,
+    "bench": bench,
     "demo": demo,
 }
 

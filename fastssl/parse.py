@@ -72,14 +72,23 @@ def _underscored(argument: str) -> str:
 
 
 def parse_options(prog: str, about: str, kind: type, arguments: list[str], *positional: str) -> tuple[Any, bool]:
-    """Parses `arguments` into the dataclass `kind`; returns it and whether --json was asked for."""
-    parser = Parser(prog=prog, description=about)
+    """Parses `arguments` into the dataclass `kind`; returns it and whether --json was asked for.
+
+    A yes-or-no option alone (--compile-only) means yes. `about` is shown up to its first empty line.
+    """
+    parser = Parser(prog=prog, description=about.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
     first = []
     while arguments and not arguments[0].startswith("-") and len(first) < len(positional):
         first.append(arguments[0])
         arguments = arguments[1:]
     given = [f"--{name}={value}" for name, value in zip(positional, first, strict=False)]
+    switches = {f"--{field.name}" for field in fields(kind) if field.type in (bool, "bool")}
+    following = [*arguments, ""][1:]
+    arguments = [
+        f"{argument}=true" if _underscored(argument) in switches and after not in ("true", "false") else argument
+        for argument, after in zip(arguments, following, strict=True)
+    ]
     parser.add_class_arguments(kind, None)
     if positional:
         parser.usage = f"%(prog)s {' '.join(name.upper() for name in positional)} [options]"

@@ -52,8 +52,10 @@ def verify(op: Op, case: Case, dtype: torch.dtype, device: torch.device | str = 
         got, got_grads, _ = run(op, op.call, inputs, upstream, seed)
     assert len(got) == len(expected), f"{op.name}: {len(got)} outputs, the reference has {len(expected)}"
     pairs = [(f"output {i}", got[i], expected[i]) for i in (op.compare or range(len(got)))]
-    pairs += [(f"gradient of {n}", got_grads[n], expected_grads[n]) for n in got_grads]
+    gradients = [(f"gradient of {n}", got_grads.get(n), expected_grads[n]) for n in expected_grads]
     errors = [_error(op, dtype, *pair) for pair in pairs]
+    assert len(got_grads) == len(expected_grads), f"{op.name}: not the same outputs as the reference's have a gradient"
+    errors += [_error(op, dtype, *pair) for pair in gradients]
     bad = [error for error in errors if not error.ok]
     assert not bad, f"{op.name} {case} {dtype}: " + "; ".join(
         f"{error.name} is off by {error.relative:.2e} (relative), {error.worst:.2e} (worst)" for error in bad
@@ -75,7 +77,8 @@ def run(
     With `empty`, the inputs themselves are used and upstream gradients hold anything.
 
     Returns:
-        Outputs (then the mutated inputs), gradients by input name ("x[1]" for an item of a list), upstream gradients.
+        Outputs (then the mutated inputs), gradients by input name ("x[1]" for an item of a list; none if the upstream
+        gradients do not fit the outputs that ask for them), upstream gradients.
     """
     if not empty:
         inputs = map_tensors(inputs, _copy)
@@ -90,12 +93,13 @@ def run(
         if upstream is None:
             maker = Maker(roots[0].device if roots else "cpu", seed + 1, empty=empty)
             upstream = [maker.normal(*root.shape, scale=op.upstream) for root in roots]
-        given = [gradient.to(root.dtype) for gradient, root in zip(upstream, roots, strict=True)]
-        values = torch.autograd.grad(roots, list(leaves.values()), given, allow_unused=True)
-        grads = {
-            name: torch.zeros_like(leaf) if value is None else value
-            for (name, leaf), value in zip(leaves.items(), values, strict=True)
-        }
+        if [root.shape for root in roots] == [gradient.shape for gradient in upstream]:
+            given = [gradient.to(root.dtype) for gradient, root in zip(upstream, roots, strict=True)]
+            values = torch.autograd.grad(roots, list(leaves.values()), given, allow_unused=True)
+            grads = {
+                name: torch.zeros_like(leaf) if value is None else value
+                for (name, leaf), value in zip(leaves.items(), values, strict=True)
+            }
     outputs = [output.detach() for output in outputs] + [x for name in op.mutates for x in tensors(inputs[name])]
     return outputs, grads, upstream or []
 

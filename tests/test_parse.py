@@ -84,7 +84,7 @@ def test_commands_fail_with_one_line_and_a_code(arguments, words, capsys):
     assert "Traceback" not in printed.err
 
 
-@pytest.mark.parametrize("command", ["convert", "verify", "pretrain", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["convert", "verify", "pretrain", "evaluate", "bench", "demo"])
 def test_every_command_has_help(command, capsys):
     arguments = ["--method=dino"] if command == "pretrain" else []
     with pytest.raises(SystemExit) as stop:
@@ -104,3 +104,28 @@ def test_help_shows_dashes_for_commands_and_underscores_for_configuration_keys(c
         with pytest.raises(SystemExit):
             main([*arguments, "--help"])
         assert shown in capsys.readouterr().out
+
+
+def test_a_switch_alone_means_yes():
+    from dataclasses import dataclass
+
+    from fastssl.parse import parse_options
+
+    @dataclass
+    class Options:
+        """What it does."""
+
+        build_only: bool = False
+        """Only build."""
+        name: str = ""
+        """A name."""
+
+    for given, expected in (
+        (["--build-only"], True),
+        (["--build_only", "--name=x"], True),
+        (["--build-only", "false"], False),
+        (["--build-only=false", "--name", "x"], False),
+        ([], False),
+    ):
+        options, _ = parse_options("fastssl thing", "About.", Options, given)
+        assert options.build_only is expected, given

@@ -8,6 +8,14 @@ import torch
 from fastssl.kernels._path import forced
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, `pytest -m gpu` runs every kernel test, because all of them then run on it."""
+    if torch.cuda.is_available():
+        for item in items:
+            if "kernels" in item.path.parts:
+                item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
