@@ -32,7 +32,7 @@ def inputs(
     return {
         "prediction": prediction[..., ::2] if strided else prediction,
         "images": images.to(memory_format=torch.channels_last) if strided else images,
-        "masked": masked.to(torch.int32) if strided else masked,
+        "masked": masked.int().T.contiguous().T if strided else masked,
         "patch_size": p,
         "count": make.integers(B, high=M + 1) if count else None,
         "pixels": None if pixels is None else make.boolean(B, *size, p=pixels),
