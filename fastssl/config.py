@@ -97,6 +97,9 @@ class Data:
     """Decoding threads per process. 0: this machine's cores divided by the processes on it."""
     prefetch: int = 4
     """Batches prepared ahead of the training step."""
+    page_window: int = 0
+    """For a .beton that does not fit in memory: shuffle only the samples of so many pages (8 MiB each) at a time, pages
+    in random order, so that the disk is read in large pieces. 0: shuffle everything."""
     on_bad: Literal["skip", "raise"] = "skip"
     """A sample that cannot be decoded is replaced by another one (skip) or ends the run (raise)."""
     max_bad: int = 100
@@ -106,6 +109,7 @@ class Data:
         check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
         check(self.workers >= 0, "data.workers", self.workers, "0 (automatic) or more")
         check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
+        check(self.page_window >= 0, "data.page_window", self.page_window, "0 (off) or a number of pages")
         check(self.max_bad >= 0, "data.max_bad", self.max_bad, "0 or more")
 
 

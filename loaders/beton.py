@@ -78,7 +78,7 @@ def pointers(rows: np.ndarray, fields: Sequence[Field], index: int) -> np.ndarra
 
 
 class Beton:
-    """A .beton file, mapped into memory. Reading is safe from many threads.
+    """A .beton file. Reading is safe from many threads, after a fork, and when the file is cut short meanwhile.
 
     Attributes:
         path, size: the file and its length in bytes.
@@ -94,12 +94,13 @@ class Beton:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            self._data = np.memmap(self.path, np.uint8, "r").view(np.ndarray)
+            self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115, closed with this object
+            data = np.memmap(self._file, np.uint8, "r").view(np.ndarray)
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
             reason = "it has zero bytes" if isinstance(error, ValueError) else error.strerror
             raise BetonError(f"{self.path} cannot be read: {reason}") from None
-        self.size = self._data.size
-        self._read_header()
+        self.size = data.size
+        self._read_header(data)
         self._read_columns()
 
     def __len__(self) -> int:
@@ -119,7 +120,7 @@ class Beton:
         return self.side.classes if self.side else []
 
     def image(self, i: int) -> Encoded:
-        """The stored image of sample `i`; `data` is a view of the mapped file.
+        """The stored image of sample `i`.
 
         Raises:
             DecodeError: the metadata points outside the stored data, or its mode is unknown.
@@ -131,17 +132,28 @@ class Beton:
         return Encoded(data, MODES[row["mode"]], int(row["height"]), int(row["width"]))
 
     def stored(self, i: int, index: int) -> np.ndarray:
-        """The bytes that sample `i` keeps for field `index`: uint8 [size], a view of the mapped file."""
+        """The bytes that sample `i` keeps for field `index`: uint8 [size], read-only."""
         ptr = pointers(self.rows, self.fields, index)[i]
         if self.fields[index].type_id in (BYTES, JSON) and not self.rows[f"f{index}"]["size"][i]:
-            return self._data[:0]
+            return np.empty(0, np.uint8)
         at = np.searchsorted(self._ptrs, ptr, side="right") - 1
         if at < 0 or self._ptrs[at] != ptr:
             raise DecodeError(f"has a wrong pointer ({ptr}) for field '{self.fields[index].name}'")
         begin, size = int(ptr), int(self._sizes[at])
         if begin + size > self.data_end:
             raise DecodeError(f"ends after the stored data (byte {begin + size} of {self.data_end})")
-        return self._data[begin : begin + size]
+        try:
+            data = os.pread(self._file.fileno(), size, begin)
+        except OSError as error:
+            raise DecodeError(f"cannot be read: {error.strerror}") from None
+        if len(data) < size:
+            raise DecodeError("cannot be read: the file has become shorter since it was opened")
+        return np.frombuffer(data, np.uint8)
+
+    @property
+    def pages(self) -> np.ndarray:
+        """The page that each sample's image begins in, int64 [n]."""
+        return (pointers(self.rows, self.fields, self._image) // self.page_size).astype(np.int64)
 
     @property
     def parts_shape(self) -> tuple[int, ...] | None:
@@ -149,7 +161,7 @@ class Beton:
         return None if self._parts is None else self.fields[self._parts].shape
 
     def parts(self, i: int) -> np.ndarray | None:
-        """Part maps of sample `i`: uint8 [N, h, w], a view of the mapped file; None where the file has none."""
+        """Part maps of sample `i`: uint8 [N, h, w], read-only; None where the file has none."""
         if self._parts is None:
             return None
         data = self.stored(i, self._parts)
@@ -171,23 +183,24 @@ class Beton:
 
     def tables_crc32(self) -> int:
         """Checksum of everything but the stored data: header, descriptors, metadata rows, allocation table."""
-        return zlib.crc32(self._data[self.data_end :], zlib.crc32(self._data[: self.tables_end]))
+        data = np.memmap(self._file, np.uint8, "r")
+        return zlib.crc32(data[self.data_end :], zlib.crc32(data[: self.tables_end]))
 
     def _fail(self, what: str) -> BetonError:
         return BetonError(f"{self.path} {what}")
 
-    def _read_header(self) -> None:
+    def _read_header(self, data: np.ndarray) -> None:
         size = self.size
         if size < HEADER.itemsize:
             raise self._fail(f"is no .beton file: {size} bytes are too few for a header")
-        header = self._data[: HEADER.itemsize].view(HEADER)[0]
+        header = data[: HEADER.itemsize].view(HEADER)[0]
         version, num_fields, self.page_size, num_samples, self.data_end = (int(value) for value in header)
         if version != VERSION:
             raise self._fail(f"is no .beton file of version {VERSION}: its header says version {version}")
         self.tables_end = HEADER.itemsize + num_fields * DESCRIPTOR.itemsize
         if self.tables_end > size:
             raise self._fail(f"is truncated or has a damaged header: {num_fields} fields do not fit in {size} bytes")
-        descriptors = self._data[HEADER.itemsize : self.tables_end].view(DESCRIPTOR)
+        descriptors = data[HEADER.itemsize : self.tables_end].view(DESCRIPTOR)
         self.fields = [self._read_field(descriptor) for descriptor in descriptors]
         if self.page_size < 1 or self.page_size & (self.page_size - 1):
             raise self._fail(f"has a damaged header: page size {self.page_size} is not a power of two")
@@ -203,8 +216,8 @@ class Beton:
                 f"is truncated or has a damaged header: an allocation table of {expected} entries should run "
                 f"from byte {self.data_end} to the end at byte {size}"
             )
-        self.rows = self._data[begin : self.tables_end].view(kind).copy()
-        self.allocations = self._data[self.data_end :].view(ALLOCATION).copy()
+        self.rows = data[begin : self.tables_end].view(kind).copy()
+        self.allocations = data[self.data_end :].view(ALLOCATION).copy()
 
     def _read_field(self, descriptor: np.void) -> Field:
         name = descriptor["name"].tobytes().split(b"\0")[0].decode("ascii", "replace")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from fastssl.config import Data, View
+from fastssl.loaders.loader import Loader
 from fastssl.loaders.reference_loader import ReferenceLoader
 from fastssl.loaders.sources import Source
 
@@ -28,8 +29,8 @@ def decoding_threads(workers: int, processes_here: int) -> int:
 
 def open_loader(
     source: Source, views: list[View], data: Data, *, seed: int, rank: int, world: int, threads: int, pin_memory: bool
-):
-    """The training loader that `data` asks for; see `fastssl.loaders.reference_loader.ReferenceLoader`."""
+) -> Loader:
+    """The training loader that `data` asks for; see `fastssl.loaders.loader.Loader`."""
     engine, _ = choose_engine(data.engine)
     return ENGINES[engine](
         source,
@@ -40,6 +41,7 @@ def open_loader(
         world=world,
         workers=threads,
         prefetch=data.prefetch,
+        page_window=data.page_window,
         on_bad=data.on_bad,
         max_bad=data.max_bad,
         pin_memory=pin_memory,

@@ -5,20 +5,37 @@ from __future__ import annotations
 import numpy as np
 
 from fastssl.config import ConfigError
-from fastssl.loaders.philox import HALF, LOW, below, random_words
+from fastssl.loaders.philox import HALF, below, random_words
 
 
-def order(count: int, seed: int, epoch: int) -> np.ndarray:
+def order(count: int, seed: int, epoch: int, pages: np.ndarray | None = None, window: int = 0) -> np.ndarray:
     """The order of one epoch: a permutation of 0 .. count - 1, int64 [count], the same on every rank.
 
-    Sorts random 32-bit numbers, one per sample; equal ones stay in the order of their ids.
+    Sorts random 32-bit numbers, one per sample; equal ones stay in the order of their ids. With `pages`, the pages come
+    in random order, and only the samples of `window` successive pages are shuffled among each other: a data set that
+    does not fit in memory is then read in large pieces, and each piece once.
+
+    Args:
+        count: samples.
+        seed, epoch: 32-bit numbers.
+        pages: int64 [count], the page of the file that each sample lies in; None shuffles all samples.
+        window: pages whose samples are shuffled together.
     """
     if not 0 < count < 2**32:
         raise ConfigError(f"the data has {count} samples; from 1 to 2^32 - 1 can be ordered")
-    words = random_words(seed, "order", np.arange((count + 3) // 4), epoch)
-    keys = np.stack(words, axis=-1).reshape(-1)[:count]
-    keys = np.sort((keys << HALF) | np.arange(count, dtype=np.uint64))
-    return (keys & LOW).astype(np.int64)
+    keys = _random_keys("order", count, seed, epoch)
+    if pages is None:
+        return np.sort(keys << HALF | np.arange(count, dtype=np.uint64)).astype(np.uint32).astype(np.int64)
+    used, page = np.unique(pages, return_inverse=True)
+    place = np.empty(len(used), np.int64)
+    place[np.argsort(_random_keys("pages", len(used), seed, epoch), kind="stable")] = np.arange(len(used))
+    return np.lexsort((keys, place[page] // window)).astype(np.int64)
+
+
+def _random_keys(purpose: str, count: int, seed: int, epoch: int) -> np.ndarray:
+    """A 32-bit word for each of 0 .. count - 1, uint64 [count]."""
+    words = random_words(seed, purpose, np.arange((count + 3) // 4), epoch)
+    return np.stack(words, axis=-1).reshape(-1)[:count]
 
 
 def batches_per_epoch(count: int, batch_size: int, world: int = 1) -> int:

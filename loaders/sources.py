@@ -54,6 +54,10 @@ class Source(ABC):
         """Part maps of sample `i`: uint8 [N, h, w]; None where the data has none."""
         return None
 
+    def pages(self) -> np.ndarray:
+        """The page that each sample's image lies in, int64 [n]; SourceError where the data has no pages."""
+        raise SourceError(f"{self.path} has no pages to read in order (data.page_window); convert it to .beton")
+
 
 def open_source(path: str) -> Source:
     """Opens a .beton file, a glob of .beton shards (numbers in the names in numerical order), or a folder of images.
@@ -102,6 +106,9 @@ class BetonSource(Source):
 
     def parts(self, i: int) -> np.ndarray | None:
         return self.beton.parts(i)
+
+    def pages(self) -> np.ndarray:
+        return self.beton.pages
 
 
 class FolderSource(Source):
@@ -169,6 +176,11 @@ class Shards(Source):
     def parts(self, i: int) -> np.ndarray | None:
         shard, i = self._find(i)
         return shard.parts(i)
+
+    def pages(self) -> np.ndarray:
+        each = [shard.pages() for shard in self._shards]
+        begins = np.cumsum([0, *(pages.max() + 1 for pages in each)])
+        return np.concatenate([pages + begin for pages, begin in zip(each, begins[:-1], strict=True)])
 
     def _find(self, i: int) -> tuple[BetonSource, int]:
         k = int(np.searchsorted(self._begins, i, side="right")) - 1

@@ -298,3 +298,31 @@ def test_side_files_that_do_not_fit(tmp_path):
     with pytest.raises(BetonError, match="has a damaged header, metadata or allocation table"):
         Beton(a).side  # noqa: B018
     assert SideFile.read(a) is not None
+
+
+def test_a_file_that_changes_while_it_is_open(tmp_path):
+    path = tmp_path / "a.beton"
+    write(path, samples(3), names=["a", "b", "c"])
+    beton, other = Beton(path), tmp_path / "other.beton"
+    whole = [beton.image(i).data.tobytes() for i in range(3)]
+    write(other, samples(1))
+    other.replace(path)  # the opened file lives on
+    assert [beton.image(i).data.tobytes() for i in range(3)] == whole
+    write(path, samples(3))
+    beton = Beton(path)
+    os.truncate(path, beton.allocations["ptr"].max())
+    assert beton.image(0).data.tobytes() == whole[0]
+    with pytest.raises(DecodeError, match="the file has become shorter since it was opened"):
+        beton.stored(2, 5)
+
+
+def test_pages_of_the_samples(tmp_path):
+    path = tmp_path / "a.beton"
+    pixels = np.zeros(3 << 20, np.uint8)
+    with BetonWriter(path, [Field("image", IMAGE)], 5) as writer:
+        for _ in range(5):
+            writer.append(Encoded(pixels, "raw", 1024, 1024))
+        writer.finish()
+    pages = Beton(path).pages
+    assert pages.dtype == np.int64
+    assert (pages - pages[0]).tolist() == [0, 0, 1, 1, 2]  # two of 3 MiB fit into a page of 8

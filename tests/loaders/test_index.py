@@ -61,3 +61,23 @@ def test_replacement_is_pure_and_in_range():
     drawn = [replacement(sample, attempt, 7, 1, 2) for sample in range(7) for attempt in range(20)]
     assert drawn == [replacement(sample, attempt, 7, 1, 2) for sample in range(7) for attempt in range(20)]
     assert set(drawn) == set(range(7))
+
+
+def test_page_order_reads_window_after_window():
+    pages = np.repeat(np.arange(7) * 3, 10)  # page numbers with gaps
+    ids = order(70, seed=1, epoch=2, pages=pages, window=2)
+    assert np.array_equal(np.sort(ids), np.arange(70))
+    windows = [set(pages[ids[begin : begin + 20]]) for begin in range(0, 70, 20)]
+    assert [len(window) for window in windows] == [2, 2, 2, 1]
+    assert len(set().union(*windows)) == 7
+    assert len(set(pages[ids[:5]])) == 2  # the pages of a window are mixed
+    assert not np.array_equal(ids[:20], np.sort(ids[:20]))
+    other = order(70, seed=1, epoch=3, pages=pages, window=2)
+    assert not np.array_equal(pages[ids], pages[other])
+    assert np.array_equal(ids, order(70, seed=1, epoch=2, pages=pages, window=2))
+
+
+def test_one_window_over_everything_is_the_plain_order():
+    pages = np.arange(50) // 5
+    assert np.array_equal(order(50, 1, 2, pages, window=10), order(50, 1, 2))
+    assert np.array_equal(order(50, 1, 2, pages, window=99), order(50, 1, 2))

@@ -65,7 +65,7 @@ SCRIPT = """
 import os, sys, time
 from fastssl.loaders.pool import ordered
 def task(k):
-    print(os.getpid(), flush=True)
+    os.write(1, b"%d\\n" % os.getpid())
     time.sleep(60)
 list(ordered(task, range(10), 2))
 """

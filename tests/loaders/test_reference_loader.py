@@ -13,13 +13,8 @@ from torchvision.transforms import v2
 from fastssl.config import ConfigError, View
 from fastssl.loaders.draw import draw_all
 from fastssl.loaders.index import order, replacement
-from fastssl.loaders.reference_loader import (
-    BadSampleError,
-    ReferenceLoader,
-    evaluation_batches,
-    evaluation_view,
-    part_labels,
-)
+from fastssl.loaders.loader import BadSampleError, part_labels
+from fastssl.loaders.reference_loader import ReferenceLoader, evaluation_batches, evaluation_view
 from fastssl.loaders.sources import DecodeError, Encoded, Source, open_source
 
 JITTER = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=0.5, solarize=0.2)

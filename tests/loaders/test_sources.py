@@ -199,3 +199,17 @@ def test_a_side_file_of_another_file_is_refused(tmp_path):
     os.replace(tmp_path / "b.beton.npz", tmp_path / "a.beton.npz")
     with pytest.raises(SourceError, match="belongs to another file"):
         open_source(str(tmp_path / "a.beton"))
+
+
+def test_pages_of_shards_follow_each_other(tmp_path):
+    for k in range(2):
+        shard(tmp_path / f"{k}.beton", [0, 1, 0], part_of=(k, 2))
+    pages = open_source(str(tmp_path / "*.beton")).pages()
+    assert len(set(pages[:3])) == len(set(pages[3:])) == 1
+    assert pages[3] > pages[0]
+
+
+def test_a_folder_has_no_pages(tmp_path):
+    picture(tmp_path / "a.png")
+    with pytest.raises(SourceError, match=r"has no pages to read in order \(data.page_window\); convert it to .beton"):
+        open_source(str(tmp_path)).pages()

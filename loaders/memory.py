@@ -1,0 +1,49 @@
+"""Memory of batches, used again when nothing refers to it any more."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import defaultdict
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastssl.batch import Batch
+
+
+class Memory:
+    """Hands out uint8 tensors and takes their memory back by itself once the last tensor that uses it is gone.
+
+    A batch may therefore be kept as long as one likes; a training loop, which drops each batch, runs in the memory of
+    the few batches in work. Page-locked memory is kept and reused by PyTorch's own allocator, which also waits for
+    copies to the device that are still under way.
+
+    Args:
+        pin: hand out page-locked memory.
+    """
+
+    def __init__(self, pin: bool = False) -> None:
+        self._pin = pin
+        self._free: dict[int, list[np.ndarray]] = defaultdict(list)
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """An uninitialised tensor, uint8."""
+        if self._pin:
+            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        size = math.prod(shape)
+        free = self._free[size]
+        try:
+            block = free.pop()
+        except IndexError:
+            block = np.empty(size, np.uint8)
+        lease = block[:]  # the tensor's storage holds this view, so it lives as long as any tensor on it
+        weakref.finalize(lease, free.append, block).atexit = False
+        return torch.from_numpy(lease).view(shape)
+
+    def pinned(self, batch: Batch) -> Batch:
+        """The batch with its remaining tensors page-locked too, where that is wanted."""
+        if not self._pin:
+            return batch
+        return batch.map(lambda value: value if value.is_pinned() else value.pin_memory())
