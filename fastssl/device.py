@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from fastssl import distributed
+from fastssl.batch import Batch
 from fastssl.config import ConfigError
 
 
@@ -44,3 +45,30 @@ def choose_dtype(precision: str, device: torch.device, key: str = "run.precision
     if precision == "fp16" and device.type == "cpu":
         raise ConfigError(f"{key} is 'fp16', which needs a GPU; on the CPU use bf16 or fp32")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+class Transfer:
+    """Copies batches to the device on a stream of their own, beside the step that is still computing there.
+
+    Args:
+        device: where to. On the CPU a batch stays as it is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __call__(self, batch: Batch) -> Batch:
+        """The batch on the device; what is queued there next waits for the copy, the host does not."""
+        if self.stream is None:
+            return batch.to(self.device)
+        with torch.cuda.stream(self.stream):
+            moved = batch.to(self.device)
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_stream(self.stream)
+
+        def keep(value: torch.Tensor) -> torch.Tensor:
+            value.record_stream(compute)  # its memory is not given away before the step has read it
+            return value
+
+        return moved.map(keep)

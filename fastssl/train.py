@@ -21,7 +21,7 @@ from fastssl import __version__, checkpoint, distributed
 from fastssl.augment import augment
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError
-from fastssl.device import choose_device, choose_dtype
+from fastssl.device import Transfer, choose_device, choose_dtype
 from fastssl.health import HealthWatch
 from fastssl.loaders.engine import choose_engine, decoding_threads, open_loader
 from fastssl.loaders.sources import open_source
@@ -58,6 +58,7 @@ class Trainer:
         self.device = choose_device(config.run.device)
         self.dtype = choose_dtype(config.run.precision, self.device)
         distributed.start(self.device)
+        self.transfer = Transfer(self.device)
         _set_threads(config.run.threads, self.device)
         self.folder = Path(config.run.dir or f"runs/{config.method}")
 
@@ -212,7 +213,7 @@ class Trainer:
             self.clock.wait(time.perf_counter() - waiting)
             ids += batch.id.tolist()
             torch.manual_seed(_step_seed(run.seed, self.step, micro, distributed.rank()))
-            batch = augment(batch.to(self.device))
+            batch = augment(self.transfer(batch))
             last = micro == run.accumulate - 1
             quiet = self.parallel.no_sync() if distributed.world() > 1 and not last else contextlib.nullcontext()
             with quiet:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from fastssl.batch import Batch
 from fastssl.config import ConfigError
-from fastssl.device import choose_device, choose_dtype
+from fastssl.device import Transfer, choose_device, choose_dtype
 
 
 def test_cpu():
@@ -49,3 +50,14 @@ def test_precision():
 def test_automatic_precision_of_a_gpu(monkeypatch, supported, dtype):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: supported)
     assert choose_dtype("auto", torch.device("cuda", 0)) == dtype
+
+
+@pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_transfer_copies_every_tensor(name):
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    batch = Batch(torch.arange(3), torch.zeros(3), views={"a": torch.arange(12, dtype=torch.uint8).view(3, 4)})
+    moved = Transfer(torch.device(name))(batch)
+    assert moved.views["a"].device.type == name
+    assert torch.equal(moved.views["a"].cpu(), batch.views["a"])
+    assert torch.equal(moved.id.cpu(), batch.id)

@@ -21,7 +21,7 @@ ALLOWED = {
     "fastssl.masks": {"config", "kernels"},
     "fastssl.models": {"config", "kernels"},
     "fastssl.methods": {"config", "batch", "step", "schedule", "ema", "masks", "models", "kernels", "distributed"},
-    "fastssl.device": {"config", "distributed"},
+    "fastssl.device": {"batch", "config", "distributed"},
     "fastssl.optim": {"config"},
     "fastssl.ema": {"kernels"},
     "fastssl.checkpoint": {"config", "distributed", "models"},
