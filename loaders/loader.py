@@ -44,13 +44,13 @@ class Crops:
         view: the group.
         box: int64 [n, 4], (top, left, height, width) in pixels of the decoded (or squashed) image.
         flip: bool [n].
-        out: uint8 [n, 3, S, S], to be filled.
+        out: uint8 [n, 3, S, S], to be filled; None where the pixels come about elsewhere.
     """
 
     view: View
     box: np.ndarray
     flip: np.ndarray
-    out: np.ndarray
+    out: np.ndarray | None
 
 
 class Loader(ABC):
@@ -166,8 +166,6 @@ class Loader(ABC):
         for view in self._views:
             shape = (len(ids), view.count, 3, view.size, view.size)
             batch.views[view.name] = self._memory.take(shape)
-        for name, grid in self._part_grid.items():
-            batch.parts[name] = torch.empty((*batch.box[name].shape[:2], grid, grid), dtype=torch.int64)
         sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
         rows = -(-len(ids) // (PIECES * max(1, self._workers)))
         pieces = [range(begin, min(begin + rows, len(ids))) for begin in range(0, len(ids), rows)]
@@ -187,14 +185,23 @@ class Loader(ABC):
             if mine.photometric:
                 fields = {key: torch.from_numpy(value) for key, value in mine.photometric.items()}
                 batch.photometric[view.name] = Photometric(**fields)
+        for name, grid in self._part_grid.items():
+            batch.parts[name] = torch.empty((*batch.box[name].shape[:2], grid, grid), dtype=torch.int64)
         return drawn, batch
 
     def _fill_rows(self, batch: Batch, drawn: dict[str, Drawn], rows: range, sizes: list[tuple[int, int]]) -> None:
         for row in rows:
-            self._fill(batch, drawn, row, sizes[row])
+            self._fill(batch, drawn, row, sizes[row], self._cut)
 
-    def _fill(self, batch: Batch, drawn: dict[str, Drawn], row: int, size: tuple[int, int]) -> None:
-        """Cuts all crops of one row from its image; from another image where that cannot be read."""
+    def _fill(
+        self,
+        batch: Batch,
+        drawn: dict[str, Drawn],
+        row: int,
+        size: tuple[int, int],
+        cut: Callable[[Encoded, list[Crops]], None],
+    ) -> None:
+        """Has `cut` take one row's crops from its image; from another image where that raises DecodeError."""
         wanted, epoch, drawn_row = int(batch.id[row]), batch.epoch, row
         sample, attempt = wanted, 0
         while True:
@@ -206,7 +213,7 @@ class Loader(ABC):
                     _put(substitute, batch, row)
                     drawn_row = 0
                 maps = self._source.parts(sample) if self._part_grid else None
-                self._cut(encoded, [self._crops(batch, drawn, view, row, drawn_row) for view in self._views])
+                cut(encoded, [self._crops(batch, drawn, view, row, drawn_row) for view in self._views])
                 break
             except DecodeError as error:
                 self._note_bad(sample, str(error))
@@ -220,7 +227,8 @@ class Loader(ABC):
 
     def _crops(self, batch: Batch, drawn: dict[str, Drawn], view: View, row: int, drawn_row: int) -> Crops:
         mine = drawn[view.name]
-        return Crops(view, mine.box[drawn_row], mine.flip[drawn_row], batch.views[view.name][row].numpy())
+        out = batch.views[view.name][row].numpy() if view.name in batch.views else None
+        return Crops(view, mine.box[drawn_row], mine.flip[drawn_row], out)
 
     def _note_bad(self, sample: int, reason: str) -> None:
         name = self._source.name(sample)
