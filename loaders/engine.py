@@ -2,20 +2,51 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
+from collections.abc import Sequence
+from typing import Any
 
-from fastssl.config import Data, View
+from fastssl.config import ConfigError, Data, View
 from fastssl.loaders.loader import Loader
-from fastssl.loaders.reference_loader import ReferenceLoader
 from fastssl.loaders.sources import Source
 
-ENGINES = {"reference": ReferenceLoader}
+# name -> module and class, the package that it needs, what provides it
+ENGINES = {
+    "ffcv": ("fastssl.loaders.ffcv_loader", "FFCVLoader", "numba", "pip install numba"),
+    "dali": ("fastssl.loaders.dali_loader", "DALILoader", "nvidia.dali", "pip install nvidia-dali-cuda130"),
+    "reference": ("fastssl.loaders.reference_loader", "ReferenceLoader", "PIL", "pip install pillow"),
+}
+
+
+def working_engines() -> list[str]:
+    """The engines whose packages are installed, the fastest on a CPU first."""
+    return [name for name in ENGINES if not _missing(name)]
+
+
+def _missing(name: str) -> str:
+    """What to install for an engine; empty where nothing is missing."""
+    _, _, package, remedy = ENGINES[name]
+    try:
+        found = importlib.util.find_spec(package)
+    except ModuleNotFoundError:  # not even the part before the dot
+        found = None
+    return "" if found else remedy
 
 
 def choose_engine(name: str) -> tuple[str, str]:
-    """The engine to use for `data.engine`, and why, in words."""
+    """The engine to use for `data.engine`, and why, in words.
+
+    Raises:
+        ConfigError: the engine asked for lacks a package.
+    """
     if name == "auto":
-        return "reference", "PIL; the engine that works everywhere"
+        best = working_engines()[0]
+        why = "the fastest here" if best == "ffcv" else f"the ffcv engine lacks a package: {_missing('ffcv')}"
+        return best, why
+    if remedy := _missing(name):
+        raise ConfigError(f"data.engine is '{name}', which needs a package that is not installed: {remedy}")
     return name, "asked for"
 
 
@@ -27,12 +58,19 @@ def decoding_threads(workers: int, processes_here: int) -> int:
     return max(1, cores // processes_here)
 
 
+def make_loader(name: str, source: Source, views: Sequence[View], **settings: Any) -> Loader:
+    """The loader of the engine `name`; settings as for `fastssl.loaders.loader.Loader`."""
+    module, kind, _, _ = ENGINES[name]
+    return getattr(importlib.import_module(module), kind)(source, views, **settings)
+
+
 def open_loader(
     source: Source, views: list[View], data: Data, *, seed: int, rank: int, world: int, threads: int, pin_memory: bool
 ) -> Loader:
     """The training loader that `data` asks for; see `fastssl.loaders.loader.Loader`."""
     engine, _ = choose_engine(data.engine)
-    return ENGINES[engine](
+    return make_loader(
+        engine,
         source,
         views,
         batch_size=data.batch_size,

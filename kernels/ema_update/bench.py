@@ -1,0 +1,344 @@
+"""Cases of ema_update and adamw_ema: the parameter lists of whole networks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl.kernels._spec import BF16, FP16, FP32, TOLERANCE, Maker, Op, nbytes, tensors
+from fastssl.kernels.ema_update import adamw_ema, ema_update, reference
+
+Shape = tuple[int, ...]
+
+
+def vit(width: int, depth: int = 12, patches: int = 196, p: int = 16, classes: int = 0) -> Iterator[Shape]:
+    """Parameters of a vision transformer."""
+    yield from ((1, 1, width), (1, patches + 1, width), (width, 3, p, p), (width,))
+    for _ in range(depth):
+        yield from ((width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,))
+        yield from ((width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,))
+    yield from ((width,), (width,))
+    if classes:
+        yield from ((classes, width), (classes,))
+
+
+def dino(width: int = 384, hidden: int = 2048, bottleneck: int = 256, prototypes: int = 65536) -> Iterator[Shape]:
+    """A vision transformer with DINO's head."""
+    yield from vit(width)
+    yield from ((hidden, width), (hidden,), (hidden, hidden), (hidden,), (bottleneck, hidden), (bottleneck,))
+    yield from ((prototypes, 1), (prototypes, bottleneck))
+
+
+def resnet50(classes: int = 1000) -> Iterator[Shape]:
+    """Parameters of ResNet-50."""
+    yield from ((64, 3, 7, 7), (64,), (64,))
+    inside = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            for shape in ((width, inside, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)):
+                yield from (shape, shape[:1], shape[:1])
+            if block == 0:
+                yield from ((4 * width, inside, 1, 1), (4 * width,), (4 * width,))
+            inside = 4 * width
+    yield from ((classes, inside), (classes,))
+
+
+def ragged() -> Iterator[Shape]:
+    """A scalar, no values, odd sizes, below, at and above one and two blocks."""
+    yield from ((), (0, 3), (7,), (3, 5, 1), (1024,), (2048,), (41, 50), (2051,), (4100,), (2, 6, 3, 3))
+
+
+NETWORKS: dict[str, Callable[[], Iterator[Shape]]] = {
+    "ViT-S/16 DINO": dino,
+    "ViT-B/16": lambda: vit(768),
+    "ViT-S/16, 21843 classes": lambda: vit(384, classes=21843),
+    "ResNet-50": resnet50,
+    "ragged": ragged,
+    "whole": lambda: iter([(64,), (32, 80), (16,)]),
+    "one value": lambda: iter([(1,)]),
+    "many": lambda: iter([(3,), (8,)] * 20),
+    "nothing": lambda: iter([]),
+}
+MIXED = (FP32, BF16, FP16)
+
+
+def draw(
+    make: Maker,
+    shapes: list[Shape],
+    dtypes: torch.dtype | tuple[torch.dtype, ...],
+    layout: str = "",
+    scale: float = 1.0,
+) -> list[Tensor]:
+    """Normal values, items in turn of the types. Layouts: "transposed" (in memory), "strided" (every second value)."""
+    drawn = []
+    for i, shape in enumerate(shapes):
+        dtype = dtypes[i % len(dtypes)] if isinstance(dtypes, tuple) else dtypes
+        if layout == "transposed":
+            x = make.normal(*reversed(shape), dtype=dtype, scale=scale).permute(list(reversed(range(len(shape)))))
+        elif layout == "strided" and shape:
+            x = make.normal(*shape[:-1], 2 * shape[-1], dtype=dtype, scale=scale)[..., ::2]
+        else:
+            x = make.normal(*shape, dtype=dtype, scale=scale)
+        drawn.append(x)
+    return drawn
+
+
+def ema_inputs(
+    make: Maker,
+    dtype: torch.dtype,
+    *,
+    network: str,
+    momentum: float = 0.996,
+    teacher: torch.dtype | tuple[torch.dtype, ...] = FP32,
+    mixed: bool = False,
+    copies: torch.dtype | tuple[torch.dtype, ...] | None = None,
+    teacher_layout: str = "",
+    student_layout: str = "",
+) -> dict[str, Any]:
+    """`dtype` is the student's, or with `mixed` that of every second item (the others are float32)."""
+    shapes = list(NETWORKS[network]())
+    return {
+        "teacher": draw(make, shapes, teacher, teacher_layout),
+        "student": draw(make, shapes, (dtype, FP32) if mixed else dtype, student_layout),
+        "momentum": momentum,
+        "copies": None if copies is None else draw(make, shapes, copies, teacher_layout),
+    }
+
+
+def adamw_inputs(
+    make: Maker,
+    dtype: torch.dtype,
+    *,
+    network: str,
+    step: int = 3,
+    groups: bool = False,
+    grad_scale: bool = False,
+    no_grad: int = 0,
+    no_teacher: int = 0,
+    teacher: torch.dtype | tuple[torch.dtype, ...] | None = FP32,
+    copies: torch.dtype | tuple[torch.dtype, ...] | None = None,
+    layout: str = "",
+    grad_layout: str = "",
+) -> dict[str, Any]:
+    """`dtype` is the gradients'. Every no_grad-th parameter has no gradient, every no_teacher-th no teacher.
+
+    With `groups` the learning rate falls with depth, and only tensors of more than one dimension decay.
+    """
+    shapes = list(NETWORKS[network]())
+    n = len(shapes)
+    params = draw(make, shapes, FP32, layout)
+    grads: list[Tensor | None] = draw(make, shapes, dtype, grad_layout or layout)
+    exp_avgs: list[Tensor | None] = draw(make, shapes, FP32, layout, scale=0.1)
+    exp_avg_sqs: list[Tensor | None] = [x.square() for x in draw(make, shapes, FP32, layout, scale=0.1)]
+    teachers: list[Tensor | None] = [] if teacher is None else draw(make, shapes, teacher, layout)
+    param_copies: list[Tensor | None] = [] if copies is None else draw(make, shapes, copies, layout)
+    teacher_copies: list[Tensor | None] = [] if copies is None else draw(make, shapes, copies, layout)
+    for i in range(n):
+        if no_grad and i % no_grad == 0:
+            grads[i] = None
+            if i % (2 * no_grad) == 0:
+                exp_avgs[i] = exp_avg_sqs[i] = None
+        if no_teacher and i % no_teacher == 1:
+            for items in (teachers, teacher_copies):
+                if items:
+                    items[i] = None
+    return {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+        "step": step,
+        "lr": [1e-3 * 0.75 ** (12 * (1 - i / n)) for i in range(n)] if groups else 1e-3,
+        "betas": (0.9, 0.95),
+        "eps": 1e-8,
+        "weight_decay": [0.05 * (len(shape) > 1) for shape in shapes] if groups else 0.05,
+        "teacher": teachers or None,
+        "momentum": 0.996,
+        "copies": param_copies or None,
+        "teacher_copies": teacher_copies if teachers and teacher_copies else None,
+        "grad_scale": make.uniform(low=0.5) if grad_scale else None,
+    }
+
+
+def ema_bytes(inputs: dict[str, Any], outputs: list[Tensor], backward: bool) -> int:
+    return nbytes(inputs["student"], inputs["teacher"], inputs["teacher"], inputs["copies"])
+
+
+def adamw_bytes(inputs: dict[str, Any], outputs: list[Tensor], backward: bool) -> int:
+    total = nbytes(inputs["grad_scale"])
+    for i, (param, grad) in enumerate(zip(inputs["params"], inputs["grads"], strict=True)):
+        written = [inputs[name][i] for name in ("teacher", "copies", "teacher_copies") if inputs[name]]
+        if grad is not None:
+            total += 2 * nbytes(param, inputs["exp_avgs"][i], inputs["exp_avg_sqs"][i]) + nbytes(grad)
+        elif tensors(written):
+            total += nbytes(param)
+        total += nbytes(written) + (nbytes(inputs["teacher"][i]) if inputs["teacher"] else 0)
+    return total
+
+
+@torch.no_grad()
+def foreach_lerp(
+    teacher: list[Tensor], student: list[Tensor], momentum: float, copies: list[Tensor] | None = None
+) -> None:
+    """torch's own calls over lists; the student is cast where its type is another."""
+    if not teacher:
+        return
+    if any(t.dtype != s.dtype for t, s in zip(teacher, student, strict=True)):
+        student = [s.to(t.dtype) for t, s in zip(teacher, student, strict=True)]
+    torch._foreach_lerp_(teacher, student, 1 - momentum)
+    if copies:
+        torch._foreach_copy_(copies, teacher)
+
+
+@torch.no_grad()
+def fused_adamw(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    exp_avgs: list[Tensor | None],
+    exp_avg_sqs: list[Tensor | None],
+    step: int,
+    *,
+    lr: float | list[float],
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float | list[float],
+    teacher: list[Tensor | None] | None = None,
+    momentum: float = 1.0,
+    copies: list[Tensor | None] | None = None,
+    teacher_copies: list[Tensor | None] | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """What torch.optim.AdamW(fused=True) calls, once per pair of learning rate and weight decay, and then the EMA.
+
+    Each gradient must lie in memory as its parameter does.
+    """
+    n = len(params)
+    lrs, decays = (x if isinstance(x, list) else [x] * n for x in (lr, weight_decay))
+    groups: dict[tuple[float, float], list[int]] = {}
+    for i in range(n):
+        if grads[i] is not None:
+            groups.setdefault((lrs[i], decays[i]), []).append(i)
+    for (rate, decay), members in groups.items():
+        lists = [[items[i] for i in members] for items in (params, grads, exp_avgs, exp_avg_sqs)]
+        lists[1] = [g.to(p.dtype) for p, g in zip(lists[0], lists[1], strict=True)]
+        steps = [torch.full((), float(step), device=params[0].device)] * len(members)
+        torch._fused_adamw_(
+            *lists, [], steps, lr=rate, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps, amsgrad=False,
+            maximize=False, grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
+        )  # fmt: skip
+    moved = [i for i in range(n) if teacher and teacher[i] is not None]
+    if moved:
+        foreach_lerp([teacher[i] for i in moved], [params[i] for i in moved], momentum)
+    pairs = [*zip(copies or [], params, strict=False), *zip(teacher_copies or [], teacher or [], strict=False)]
+    pairs = [(target, source) for target, source in pairs if target is not None]
+    if pairs:
+        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+
+
+EMA_PROOF = {
+    "ragged": {"network": "ragged"},
+    "whole blocks": {"network": "whole"},
+    "one value": {"network": "one value", "momentum": 0.9},
+    "many": {"network": "many"},
+    "near the student": {"network": "ragged", "momentum": 0.3},
+    "momentum 1/2": {"network": "whole", "momentum": 0.5},
+    "student's types mixed": {"network": "ragged", "mixed": True},
+    "same strides": {"network": "ragged", "teacher_layout": "transposed", "student_layout": "transposed"},
+    "other strides": {"network": "ragged", "student_layout": "transposed"},
+    "gaps": {"network": "ragged", "teacher_layout": "strided", "student_layout": "strided"},
+    "no tensors": {"network": "nothing"},
+}
+COPIES_PROOF = {
+    "bfloat16 copies": {"network": "ragged", "copies": BF16},
+    "bfloat16 alone": {"network": "ragged", "teacher": BF16, "momentum": 0.5},
+    "all types": {"network": "ragged", "teacher": MIXED, "copies": (*MIXED, BF16), "mixed": True},
+    "strided": {"network": "ragged", "copies": FP16, "teacher_layout": "strided"},
+    "transposed": {
+        "network": "ragged", "copies": BF16, "teacher_layout": "transposed", "student_layout": "transposed",
+    },
+}  # fmt: skip
+ADAMW_PROOF = {
+    "ragged": {"network": "ragged"},
+    "AdamW alone": {"network": "whole", "teacher": None},
+    "first step": {"network": "whole", "step": 1},
+    "one value": {"network": "one value", "step": 1000},
+    "groups": {"network": "ragged", "groups": True},
+    "scaled gradients": {"network": "ragged", "groups": True, "grad_scale": True},
+    "missing gradients": {"network": "ragged", "no_grad": 2, "grad_scale": True},
+    "missing gradients and teachers": {"network": "many", "no_grad": 3, "no_teacher": 4},
+    "no gradients": {"network": "whole", "no_grad": 1},
+    "same strides": {"network": "ragged", "layout": "transposed", "groups": True},
+    "other strides": {"network": "ragged", "grad_layout": "transposed", "groups": True, "grad_scale": True},
+    "no tensors": {"network": "nothing"},
+}
+ADAMW_COPIES_PROOF = {
+    "bfloat16 copies": {"network": "ragged", "copies": BF16},
+    "copies of the parameters alone": {"network": "whole", "copies": BF16, "teacher": None},
+    "all types": {"network": "ragged", "teacher": MIXED, "copies": (*MIXED, FP16), "no_grad": 3, "no_teacher": 5},
+    "strided": {"network": "ragged", "copies": FP16, "layout": "strided", "groups": True, "no_grad": 4},
+}
+TRAINING = ("ViT-S/16 DINO", "ViT-B/16", "ResNet-50")
+ODD = "ViT-S/16, 21843 classes"
+EXACT = {dtype: TOLERANCE[FP32] for dtype in (FP16, BF16)}  # all outputs are float32, whatever the inputs
+ROUNDED = {FP32: TOLERANCE[BF16]}
+
+OPS = [
+    Op(
+        name="ema_update",
+        call=ema_update,
+        reference=reference.ema_update,
+        inputs=ema_inputs,
+        proof=EMA_PROOF,
+        bench={name: {"network": name} for name in (*TRAINING, ODD)},
+        min_bytes=ema_bytes,
+        mutates=("teacher",),
+        library={"_foreach_lerp_": foreach_lerp},
+        tolerance=EXACT,
+    ),
+    Op(
+        name="ema_update with copies",
+        call=ema_update,
+        reference=reference.ema_update,
+        inputs=ema_inputs,
+        proof=COPIES_PROOF,
+        bench={f"{name}, bf16 copies": {"network": name, "copies": BF16} for name in TRAINING}
+        | {"ViT-B/16, bf16 teacher": {"network": "ViT-B/16", "teacher": BF16}},
+        min_bytes=ema_bytes,
+        mutates=("teacher", "copies"),
+        library={"_foreach_lerp_, _foreach_copy_": foreach_lerp},
+        dtypes=(FP32, BF16),
+        tolerance=ROUNDED,
+    ),
+    Op(
+        name="adamw_ema",
+        call=adamw_ema,
+        reference=reference.adamw_ema,
+        inputs=adamw_inputs,
+        proof=ADAMW_PROOF,
+        bench={name: {"network": name} for name in TRAINING}
+        | {"ViT-B/16, no teacher": {"network": "ViT-B/16", "teacher": None}},
+        min_bytes=adamw_bytes,
+        mutates=("params", "exp_avgs", "exp_avg_sqs", "teacher"),
+        library={"_fused_adamw_, _foreach_lerp_": fused_adamw},
+        tolerance=EXACT,
+    ),
+    Op(
+        name="adamw_ema with copies",
+        call=adamw_ema,
+        reference=reference.adamw_ema,
+        inputs=adamw_inputs,
+        proof=ADAMW_COPIES_PROOF,
+        bench={
+            "ViT-B/16, bf16 copies": {"network": "ViT-B/16", "copies": BF16},
+            f"{ODD}, bf16 copies, groups, scale": {"network": ODD, "copies": BF16, "groups": True, "grad_scale": True},
+        },
+        min_bytes=adamw_bytes,
+        mutates=("params", "exp_avgs", "exp_avg_sqs", "teacher", "copies", "teacher_copies"),
+        library={"_fused_adamw_, _foreach_lerp_, _foreach_copy_": fused_adamw},
+        dtypes=(FP32, BF16),
+        tolerance=ROUNDED,
+    ),
+]

@@ -1,0 +1,472 @@
+"""EMA and AdamW with EMA in Triton: one launch over all tensors, each read once and written once.
+
+    m = m + (1 - b1) (g - m)     v = b2 v + (1 - b2) g^2
+    p = p - lr wd p - lr / (1 - b1^k) m / (sqrt(v) / sqrt(1 - b2^k) + eps)
+    t = t + (1 - momentum) (p - t)     the EMA alone: p is the student, only read
+
+The launch gets no tensors but a table with a row of addresses per parameter. A program looks up its tensor and its
+block within it. What tensors there are of each type is known when the kernel is compiled ("kinds"): with one kind, the
+usual case, there is no branch.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain, compress
+from operator import attrgetter
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastssl.kernels import ema_update as public
+from fastssl.kernels._check import KernelError
+from fastssl.kernels._launch import launch
+from fastssl.kernels.ema_update import reference
+
+# A row of the table: addresses of param, grad, exp_avg, exp_avg_sq, teacher, copy and teacher_copy (0: none), number of
+# values, index of the kind, and whether accesses of the kind's full width are aligned.
+NUMEL, KIND, WIDE, COLUMNS = 7, 8, 9, 10
+CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}  # 0: no tensor
+VALUES = {False: 2048, True: 1024}  # per program, without and with gradients: 16 or 8 per thread
+WARPS = 4
+LIMIT = 64  # plans and layouts that are kept
+
+
+@triton.jit
+def _pointer(
+    row,  # of the table
+    start,  # first value of the block
+    COLUMN: tl.constexpr,
+    CODE: tl.constexpr,
+    WIDTH: tl.constexpr,  # values per access
+):
+    """Pointer to the block's first value, with the alignment that lets a thread move WIDTH values at once."""
+    address = tl.load(row + COLUMN)
+    if CODE == 1:
+        return tl.multiple_of(address.to(tl.pointer_type(tl.float32)) + start, 4 * WIDTH)
+    elif CODE == 2:
+        return tl.multiple_of(address.to(tl.pointer_type(tl.bfloat16)) + start, 2 * WIDTH)
+    else:
+        return tl.multiple_of(address.to(tl.pointer_type(tl.float16)) + start, 2 * WIDTH)
+
+
+@triton.jit
+def _lerp(a, b, weight):
+    """torch.lerp: of its two forms one is a at weight 0, the other b at weight 1."""
+    near = weight < 0.5
+    return tl.where(near, a, b) + tl.where(near, weight, weight - 1.0) * (b - a)
+
+
+@triton.jit
+def _block(
+    row,
+    start,
+    size,  # values of this block
+    grad_scale,
+    rate,  # lr / (1 - b1^k)
+    shrink,  # lr x weight decay
+    weight1,  # 1 - b1
+    beta2,
+    weight2,  # 1 - b2
+    root,  # 1 / sqrt(1 - b2^k)
+    eps,
+    weight,  # 1 - momentum
+    PARAM: tl.constexpr,  # codes of the types; 0: no such tensor
+    GRAD: tl.constexpr,
+    TEACHER: tl.constexpr,
+    COPY: tl.constexpr,
+    TEACHER_COPY: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one tensor: all reads first, so that they are in flight together."""
+    lane = tl.arange(0, BLOCK)
+    inside = lane < size // WIDTH * WIDTH  # a tensor's last block overruns it; size is a multiple of WIDTH
+    param = _pointer(row, start, 0, PARAM, WIDTH) + lane
+    p = tl.load(param, mask=inside, other=0.0).to(tl.float32)
+    if GRAD:
+        grad = _pointer(row, start, 1, GRAD, WIDTH) + lane
+        exp_avg = _pointer(row, start, 2, 1, WIDTH) + lane
+        exp_avg_sq = _pointer(row, start, 3, 1, WIDTH) + lane
+        g = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(exp_avg, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq, mask=inside, other=0.0)
+    if TEACHER:
+        teacher = _pointer(row, start, 4, TEACHER, WIDTH) + lane
+        t = tl.load(teacher, mask=inside, other=0.0).to(tl.float32)
+    if GRAD:
+        if SCALE:
+            g *= tl.load(grad_scale).to(tl.float32)
+        m = _lerp(m, g, weight1)
+        v = beta2 * v + weight2 * g * g
+        p -= shrink * p
+        p -= rate * m / (tl.sqrt_rn(v) * root + eps)
+        tl.store(param, p, mask=inside)
+        tl.store(exp_avg, m, mask=inside)
+        tl.store(exp_avg_sq, v, mask=inside)
+    if COPY:
+        copy = _pointer(row, start, 5, COPY, WIDTH) + lane
+        tl.store(copy, p.to(copy.dtype.element_ty), mask=inside)
+    if TEACHER:
+        t = _lerp(t, p, weight)
+        tl.store(teacher, t.to(teacher.dtype.element_ty), mask=inside)
+    if TEACHER_COPY:
+        teacher_copy = _pointer(row, start, 6, TEACHER_COPY, WIDTH) + lane
+        tl.store(teacher_copy, t.to(teacher_copy.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _step(
+    table,  # int64 [tensors, COLUMNS]
+    blocks,  # int32 [programs, 2]: tensor, and which of its blocks
+    rates,  # float32 [tensors, 2]: rate and shrink of each tensor, or nothing
+    grad_scale,  # scalar, or nothing
+    rate,
+    shrink,
+    weight1,
+    beta2,
+    weight2,
+    root,
+    eps,
+    weight,
+    KINDS: tl.constexpr,  # per kind: codes of param, grad, teacher, copy and teacher_copy, width of an access
+    RAGGED: tl.constexpr,  # some blocks cannot be moved in accesses of full width
+    RATES: tl.constexpr,
+    SCALE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    tensor = tl.load(blocks + 2 * program)
+    start = tl.load(blocks + 2 * program + 1).to(tl.int64) * BLOCK
+    row = table + tensor * COLUMNS
+    size = tl.minimum(tl.load(row + 7) - start, BLOCK).to(tl.int32)
+    if RATES:
+        rate = tl.load(rates + 2 * tensor)
+        shrink = tl.load(rates + 2 * tensor + 1)
+    kind = tl.load(row + 8)
+    wide = tl.load(row + 9)
+    for k in tl.static_range(len(KINDS)):
+        if len(KINDS) == 1 or kind == k:
+            if not RAGGED or (wide > 0 and size % KINDS[k][5] == 0):
+                _block(
+                    row, start, size, grad_scale, rate, shrink, weight1, beta2, weight2, root, eps, weight,
+                    KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], KINDS[k][5], SCALE, BLOCK,
+                )  # fmt: skip
+            else:
+                _block(
+                    row, start, size, grad_scale, rate, shrink, weight1, beta2, weight2, root, eps, weight,
+                    KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], 1, SCALE, BLOCK,
+                )  # fmt: skip
+
+
+Lists = Sequence[Sequence[Tensor | None]]  # the seven columns of addresses; () for a column without any
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What a launch must know of shapes and types, without the addresses.
+
+    Attributes:
+        rows: int64 [tensors, COLUMNS] on the host: the table without its addresses.
+        slots: int64 [tensors given]: where in the flat table the address of each goes.
+        widths: int64 [tensors given]: bytes that its address must be a multiple of for accesses of full width.
+        uneven: whether some last block is no multiple of the full width.
+        blocks: int32 [programs, 2] on the device.
+        kinds, values: constants of the kernel.
+        left: indices that the kernel does not take (float64, or items that lie in memory in different orders).
+    """
+
+    rows: Tensor
+    slots: Tensor
+    widths: Tensor
+    uneven: bool
+    blocks: Tensor
+    kinds: tuple[tuple[int, ...], ...]
+    values: int
+    left: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A layout with its table on the device.
+
+    Attributes:
+        likeness: sizes, types and the rest of what the plan was made for, beside the addresses.
+        layout: as it says.
+        table: int64 [tensors, COLUMNS].
+        ragged: whether some accesses cannot have full width.
+    """
+
+    likeness: tuple[Any, ...]
+    layout: _Layout
+    table: Tensor
+    ragged: bool
+
+
+_plans: OrderedDict[Any, _Plan] = OrderedDict()
+_layouts: OrderedDict[Any, _Layout] = OrderedDict()
+_dtype = attrgetter("dtype")
+
+
+def _keep(cache: OrderedDict, key: Any, value: Any) -> None:
+    """cache[key] = value; beyond LIMIT the entry unused for longest goes."""
+    cache[key] = value
+    cache.move_to_end(key)
+    if len(cache) > LIMIT:
+        cache.popitem(last=False)
+
+
+def _plan(lists: Lists, check: Callable[[], None]) -> _Plan:
+    """The plan of a call: the kept one where all tensors have the addresses, sizes, types and strides of its call.
+
+    The way to a kept plan is the host's cost of every call, so it runs through `map` and does not look at shapes: of
+    contiguous tensors the kernel needs none. `check` is called where shapes and types are new.
+    """
+    items = list(chain.from_iterable(lists))
+    present = None
+    try:
+        addresses = tuple(map(Tensor.data_ptr, items))
+    except TypeError:  # some are None
+        present = tuple(item is not None for item in items)
+        items = list(compress(items, present))
+        if not all(isinstance(item, Tensor) for item in items):
+            check()
+        addresses = tuple(map(Tensor.data_ptr, items))
+    device = items[0].device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0  # fills the table
+    contiguous = all(map(Tensor.is_contiguous, items))
+    likeness = (
+        tuple(map(Tensor.numel, items)),
+        tuple(map(_dtype, items)),
+        tuple(map(len, lists)),
+        present,
+        device,
+        None if contiguous else [(item.shape, item.stride()) for item in items],
+    )
+    plan = _plans.get((stream, addresses))
+    if plan is not None and plan.likeness == likeness:
+        _plans.move_to_end((stream, addresses))
+        return plan
+    key = (stream, *likeness[1:5], *((item.shape, item.stride()) for item in items))
+    layout = _layouts.get(key)
+    if layout is None:
+        check()
+        layout = _lay_out(lists, device)
+        _keep(_layouts, key, layout)
+    if 0 in addresses and any(item.numel() for item, address in zip(items, addresses, strict=True) if not address):
+        raise KernelError("ema_update, adamw_ema: tensors must have memory of their own (pass a DTensor's to_local())")
+    where = torch.tensor(addresses, device="cpu")
+    table = layout.rows.clone()
+    table.view(-1)[layout.slots] = where
+    narrow = layout.slots[where % layout.widths != 0] // COLUMNS
+    table[narrow, WIDE] = 0
+    plan = _Plan(likeness, layout, _send(table, device), layout.uneven or narrow.numel() > 0)
+    _keep(_plans, (stream, addresses), plan)
+    return plan
+
+
+def _lay_out(lists: Lists, device: torch.device) -> _Layout:
+    """The layout of tensors that have been checked."""
+    numel, kinds, left = [], [], []
+    for i, param in enumerate(lists[0]):
+        row = [items[i] if items else None for items in lists]
+        if row[1] is None:
+            row[2:4] = None, None  # moments without a gradient stay as they are
+        present = [item for item in row if item is not None]
+        fits = all(item.dtype in CODES for item in present) and _alike(present)
+        if not fits:
+            left.append(i)
+        if fits and (row[1] is not None or row[4:] != [None] * 3):
+            codes = tuple(0 if row[column] is None else CODES[row[column].dtype] for column in (0, 1, 4, 5, 6))
+            kinds.append((*codes, 4 if 1 in codes else 8))  # accesses of 16 bytes (and of 8 where types are mixed)
+            numel.append(param.numel())
+        else:
+            kinds.append(None)
+            numel.append(0)
+    constants = sorted(set(kinds) - {None})
+    rows = [[0] * 7 + [n, constants.index(kind) if kind else 0, 1] for n, kind in zip(numel, kinds, strict=True)]
+    slots, widths = [], []
+    for column, items in enumerate(lists):
+        for i, item in enumerate(items):
+            if item is not None:
+                slots.append(i * COLUMNS + column)
+                widths.append(kinds[i][5] * item.element_size() if kinds[i] else 1)
+    values = VALUES[any(grad is not None for grad in lists[1])]
+    sizes = torch.tensor(numel, device="cpu")
+    programs = (sizes + values - 1) // values
+    tensor = torch.arange(len(numel), device="cpu").repeat_interleave(programs)
+    block = torch.arange(len(tensor), device="cpu") - (programs.cumsum(0) - programs)[tensor]
+    return _Layout(
+        torch.tensor(rows, device="cpu"),
+        torch.tensor(slots, device="cpu"),
+        torch.tensor(widths, device="cpu"),
+        any(n % kind[5] for n, kind in zip(numel, kinds, strict=True) if kind),
+        _send(torch.stack([tensor, block], 1).to(torch.int32), device),
+        tuple(constants),
+        values,
+        tuple(left),
+    )
+
+
+def _alike(items: list[Tensor]) -> bool:
+    """Whether the items' values, taken in the order of memory, belong together."""
+    if all(item.is_contiguous() for item in items):
+        return True
+    orders = {tuple((d, s) for d, s in enumerate(item.stride()) if item.shape[d] > 1) for item in items}
+    expected = 1
+    for stride, size in sorted(zip(items[0].stride(), items[0].shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False  # with gaps or overlaps
+        expected *= size
+    return len(orders) == 1
+
+
+def _send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy on the device, without waiting for it."""
+    if device.type != "cuda":
+        return tensor
+    if torch.cuda.is_current_stream_capturing():
+        what = "one lr and weight_decay for all tensors, and the same tensors in a call before"
+        raise KernelError(f"ema_update, adamw_ema: capture by a CUDA graph needs {what}")
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _launch(plan: _Plan, rates: Tensor | None, grad_scale: Tensor | None, *numbers: float) -> None:
+    layout = plan.layout
+    launch(
+        _step, (layout.blocks.shape[0],), plan.table, layout.blocks, rates, grad_scale, *numbers,
+        KINDS=layout.kinds, RAGGED=plan.ragged, RATES=rates is not None, SCALE=grad_scale is not None,
+        COLUMNS=COLUMNS, BLOCK=layout.values, num_warps=WARPS,
+    )  # fmt: skip
+
+
+def ema_update_eager(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], copies: Sequence[Tensor], momentum: float
+) -> None:
+    """See the public op; [] stands for no copies."""
+    _ema_update(teacher, student, copies, momentum)
+    torch.autograd.graph.increment_version([*teacher, *copies])
+
+
+def _ema_update(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], copies: Sequence[Tensor], momentum: float
+) -> None:
+    plan = _plan((student, (), (), (), teacher, (), copies), lambda: public.check_ema(teacher, student, copies))
+    _launch(plan, None, None, *[0.0] * 7, 1.0 - momentum)
+    for i in plan.layout.left:
+        reference.ema_update([teacher[i]], [student[i]], momentum, [copies[i]] if copies else None)
+
+
+@torch.library.custom_op("fastssl::ema_update", mutates_args=("teacher", "copies"))
+def ema_update(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor], momentum: float) -> None:
+    """For torch.compile: a custom op takes a microsecond for every three tensors, so the eager path goes around it."""
+    _ema_update(teacher, student, copies, momentum)
+
+
+@ema_update.register_fake
+def _(teacher, student, copies, momentum):
+    pass
+
+
+def adamw_ema_eager(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor | None],
+    exp_avg_sqs: Sequence[Tensor | None],
+    teacher: Sequence[Tensor | None],
+    copies: Sequence[Tensor | None],
+    teacher_copies: Sequence[Tensor | None],
+    *rest: Any,
+) -> None:
+    """See the public op; [] stands for no teacher and no copies, lists of one number for one of all parameters."""
+    _adamw_ema(params, grads, exp_avgs, exp_avg_sqs, teacher, copies, teacher_copies, *rest)
+    changed = [*params, *exp_avgs, *exp_avg_sqs, *teacher, *copies, *teacher_copies]
+    torch.autograd.graph.increment_version([item for item in changed if item is not None])
+
+
+def _adamw_ema(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    exp_avgs: Sequence[Tensor | None],
+    exp_avg_sqs: Sequence[Tensor | None],
+    teacher: Sequence[Tensor | None],
+    copies: Sequence[Tensor | None],
+    teacher_copies: Sequence[Tensor | None],
+    grad_scale: Tensor | None,
+    lr: Sequence[float],
+    weight_decay: Sequence[float],
+    step: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    momentum: float,
+) -> None:
+    lists = (params, grads, exp_avgs, exp_avg_sqs, teacher, copies, teacher_copies)
+    plan = _plan(lists, lambda: public.check_adamw(*lists))
+    correction = 1 / (1 - beta1**step)
+    rate, shrink, rates = lr[0] * correction, lr[0] * weight_decay[0], None
+    if len(lr) > 1 or len(weight_decay) > 1:
+        n = len(params)
+        lr, weight_decay = (list(x) * (n // len(x)) for x in (lr, weight_decay))
+        pairs = [x for a, b in zip(lr, weight_decay, strict=True) for x in (a * correction, a * b)]
+        rates = _send(torch.tensor(pairs, dtype=torch.float32, device="cpu"), params[0].device)
+    root = (1 - beta2**step) ** -0.5
+    _launch(
+        plan, rates, grad_scale, rate, shrink, 1.0 - beta1, float(beta2), 1.0 - beta2, root, float(eps), 1.0 - momentum
+    )  # fmt: skip
+    for i in plan.layout.left:
+        (p, g, m, v), (t, c, tc) = ([x[i]] for x in lists[:4]), ([x[i]] if x else None for x in lists[4:])
+        reference.adamw_ema(
+            p, g, m, v, step, lr=lr[i % len(lr)], betas=(beta1, beta2), eps=eps,
+            weight_decay=weight_decay[i % len(weight_decay)], teacher=t, momentum=momentum, copies=c,
+            teacher_copies=tc, grad_scale=grad_scale,
+        )  # fmt: skip
+
+
+def adamw_ema(params: list[Tensor], *rest: Any) -> None:
+    """For torch.compile, as `ema_update`: a custom op can change lists of tensors, but no lists with None in them."""
+    lists, numbers = (params, *rest[:6]), rest[6:]
+    given = [[item for item in items if item is not None] for items in lists]
+    present = [bool(items) and items[i] is not None for items in lists for i in range(len(params))]
+    _adamw_ema_op(*given, present, *numbers)
+
+
+@torch.library.custom_op(
+    "fastssl::adamw_ema", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "teacher", "copies", "teacher_copies")
+)
+def _adamw_ema_op(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    teacher: list[Tensor],
+    copies: list[Tensor],
+    teacher_copies: list[Tensor],
+    present: list[bool],
+    grad_scale: Tensor | None,
+    lr: list[float],
+    weight_decay: list[float],
+    step: int,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    momentum: float,
+) -> None:
+    given = (iter(items) for items in (params, grads, exp_avgs, exp_avg_sqs, teacher, copies, teacher_copies))
+    n = len(params)
+    lists = [[next(items) if there else None for there in present[n * j :][:n]] for j, items in enumerate(given)]
+    optional = ([] if items == [None] * n else items for items in lists[4:])
+    numbers = (lr, weight_decay, step, beta1, beta2, eps, momentum)
+    _adamw_ema(*lists[:4], *optional, grad_scale, *numbers)
+
+
+@_adamw_ema_op.register_fake
+def _(*arguments):
+    pass
