@@ -6,8 +6,9 @@ function of a key and a counter, used here as
     key      (seed of the run, CRC-32 of the purpose)
     counter  (sample id, epoch, crop number, block number)
 
-The purpose is a name: "order", "pages", "replacement", "mask", or "view/<group>". Hence no draw depends on another
-draw, on the other groups, on the batch, on workers or on ranks. `fastssl.masks` has the same generator on the device.
+The purpose is a name: "order", "pages", "replacement", "mask", "mask/block", "mask/semantic", or "view/<group>". Hence
+no draw depends on another draw, on the other groups, on the batch, on workers or on ranks. `fastssl.masks` has the same
+generator on the device.
 """
 
 from __future__ import annotations
