@@ -1,0 +1,312 @@
+"""Damage of image blocks: against the float64 reference, the loops of the method, and by its properties."""
+
+import math
+
+import pytest
+import torch
+
+from fastssl.kernels._check import KernelError
+from fastssl.kernels._path import forced
+from fastssl.kernels._verify import verify
+from fastssl.kernels.corrupt import ALIEN, NOISE, ZERO, bench, corrupt, draw_blocks, reference
+
+CORRUPT, DRAW = bench.OPS
+BOTH = pytest.mark.parametrize("path", ["reference", "triton"])
+
+
+@pytest.mark.parametrize("dtype", CORRUPT.dtypes, ids=str)
+@pytest.mark.parametrize("case", CORRUPT.proof)
+def test_corrupt_equals_the_reference(case, dtype, device):
+    verify(CORRUPT, CORRUPT.proof[case], dtype, device)
+
+
+@pytest.mark.parametrize("case", DRAW.proof)
+def test_draw_blocks_equals_the_reference(case, device):
+    verify(DRAW, DRAW.proof[case], torch.float32, device)
+
+
+def philox(counter, key):
+    """Philox4x32-10 in plain integers, as its paper says it."""
+    c, k = list(counter), list(key)
+    for _ in range(10):
+        p, q = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [q >> 32 ^ c[1] ^ k[0], q & 0xFFFFFFFF, p >> 32 ^ c[3] ^ k[1], p & 0xFFFFFFFF]
+        k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
+    return c
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ((0,) * 4, (0,) * 2, "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            "d16cfe09 94fdcceb 5001e420 24126ea1",
+        ),
+    ],
+)
+def test_philox_gives_its_authors_words(counter, key, words):
+    expected = [int(word, 16) for word in words.split()]
+    assert philox(counter, key) == expected
+    assert [int(word) for word in reference.philox(tuple(map(torch.tensor, counter)), key)] == expected
+
+
+def damage_by_loop(views, boxes, kind, source, ids, seed, epoch, view):
+    """Rectangle by rectangle and pixel by pixel."""
+    out, mask = views.clone(), torch.zeros(views.shape[0], *views.shape[2:], dtype=torch.bool)
+    height, width = views.shape[2:]
+    for b in range(len(views)):
+        for (top, left, tall, wide), k in zip(boxes[b].tolist(), kind[b].tolist(), strict=True):
+            for y in range(max(top, 0), min(top + tall, height)):
+                for x in range(max(left, 0), min(left + wide, width)):
+                    value = views[source[b], :, y, x] if k == ALIEN else torch.zeros(3)
+                    if k == NOISE:
+                        words = philox((y * width + x, view, epoch, int(ids[b])), (seed, reference.NOISE_KEY))
+                        radius = [math.sqrt(-2 * math.log(((word >> 8) + 1) / 2**24)) for word in words[::2]]
+                        angle = [(word >> 8) / 2**24 * 2 * math.pi for word in words[1::2]]
+                        first, second = (radius[0] * f(angle[0]) for f in (math.cos, math.sin))
+                        value = torch.tensor([first, second, radius[1] * math.cos(angle[1])])
+                    out[b, :, y, x] = value
+                    mask[b, y, x] = True
+    return out, mask
+
+
+@BOTH
+def test_equals_the_loop(path, device):
+    inputs = bench.inputs(bench.Maker(seed=3), torch.float32, B=3, size=(11, 14), R=4, sides=(2, 9), seed=2**31 + 7)
+    inputs |= {
+        "epoch": 2**32 - 1,
+        "view": 2**31,
+        "kind": torch.tensor([[0, 1, 2, 1], [2, 1, 0, 2], [1, 2, 0, 0]]).int(),
+    }
+    out, mask = damage_by_loop(**inputs)
+    moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+    with forced(path):
+        got = corrupt(**moved)
+    assert torch.equal(got.mask.cpu(), mask)
+    torch.testing.assert_close(got.views.cpu(), out, rtol=0, atol=1e-5)
+
+
+def blocks_by_loop(identity, height, width, fraction, align, kind, seed, epoch, view, uniform_rate, max_side):
+    """Section 2.4 of the SiT card, and the uniform variant, with words of Philox for the random draws."""
+
+    def words(n):
+        return philox((identity, epoch, view, n), (seed, reference.BLOCKS_KEY + kind))
+
+    def draw(low, high, word):  # {low .. high - 1}
+        return low + (word * (high - low) >> 32)
+
+    low, high = (math.ceil(round(m * height * width, 6)) for m in (min(0.5, fraction), fraction))
+    budget = draw(low, high + 1, words(0)[0])
+    mask, blocks = torch.zeros(height, width, dtype=torch.bool), []
+    while mask.sum() < budget:
+        word, block = words(len(blocks) + 1), []
+        for side, start, length in ((height, *word[:2]), (width, *word[2:])):
+            h = draw(align, int(max_side * side), length)
+            if uniform_rate:
+                h = round(h / align) * align
+                r = draw(1 - h // align, math.ceil(side / align), start) * align
+            else:
+                r = draw(0, side - align, start) // align * align
+                h = round(min(h, side - r) / align) * align
+            block += [max(r, 0), min(r + h, side) - max(r, 0)]
+        top, tall, left, wide = block
+        blocks.append([top, left, tall, wide])
+        mask[top : top + tall, left : left + wide] = True
+    return torch.tensor(blocks, dtype=torch.int32), mask
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"fraction": 0.5, "align": 1, "uniform_rate": True},
+        {"fraction": 0.3, "align": 1, "uniform_rate": False, "kind": 2, "view": 1},
+        {"fraction": 0.6, "align": 4, "uniform_rate": True, "epoch": 2**32 - 2},
+        {"fraction": 0.4, "align": 4, "uniform_rate": False, "seed": 2**32 - 1},
+    ],
+)
+def test_blocks_equal_the_loop(path, options, device):
+    options = {"height": 43, "width": 34, "max_side": 0.5, "kind": 0, "seed": 1, "epoch": 0, "view": 0, **options}
+    ids = [0, 2**32 - 3]
+    with forced(path):
+        boxes = draw_blocks(torch.tensor(ids, device=device), **options).cpu()
+    for identity, got in zip(ids, boxes, strict=True):
+        expected, mask = blocks_by_loop(identity, **options)
+        n = len(expected)
+        assert torch.equal(got[:n], expected)
+        assert not got[n:].any()
+        assert torch.equal(reference.topmost(got[None], torch.zeros(1, 128, dtype=torch.int32), 43, 34)[0] > 0, mask)
+
+
+def cover(boxes):
+    """Which pixels of 224 x 224 the blocks cover."""
+    boxes = boxes[:, : int((boxes[:, :, 2] > 0).sum(dim=1).max())]
+    return reference.topmost(boxes, torch.zeros_like(boxes[:, :, 0]), 224, 224) > 0
+
+
+@pytest.mark.parametrize(("fraction", "budget", "mean", "images"), [(0.5, 25_088, 0.511, 64), (0.3, 15_053, 0.313, 40)])
+def test_upstreams_blocks_have_the_cards_statistics(fraction, budget, mean, images):
+    """SiT card, oracle 7."""
+    ids = torch.arange(images)
+    with forced("reference"):
+        boxes = draw_blocks(ids, height=224, width=224, fraction=fraction, seed=0, epoch=0, uniform_rate=False)
+    count = (boxes[:, :, 2] > 0).sum(dim=1)
+    assert count.max() < 90
+    assert count.float().mean().item() == pytest.approx({0.5: 40, 0.3: 20}[fraction], rel=0.1)
+    covered = cover(boxes)
+    pixels = covered.sum(dim=(1, 2))
+    assert (pixels >= budget).all()
+    assert pixels.float().mean().item() / 224**2 == pytest.approx(mean, abs=0.004)
+    boxes[ids, count - 1] = 0
+    assert (cover(boxes).sum(dim=(1, 2)) < budget).all()
+    if fraction == 0.5:
+        rate = covered.float().mean(dim=0)
+        assert rate[:16, :16].mean().item() == pytest.approx(0.04, abs=0.045)
+        assert rate[104:120, 104:120].mean().item() == pytest.approx(0.60, abs=0.12)
+        assert rate[-16:, -16:].mean().item() == pytest.approx(0.61, abs=0.12)
+        assert rate[16].mean().item() == pytest.approx(0.30, abs=0.05)
+
+
+def test_a_uniform_rate_covers_corners_and_centre_alike():
+    with forced("reference"):
+        covered = cover(draw_blocks(torch.arange(48), height=224, width=224, fraction=0.5, seed=0, epoch=0)).float()
+    assert (covered.sum(dim=(1, 2)) >= 25_088).all()
+    rate = covered.mean(dim=0)
+    corners = torch.stack([rate[:16, :16], rate[:16, -16:], rate[-16:, :16], rate[-16:, -16:]]).mean().item()
+    assert corners == pytest.approx(0.5, abs=0.12)
+    for edge in (rate[0], rate[-1], rate[:, 0], rate[:, -1], rate[112]):
+        assert edge.mean().item() == pytest.approx(0.5, abs=0.08)
+
+
+@BOTH
+def test_blocks_belong_to_the_sample_not_to_the_batch(path, device):
+    options = {"height": 40, "width": 40, "fraction": 0.4, "max_side": 0.5, "seed": 1, "epoch": 2}
+    with forced(path):
+        boxes = draw_blocks(torch.tensor([7, 3, 9], device=device), **options)
+        assert torch.equal(draw_blocks(torch.tensor([9, 7], device=device), **options), boxes[[2, 0]])
+        for change in ({"seed": 2}, {"epoch": 3}, {"view": 1}, {"kind": ALIEN}):
+            other = draw_blocks(torch.tensor([7], device=device), **options | change)
+            assert not torch.equal(other[:, 0], boxes[:1, 0]), change
+
+
+def filled(kind, device, B=4, size=(24, 40)):
+    """Inputs of corrupt with one rectangle of a kind per image, over all but the outermost pixels."""
+    torch.manual_seed(0)
+    boxes = torch.tensor([1, 1, size[0] - 2, size[1] - 2], dtype=torch.int32, device=device).expand(B, 1, 4)
+    return {
+        "views": torch.randn(B, 3, *size, device=device),
+        "boxes": boxes,
+        "kind": torch.full((B, 1), kind, dtype=torch.int32, device=device),
+        "source": torch.arange(B, device=device).roll(1),
+        "ids": torch.arange(10, 10 + B, device=device),
+        "seed": 5,
+    }
+
+
+@BOTH
+@pytest.mark.parametrize("kind", [ZERO, NOISE, ALIEN])
+def test_outside_stays_clean_bitwise_and_inside_is_what_the_kind_says(path, kind, device):
+    """SiT card, oracle 7. Every image is damaged itself, and still shows clean in another."""
+    inputs = filled(kind, device)
+    inputs["boxes"] = inputs["boxes"].clone()
+    inputs["boxes"][0] = 0  # not used
+    clean = inputs["views"].clone()
+    with forced(path):
+        views, mask = corrupt(**inputs)
+    assert torch.equal(inputs["views"], clean)
+    assert mask.sum(dim=(1, 2)).tolist() == [0, *[22 * 38] * 3]
+    hit = mask[:, None].expand_as(clean)
+    assert torch.equal(views[~hit], clean[~hit])
+    if kind == NOISE:
+        assert (views[hit] != clean[hit]).all()
+    else:
+        assert torch.equal(views[hit], clean.roll(1, 0)[hit] if kind == ALIEN else torch.zeros_like(clean[hit]))
+
+
+@BOTH
+def test_the_last_rectangle_decides(path, device):
+    inputs = filled(ZERO, device, B=1)
+    order = [ALIEN, ZERO] * 20 + [NOISE, ZERO]  # more than 32 rectangles: the second word of them decides
+    inputs["boxes"] = inputs["boxes"].expand(1, len(order), 4)
+    for used in range(1, len(order) + 1, 13):
+        inputs["kind"] = torch.tensor([order], dtype=torch.int32, device=device)
+        boxes = inputs["boxes"].clone()
+        boxes[:, used:, 2] = 0
+        expected = {**inputs, "boxes": boxes[:, used - 1 : used], "kind": inputs["kind"][:, used - 1 : used]}
+        with forced(path):
+            assert torch.equal(corrupt(**inputs | {"boxes": boxes}).views, corrupt(**expected).views)
+
+
+@BOTH
+def test_noise_is_normal_and_belongs_to_the_sample(path, device):
+    inputs = filled(NOISE, device, size=(32, 64))
+    with forced(path):
+        views = corrupt(**inputs).views
+        flipped = {k: v.flip(0) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        assert torch.equal(corrupt(**flipped).views.flip(0), views)
+        for change in ({"seed": 6}, {"epoch": 1}, {"view": 1}, {"ids": inputs["ids"] + 100}):
+            other = corrupt(**inputs | change).views[:, :, 1:-1, 1:-1]
+            assert (other != views[:, :, 1:-1, 1:-1]).float().mean() > 0.99, change
+    noise = views[:, :, 1:-1, 1:-1].double()  # 22,320 values
+    assert abs(noise.mean().item()) < 0.03
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert (noise**4).mean().item() == pytest.approx(3, abs=0.25)
+    assert (noise > 0).double().mean().item() == pytest.approx(0.5, abs=0.015)
+    lines = noise.transpose(0, 1).flatten(1)
+    correlation = torch.corrcoef(torch.cat([lines, lines.abs(), lines.roll(1, 1)]))
+    assert (correlation - torch.eye(9, device=device)).abs().max() < 0.06
+
+
+@BOTH
+def test_no_gradient(path, device):
+    inputs = filled(ALIEN, device)
+    inputs["views"].requires_grad_()
+    with forced(path):
+        assert not corrupt(**inputs).views.requires_grad
+
+
+def test_compiles_without_a_graph_break(device, compiles_whole):
+    inputs = filled(NOISE, device, B=2)
+
+    def step(leaf):
+        boxes = draw_blocks(
+            inputs["ids"], height=24, width=40, fraction=0.2, max_side=0.9, seed=1, epoch=1, max_blocks=1
+        )
+        views, mask = corrupt(**inputs | {"boxes": boxes})
+        return leaf * views * mask[:, None]
+
+    compiles_whole(step, torch.randn(2, 3, 24, 40, device=device, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"views": torch.zeros(4, 4, 8, 8)}, r"corrupt: views must be \[B, 3, H, W\], not \[4, 4, 8, 8\]"),
+        ({"boxes": torch.zeros(4, 1, 4)}, "corrupt: boxes must be int32, not float32"),
+        ({"kind": torch.zeros(4, 2, dtype=torch.int32)}, r"kind must be \[B, R\] with B = 4, R = 1, not \[4, 2\]"),
+        ({"source": torch.zeros(3, dtype=torch.int64)}, r"source must be \[B\] with B = 4, not \[3\]"),
+        ({"ids": torch.zeros(4, dtype=torch.int32)}, "ids must be int64, not int32"),
+    ],
+)
+def test_bad_arguments_of_corrupt_are_named(change, message):
+    with pytest.raises(KernelError, match=message):
+        corrupt(**filled(ZERO, "cpu") | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ids": torch.zeros(2, 1, dtype=torch.int64)}, r"draw_blocks: ids must be \[B\], not \[2, 1\]"),
+        ({"fraction": 1.0}, "fraction must be from 0 to less than 1, not 1.0"),
+        ({"align": 0}, "align must be at least 1, not 0"),
+        ({"align": 9}, r"max_side must be a share that leaves sides above align = 9, not 0.3 \(9\)"),
+        ({"max_blocks": -1}, "max_blocks must be at least 0, not -1"),
+    ],
+)
+def test_bad_arguments_of_draw_blocks_are_named(change, message):
+    inputs = {"ids": torch.arange(2), "height": 32, "width": 40, "fraction": 0.5, "seed": 0, "epoch": 0}
+    with pytest.raises(KernelError, match=message):
+        draw_blocks(**inputs | change)
