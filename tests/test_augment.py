@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 from fastssl import augment as module
 from fastssl.augment import BLUR_RADIUS, augment, photometric
 from fastssl.batch import Batch, Photometric
+from fastssl.kernels.photometric import reference
 
 JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 RAW = dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))  # leaves pixel values in [0, 1]
@@ -77,7 +78,7 @@ def by_torchvision(views, p):
 def both_ways(request, monkeypatch):
     """Runs a test with the CPU's and with the accelerator's way of leaving crops out."""
     if request.param == "all crops":
-        monkeypatch.setattr(module, "_only_chosen", module._select)
+        monkeypatch.setattr(reference, "_only_chosen", reference._select)
 
 
 @pytest.mark.usefixtures("both_ways")
@@ -207,7 +208,7 @@ def test_a_crop_is_treated_alike_in_any_batch():
 def test_chunks_make_no_difference(monkeypatch):
     x, p = images(), drawn()
     whole = photometric(x, p)
-    monkeypatch.setattr(module, "CPU_CHUNK", 1)
+    monkeypatch.setattr(reference, "CPU_CHUNK", 1)
     torch.testing.assert_close(photometric(x, p), whole, atol=1e-6, rtol=0)
 
 

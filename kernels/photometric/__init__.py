@@ -1,0 +1,98 @@
+"""Photometric augmentation: uint8 crops and their drawn parameters become normalised float views in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastssl.kernels._check import FLOATS, INTEGERS, Shapes, check
+from fastssl.kernels._path import use_triton
+from fastssl.kernels.photometric import reference
+from fastssl.kernels.photometric.reference import BLUR_RADIUS as BLUR_RADIUS
+
+NAME = "photometric"
+
+
+def photometric(
+    crops: Tensor,
+    *,
+    jitter: Tensor | None = None,
+    order: Tensor | None = None,
+    factor: Tensor | None = None,
+    gray: Tensor | None = None,
+    blur_sigma: Tensor | None = None,
+    solarize: Tensor | None = None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Each crop's drawn operations, then normalised (the augmentation of Grill et al. 2020, appendix B; DINO's views).
+
+        for n in range(N):
+            x = crops[n] / 255
+            if jitter[n]:
+                for op in order[n]:  # luma(x) = 0.2989 red + 0.587 green + 0.114 blue, per pixel
+                    target = 0, mean(luma(x)) or luma(x) for op 0, 1, 2
+                    x = clip(target + factor[n, op] (x - target), 0, 1)
+                    # op 3 instead turns the hue of x (HSV) by factor[n, 3] turns
+            if gray[n]:
+                x = luma(x) in all channels
+            if blur_sigma[n] > 0:
+                x = Gaussian blur of x, cut off at BLUR_RADIUS pixels, the edge pixels repeated
+            if solarize[n] <= 255:
+                x = where(x >= solarize[n] / 255, 1 - x, x)
+            out[n] = (x - mean) / std
+
+    The six drawn parameters come together or not at all; without them the crops are only normalised. All arithmetic is
+    float32 (float64 for a float64 result); for a float16 or bfloat16 result the blur's factors are rounded to float16
+    on a GPU (an error below 0.1 of 255 levels). Nothing waits for the device.
+
+    Args:
+        crops: uint8 [N, 3, H, W].
+        jitter: bool [N], whether the four jitter operations are applied.
+        order: int64 or int32 [N, 4], the order in which they are (0 brightness, 1 contrast, 2 saturation, 3 hue); each
+            row must be a permutation.
+        factor: [N, 4], by operation: brightness, contrast, saturation factors and the hue shift in turns.
+        gray: bool [N].
+        blur_sigma: [N], standard deviation in pixels; 0 means no blur.
+        solarize: [N], threshold in gray levels 0-255; above 255 means no solarize.
+        mean, std: per channel, for pixel values in [0, 1].
+        dtype: type of the result.
+
+    Returns:
+        `dtype` [N, 3, H, W], contiguous. No gradient flows.
+
+    Raises:
+        KernelError: a shape or type that does not fit, or only some of the drawn parameters.
+    """
+    shapes = Shapes(NAME)
+    shapes("crops", crops, "N 3 H W", (torch.uint8,))
+    given = {
+        "jitter": (jitter, "N", (torch.bool,)),
+        "order": (order, "N 4", INTEGERS),
+        "factor": (factor, "N 4", FLOATS),
+        "gray": (gray, "N", (torch.bool,)),
+        "blur_sigma": (blur_sigma, "N", FLOATS),
+        "solarize": (solarize, "N", FLOATS),
+    }
+    missing = [name for name, (value, *_) in given.items() if value is None]
+    together = len(missing) in (0, len(given))
+    check(together, NAME, "the drawn parameters", "all given or all None", f"without {', '.join(missing)}")
+    if not missing:
+        for name, (value, shape, dtypes) in given.items():
+            shapes(name, value, shape, dtypes)
+    check(len(mean) == 3, NAME, "mean", "3 numbers", len(mean))
+    check(len(std) == 3 and all(std), NAME, "std", "3 numbers other than 0", list(std))
+    check(dtype in FLOATS, NAME, "dtype", "a floating-point type", dtype)
+    drawn = (jitter, order, factor, gray, blur_sigma, solarize)
+    exact = torch.float64 in (dtype, None if factor is None else factor.dtype)
+    if use_triton(NAME, crops) and not exact:
+        from fastssl.kernels.photometric import kernel
+
+        return kernel.forward(crops, *drawn, [float(m) for m in mean], [float(s) for s in std], dtype)
+    return reference.photometric(
+        crops, jitter=jitter, order=order, factor=factor, gray=gray, blur_sigma=blur_sigma, solarize=solarize,
+        mean=mean, std=std, dtype=dtype,
+    )  # fmt: skip
