@@ -1,7 +1,8 @@
 """Which path an op takes: the Triton kernel or the PyTorch reference.
 
 The environment variable FASTSSL_KERNELS decides: `auto` (default; the kernel for CUDA tensors where Triton is
-installed), `reference` (never the kernel), `triton` (always the kernel; on the CPU only under TRITON_INTERPRET=1).
+installed), `reference` (never the kernel), `triton` (always the kernel; on the CPU only under TRITON_INTERPRET=1). An
+op may have a compiled twin for the CPU (numba); `auto` takes it where numba is installed.
 """
 
 from __future__ import annotations
@@ -43,6 +44,12 @@ def use_triton(op: str, *tensors: Tensor) -> bool:
     return True
 
 
+def use_numba(*tensors: Tensor) -> bool:
+    """Whether a call with these tensors goes to the op's compiled CPU twin."""
+    on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
+    return on_cpu and _mode() == "auto" and not torch.compiler.is_compiling() and _find("numba")
+
+
 @torch.compiler.assume_constant_result
 def _mode() -> str:
     return os.environ.get(VARIABLE) or "auto"
@@ -55,12 +62,12 @@ def _interpreted() -> bool:
 
 @torch.compiler.assume_constant_result
 def has_triton() -> bool:
-    return _find_triton()
+    return _find("triton")
 
 
 @cache
-def _find_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _find(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 @contextmanager

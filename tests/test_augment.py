@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 from fastssl import augment as module
 from fastssl.augment import BLUR_RADIUS, augment, photometric
 from fastssl.batch import Batch, Photometric
+from fastssl.kernels._path import forced
 from fastssl.kernels.photometric import reference
 
 JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -169,7 +170,9 @@ def test_distance_from_pils_blur(sigma):
 
 def test_drawn_nothing_changes_nothing():
     x = images()
-    assert torch.equal(photometric(x, nothing(), **RAW), x.float() / 255)
+    with forced("reference"):
+        assert torch.equal(photometric(x, nothing(), **RAW), x.float() / 255)
+    torch.testing.assert_close(photometric(x, nothing(), **RAW), x.float() / 255, atol=1e-7, rtol=0)
     p = nothing()
     p.jitter[:] = True
     torch.testing.assert_close(photometric(x, p, **RAW), x.float() / 255, atol=1e-6, rtol=0)
@@ -264,3 +267,23 @@ def test_gpu_agrees_without_waiting():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(out.cpu(), photometric(x, p), atol=5e-5, rtol=0)
+
+
+def test_the_compiled_and_the_plain_path_agree_whatever_the_threads():
+    x, p = images(), nothing()
+    p.jitter[:] = True
+    p.blur_sigma[..., ::2] = 1.3
+    p.solarize[..., 1::2] = 128
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(photometric(x, p))
+    finally:
+        torch.set_num_threads(before)
+    with forced("reference"):
+        plain = photometric(x, p)
+    assert torch.equal(*results)
+    far = (results[0] - plain).abs() > 5e-5  # of values at the solarize threshold
+    assert far.float().mean() < 1e-4

@@ -26,7 +26,7 @@ def test_a_kernel_that_cannot_run_is_refused(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with forced("triton"), pytest.raises(KernelError, match="op: FASTSSL_KERNELS=triton needs CUDA tensors"):
         use_triton("op", CPU)
-    monkeypatch.setattr(_path, "_find_triton", lambda: False)
+    monkeypatch.setattr(_path, "_find", lambda package: False)
     with forced("triton"), pytest.raises(KernelError, match="the package triton is not installed"):
         use_triton("op", CPU)
     with forced("cuda"), pytest.raises(KernelError, match="FASTSSL_KERNELS is 'cuda'; it must be one of auto, ref"):
@@ -56,3 +56,15 @@ def test_launches_are_recorded_instead_of_run():
 def test_rounding():
     assert [_launch.power_of_2(n) for n in (0, 1, 2, 3, 64, 65)] == [1, 1, 2, 4, 64, 128]
     assert [_launch.cdiv(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]
+
+
+def test_the_compiled_twin_is_for_the_cpu_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(_path, "_find", lambda package: package == "numba")
+    assert _path.use_numba(CPU)
+    assert not _path.use_numba(CPU, torch.zeros(1, device="meta"))
+    for mode in ("reference", "triton"):
+        with forced(mode):
+            assert not _path.use_numba(CPU)
+    monkeypatch.setattr(_path, "_find", lambda package: False)
+    assert not _path.use_numba(CPU)
