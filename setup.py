@@ -1,6 +1,6 @@
 """Several source folders, one import name: kernels/, loaders/ and configs/ install as fastssl.kernels and so on."""
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
 
 FOLDERS = {
     "fastssl": "fastssl",
@@ -17,4 +17,6 @@ setup(
         for package in (name, *(f"{name}.{inner}" for inner in find_packages(folder)))
     ],
     package_data={"": ["*.yaml"]},
+    # no module but a library for ctypes (loaders/turbojpeg.py, which does without it where it cannot be built)
+    ext_modules=[Extension("fastssl.loaders._window", ["loaders/_window.c"], libraries=["jpeg"], optional=True)],
 )

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from fastssl.config import ConfigError
@@ -104,18 +105,25 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def bench(arguments: list[str]) -> int:
-    """Measure the parts: fastssl bench kernels."""
+    """Measure the parts: fastssl bench loader --data PATH, fastssl bench kernels."""
+    from fastssl.augment import augment
     from fastssl.kernels._bench import KernelBenchOptions
     from fastssl.kernels._bench import bench as bench_kernels
+    from fastssl.loaders.bench import LoaderBenchOptions
+    from fastssl.loaders.bench import bench as bench_loader
 
-    benches: dict[str, tuple[type, Callable]] = {"kernels": (KernelBenchOptions, bench_kernels)}
+    benches: dict[str, tuple[type, Callable]] = {
+        "loader": (LoaderBenchOptions, partial(bench_loader, augment=augment)),
+        "kernels": (KernelBenchOptions, bench_kernels),
+    }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: fastssl bench {'|'.join(benches)} [options]   (fastssl bench kernels --help lists them)")
         return 0
     if arguments[0] not in benches:
         raise ConfigError(f"bench '{arguments[0]}' is unknown; known: {', '.join(benches)}")
     kind, run = benches[arguments[0]]
-    options, as_json = parse_options(f"fastssl bench {arguments[0]}", run.__doc__, kind, arguments[1:])
+    about = kind.__doc__ or ""
+    options, as_json = parse_options(f"fastssl bench {arguments[0]}", about, kind, arguments[1:])
     result = run(options)
     print(json.dumps(result.as_dict()) if as_json else result.table())
     return 0 if result.ok else 1

@@ -89,8 +89,9 @@ class Data:
     """Training images: a .beton file, a glob of shards ('train-*.beton'), or a folder of images."""
     val: str = ""
     """Labelled validation images for the online k-NN monitor, same forms as path. Empty: none."""
-    engine: Literal["auto", "reference"] = "auto"
-    """What decodes and crops. auto takes the fastest engine that works here and says which."""
+    engine: Literal["auto", "ffcv", "dali", "reference"] = "auto"
+    """What decodes and crops: compiled code on the CPU (ffcv), NVIDIA's DALI, or PIL (reference). auto takes the
+    fastest on the CPU that works here and says which."""
     batch_size: int = 64
     """Images per process and micro-batch."""
     workers: int = 0

@@ -6,6 +6,7 @@ and what was recorded is compiled for each architecture exactly as a real launch
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -131,21 +132,17 @@ def _target(arch: int) -> Iterator[None]:
 
 def _measure(op: str, case: str, dtype: str, arch: int, compiled: Any) -> Build:
     """Assembles the PTX once more, with the assembler's own report."""
-    from triton.backends.nvidia.compiler import get_ptxas
+    from triton.backends.nvidia import compiler
 
     ptx = compiled.asm["ptx"]
     name = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [
-            get_ptxas(arch).path,
-            "-v",
-            f"--gpu-name={name}",
-            str(source),
-            "-o",
-            str(source.with_suffix(".cubin")),
-        ]
+        command = [compiler.get_ptxas(arch).path, "-v", f"--gpu-name={name}"]
+        if "--regAllocOptLevel=2" in inspect.getsource(compiler):  # newer versions of Triton assemble with it
+            command.append("--regAllocOptLevel=2")
+        command += [str(source), "-o", str(source.with_suffix(".cubin"))]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise KernelError(f"{op}, {case}, {dtype}, sm_{arch}: ptxas failed: {done.stderr.strip().splitlines()[0]}")

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,8 +68,14 @@ class DALILoader(Loader):
 
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
 
-    def _cut(self, encoded: Encoded, groups: list[Crops]) -> None:
-        raise NotImplementedError("DALI cuts whole batches")
+    def _decode(self, encoded: Encoded, groups: list[Crops]) -> None:
+        raise NotImplementedError("DALI works on whole batches")
+
+    _resize = _decode
+
+    def stages(self, ids: Sequence[int], epoch: int = 0) -> dict[str, float]:
+        """Nothing: DALI's stages cannot be told apart from outside."""
+        return {}
 
     def _epoch(self, epoch: int, start: int) -> Iterator[Batch]:
         ids = order(len(self._source), self._seed, epoch, self._pages, self._page_window)

@@ -1,7 +1,7 @@
 """What all engines share: which samples stand in which batch, what is drawn for them, threads, faults, memory.
 
-An engine adds one thing, `Loader._cut`: how the crops of one image come out of its encoded bytes. The photometric part
-is left to `fastssl.augment`.
+An engine adds two things: how an image is decoded (`Loader._decode`) and how its crops are cut (`Loader._resize`). The
+photometric part is left to `fastssl.augment`.
 
 Letters: B images in the batch, n crops of the group, S side in pixels, g side of the part grid.
 """
@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -122,9 +123,38 @@ class Loader(ABC):
         self._lock = threading.Lock()
         self._streams: set[Ahead] = set()
 
-    @abstractmethod
     def _cut(self, encoded: Encoded, groups: list[Crops]) -> None:
         """Decodes one image once and fills the crops of all groups; raises DecodeError if it cannot be decoded."""
+        self._resize(self._decode(encoded, groups), groups)
+
+    @abstractmethod
+    def _decode(self, encoded: Encoded, groups: list[Crops]) -> Any:
+        """The image, or as much of it as the groups' boxes need; raises DecodeError."""
+
+    @abstractmethod
+    def _resize(self, image: Any, groups: list[Crops]) -> None:
+        """Fills the crops of all groups from what `_decode` returned."""
+
+    def stages(self, ids: Sequence[int], epoch: int = 0) -> dict[str, float]:
+        """CPU seconds per image of reading, decoding and cropping the samples `ids`, one by one in this thread."""
+        spent = {"read": 0.0, "decode": 0.0, "crop": 0.0}
+        for sample in ids:
+            marks = [time.thread_time()]
+            encoded = self._source.read(int(sample))
+            marks.append(time.thread_time())
+            drawn, batch = self._draw(np.array([sample]), *np.array([[encoded.height], [encoded.width]]), epoch)
+            for view in self._views:
+                batch.views[view.name] = self._memory.take((1, view.count, 3, view.size, view.size))
+            groups = [self._crops(batch, drawn, view, 0, 0) for view in self._views]
+            begin = time.thread_time()
+            image = self._decode(encoded, groups)
+            middle = time.thread_time()
+            self._resize(image, groups)
+            for stage, seconds in zip(
+                spent, (marks[1] - marks[0], middle - begin, time.thread_time() - middle), strict=True
+            ):
+                spent[stage] += seconds / len(ids)
+        return spent
 
     @property
     def bad(self) -> list[tuple[int, str, str]]:

@@ -31,8 +31,10 @@ FILTERS = {
 class ReferenceLoader(Loader):
     """The loader that decodes and crops with PIL; see `fastssl.loaders.loader.Loader`."""
 
-    def _cut(self, encoded: Encoded, groups: list[Crops]) -> None:
-        image = Image.fromarray(decode(encoded))
+    def _decode(self, encoded: Encoded, groups: list[Crops]) -> Image.Image:
+        return Image.fromarray(decode(encoded))
+
+    def _resize(self, image: Image.Image, groups: list[Crops]) -> None:
         frames = {0: image}
         for group in groups:
             squash = group.view.squash

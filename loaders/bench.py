@@ -1,0 +1,381 @@
+"""Loader throughput on the user's data: our engines stage by stage and as a whole, beside the peers that are installed.
+
+Rounds are interleaved, so that a slow minute of a shared machine hits all contenders alike. CPU time counts this
+process and its workers; it is far steadier than the wall clock.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastssl.batch import Batch
+from fastssl.config import ConfigError, View, check
+from fastssl.loaders.engine import ENGINES, make_loader, working_engines
+from fastssl.loaders.loader import Loader
+from fastssl.loaders.peers import PEERS, Missing, Peer
+from fastssl.loaders.pool import usable_cores
+from fastssl.loaders.sources import Encoded, Source, open_source
+
+_JITTER: dict[str, Any] = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2}
+DINO = [
+    View(name="global1", size=224, scale=(0.4, 1.0), blur=1.0, **_JITTER),
+    View(name="global2", size=224, scale=(0.4, 1.0), blur=0.1, solarize=0.2, **_JITTER),
+    View(name="local", count=8, size=96, scale=(0.05, 0.4), blur=0.5, **_JITTER),
+]
+SINGLE = [View(name="crop", size=224, scale=(0.08, 1.0))]
+CASES: dict[str, tuple[list[View], bool]] = {
+    "dino": (DINO, True),
+    "dino-uint8": (DINO, False),
+    "single": (SINGLE, False),
+}
+DECODE = "decode"
+Augment = Callable[[Batch], Batch]
+
+
+@dataclass
+class LoaderBenchOptions:
+    """What `fastssl bench loader` measures."""
+
+    data: str = ""
+    """Images: a .beton file, a glob of shards, or a folder."""
+    case: str = "dino,dino-uint8,single,decode"
+    """Cases, separated by commas: dino (2 crops of 224 and 8 of 96 with all photometric operations, float32 out),
+    dino-uint8 (the crops only), single (one crop of 224), decode (decoding only)."""
+    engine: str = ""
+    """Engines and peers, separated by commas. Empty: all that work here."""
+    seconds: float = 3.0
+    """About this long per contender and round."""
+    rounds: int = 3
+    """Interleaved rounds."""
+    workers: int = 0
+    """Decoding threads or worker processes of each contender. 0: the usable cores."""
+    batch_size: int = 64
+    """Images per batch."""
+    images: int = 500
+    """At most so many images, spread evenly over the data."""
+    step_images_per_s: float = 0.0
+    """Images per second that the training step takes; the advice then says how many cores feed it. 0: not known."""
+    plot: str = ""
+    """Also draw the result to this PNG file."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.data), "data", self.data, "a .beton file, a glob of shards, or a folder of images")
+        check(self.seconds > 0, "seconds", self.seconds, "positive")
+        for key in ("rounds", "batch_size", "images"):
+            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        check(self.workers >= 0, "workers", self.workers, "0 (the usable cores) or more")
+        for key, known in (("case", [*CASES, DECODE]), ("engine", [*ENGINES, *PEERS])):
+            for name in _listed(getattr(self, key)):
+                check(name in known, key, name, f"of {', '.join(known)}")
+
+
+@dataclass
+class LoaderBench:
+    """The result: facts about machine and data, one row per case, contender and stage, what is missing, advice."""
+
+    env: dict[str, Any]
+    rows: list[dict[str, Any]]
+    missing: list[str]
+    advice: list[str]
+
+    ok = True
+
+    def as_dict(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+    def table(self) -> str:
+        """Fixed-width text."""
+        lines = [", ".join(f"{key} {value}" for key, value in self.env.items()), ""]
+        lines.append(
+            f"{'case':<11} {'engine':<16} {'stage':<12} {'img/s':>8} {'low':>8} {'high':>8} {'CPU ms':>7} {'CPU %':>6}"
+        )
+        for row in self.rows:
+            lines.append(
+                f"{row['case']:<11} {row['engine']:<16} {row['stage']:<12} {row['images_per_s']:8.1f} "
+                f"{row['low']:8.1f} {row['high']:8.1f} {row['cpu_ms_per_image']:7.2f} {row['cpu_percent']:6.0f}"
+            )
+        return "\n".join([*lines, "", *self.missing, *self.advice])
+
+
+def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
+    """Measure the loader on your data, stage by stage, beside the peers that are installed.
+
+    Args:
+        options: what to measure.
+        augment: applies the photometric operations to a batch (`fastssl.augment.augment`).
+
+    Raises:
+        SourceError: the data cannot be opened.
+        ConfigError: no contender of those asked for works here.
+    """
+    source = open_source(options.data)
+    workers = options.workers or usable_cores()
+    ids = np.unique(np.linspace(0, len(source) - 1, min(options.images, len(source))).round().astype(np.int64))
+    batch_size = min(options.batch_size, len(ids))
+    wanted = _listed(options.engine) or [*working_engines(), *PEERS]
+    env = {
+        "images": len(ids),
+        "workers": workers,
+        "batch": batch_size,
+        "cores": usable_cores(),
+        "torch": torch.__version__,
+    }
+    result = LoaderBench(env, [], [], [])
+    with ExitStack() as outer:
+        beton = outer.enter_context(_as_beton(options.data)) if "peer-ffcv" in wanted else None
+        for case in _listed(options.case):
+            views, floats = CASES.get(case, (SINGLE, False))
+            peer = Peer(source, ids, views, floats=floats, batch_size=batch_size, workers=workers, beton=beton)
+            with ExitStack() as stack:
+                epochs: dict[str, Callable[[], int]] = {}
+                for name in wanted:
+                    if (case == DECODE) != (name == "bare-decode") and not (case == "single" and name == "bare-decode"):
+                        continue
+                    try:
+                        if name in ENGINES:
+                            epochs[name] = _engine_epoch(name, peer, augment, stack)
+                        else:
+                            epochs[name] = PEERS[name](peer, stack)
+                    except (Missing, ImportError) as error:
+                        line = f"{name} is left out of {case}: {error}"
+                        result.missing.append(line)
+                result.rows += _measure(case, epochs, options)
+            for name in wanted:
+                if case != DECODE and name in ENGINES and name in epochs:
+                    result.rows += _stages(case, name, peer, augment)
+    if not result.rows:
+        raise ConfigError("none of the contenders asked for works here: " + "; ".join(result.missing))
+    result.advice = advise(result.rows, source, ids, workers, options.step_images_per_s)
+    if options.plot:
+        draw(result, options.plot)
+    return result
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
+
+
+class _Part(Source):
+    """Some samples of a data set."""
+
+    def __init__(self, whole: Source, ids: np.ndarray) -> None:
+        self.path, self.classes, self.has_parts = whole.path, whole.classes, whole.has_parts
+        self.labels, self._whole, self._ids = whole.labels[ids], whole, ids
+
+    def sizes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._whole.sizes(self._ids[ids])
+
+    def read(self, i: int) -> Encoded:
+        return self._whole.read(int(self._ids[i]))
+
+    def name(self, i: int) -> str:
+        return self._whole.name(int(self._ids[i]))
+
+
+def _engine_epoch(name: str, peer: Peer, augment: Augment, stack: ExitStack) -> Callable[[], int]:
+    loader: Loader = make_loader(
+        name, _Part(peer.source, peer.ids), peer.views, batch_size=peer.batch_size, seed=0, workers=peer.workers
+    )
+    stack.callback(loader.close)
+    numbers = iter(range(sys.maxsize))
+
+    def epoch() -> int:
+        images = 0
+        for batch in loader.epoch(next(numbers)):
+            images += len(augment(batch) if peer.floats else batch)
+        return images
+
+    return epoch
+
+
+def _as_beton(path: str) -> Any:
+    """A context with the path of a .beton of the data, made for the time of the measurement where it is none."""
+    stack = ExitStack()
+    if Path(path).is_file():
+        return stack.enter_context(_Given(path))
+    from fastssl.loaders.convert import ConvertOptions, convert
+
+    folder = stack.enter_context(tempfile.TemporaryDirectory())
+    made = os.path.join(folder, "data.beton")
+    if Path(path).is_dir():
+        convert(ConvertOptions(path, made))
+    return stack
+
+
+class _Given:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __enter__(self) -> str:
+        return self.path
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+# -- measuring -------------------------------------------------------------------------------------------------------
+
+
+def _measure(case: str, epochs: dict[str, Callable[[], int]], options: LoaderBenchOptions) -> Iterator[dict[str, Any]]:
+    """Rows of the stage "overall", one per contender."""
+    runs: dict[str, list[tuple[float, float, float]]] = {
+        name: [] for name in epochs
+    }  # images/s, CPU s/image, CPU share
+    for name, epoch in epochs.items():
+        print(f"{case}: {name}", file=sys.stderr, flush=True)
+        epoch()  # compiles, starts workers, fills caches
+    for _ in range(options.rounds):
+        for name, epoch in epochs.items():
+            images, wall, cpu = 0, time.perf_counter(), cpu_seconds()
+            while time.perf_counter() - wall < options.seconds:
+                images += epoch()
+            wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
+            runs[name].append((images / wall, cpu / images, cpu / wall))
+    for name, found in runs.items():
+        rates = [rate for rate, _, _ in found]
+        yield {
+            "case": case,
+            "engine": name,
+            "stage": "overall",
+            "images_per_s": statistics.median(rates),
+            "low": min(rates),
+            "high": max(rates),
+            "cpu_ms_per_image": 1e3 * statistics.median(cpu for _, cpu, _ in found),
+            "cpu_percent": 100 * statistics.median(share for _, _, share in found),
+        }
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of its living children, user and system."""
+    total = time.process_time()
+    tick = os.sysconf("SC_CLK_TCK")
+    for task in Path("/proc/self/task").glob("*/children"):
+        for child in task.read_text().split():
+            try:
+                fields = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+            except FileNotFoundError:  # it has ended meanwhile
+                continue
+            total += (int(fields[11]) + int(fields[12])) / tick
+    return total
+
+
+def _stages(case: str, name: str, peer: Peer, augment: Augment, images: int = 64) -> list[dict[str, Any]]:
+    """Rows of the single stages of one of our engines, in one thread."""
+    loader = make_loader(name, _Part(peer.source, peer.ids), peer.views, batch_size=1, seed=0, workers=1)
+    part = min(images, len(peer.ids))
+    stages = loader.stages(range(part))
+    if stages and peer.floats:
+        with make_loader(name, _Part(peer.source, peer.ids), peer.views, batch_size=part, seed=0, workers=1) as whole:
+            batch = next(whole.epoch(0))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        begin = time.process_time()
+        augment(batch)
+        stages["photometric"] = (time.process_time() - begin) / part
+        torch.set_num_threads(threads)
+    if stages and torch.cuda.is_available():
+        stages["copy"] = _copy_seconds(peer)
+    return [
+        {
+            "case": case,
+            "engine": name,
+            "stage": stage,
+            "images_per_s": 1 / seconds,
+            "low": 1 / seconds,
+            "high": 1 / seconds,
+            "cpu_ms_per_image": 1e3 * seconds,
+            "cpu_percent": 100.0,
+        }
+        for stage, seconds in stages.items()
+        if seconds > 0
+    ]
+
+
+def _copy_seconds(peer: Peer) -> float:
+    """Seconds per image to copy the crops from page-locked memory to the GPU."""
+    size = sum(view.count * 3 * view.size**2 for view in peer.views)
+    host = torch.empty((64, size), dtype=torch.uint8, pin_memory=True)
+    host.to("cuda", non_blocking=True)
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
+    for _ in range(10):
+        host.to("cuda", non_blocking=True)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / 640
+
+
+# -- what follows from it --------------------------------------------------------------------------------------------
+
+
+def advise(rows: list[dict[str, Any]], source: Source, ids: np.ndarray, workers: int, step: float) -> list[str]:
+    """What the numbers say: the fastest engine, its slowest stage, and what would help."""
+    lines = []
+    for case in CASES:
+        mine = [row for row in rows if row["case"] == case and row["engine"] in ENGINES]
+        whole = [row for row in mine if row["stage"] == "overall"]
+        if not whole:
+            continue
+        best = min(whole, key=lambda row: row["cpu_ms_per_image"])
+        name, cost = best["engine"], best["cpu_ms_per_image"]
+        lines.append(f"{case}: use data.engine={name} ({best['images_per_s']:.0f} img/s with {workers} workers)")
+        stages = {row["stage"]: row["cpu_ms_per_image"] for row in mine if row["engine"] == name} | {"overall": 0.0}
+        slowest = max(stages, key=stages.get)
+        if stages[slowest] > 0:
+            share = stages[slowest] / sum(stages.values())
+            lines.append(
+                f"  the bottleneck is {slowest}: {stages[slowest]:.2f} of {cost:.2f} CPU ms per image ({share:.0%})"
+            )
+        if slowest == "photometric":
+            lines.append("  a GPU takes the photometric part over by itself; without one, fewer blurs would help most")
+        if slowest == "decode":
+            heights, widths = source.sizes(ids)
+            short = float(np.median(np.minimum(heights, widths)))
+            if short > 300:
+                gain = (short / 256) ** 2
+                lines.append(
+                    f"  half of the images have a shorter side above {short:.0f} pixels: fastssl convert "
+                    f"--max-resolution 256 would make decoding about {gain:.1f} times cheaper, and small crops coarser"
+                )
+        if step:
+            lines.append(f"  a step that takes {step:.0f} img/s needs {step * cost / 1e3:.1f} cores of this kind")
+    return lines
+
+
+def draw(result: LoaderBench, path: str) -> None:
+    """Bars of images per second, one panel per case, to a PNG file.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError("plot needs the package matplotlib; install it or leave --plot out") from None
+    whole = [row for row in result.rows if row["stage"] == "overall"]
+    cases = list(dict.fromkeys(row["case"] for row in whole))
+    figure = Figure(figsize=(4 * len(cases), 3), layout="constrained")
+    for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
+        mine = sorted((row for row in whole if row["case"] == case), key=lambda row: row["images_per_s"])
+        rates = [row["images_per_s"] for row in mine]
+        spread = [
+            [row["images_per_s"] - row["low"] for row in mine],
+            [row["high"] - row["images_per_s"] for row in mine],
+        ]
+        colours = ["tab:blue" if row["engine"] in ENGINES else "tab:gray" for row in mine]
+        axes.barh([row["engine"] for row in mine], rates, xerr=spread, color=colours)
+        axes.set(title=case, xlabel="images per second")
+    partial = f"{path}.partial"
+    figure.savefig(partial, format="png", dpi=120)
+    os.replace(partial, path)
