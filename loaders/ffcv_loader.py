@@ -1,9 +1,9 @@
 """The compiled CPU engine: each image decoded once, and only where its boxes lie; all crops cut without Python's lock.
 
-It reads FFCV's files (and folders) but is not FFCV's loader, which decodes once per crop, cannot be given boxes, ignores
-what its decoder reports, and waits for ever when its thread fails. It does not need the ffcv package. The pixels are the
-reference engine's, to the bit; only files with missing or corrupt pixels differ: here they are bad samples, while PIL
-fills some of them with gray.
+It reads FFCV's files (and folders) but is not FFCV's loader, which decodes once per crop, cannot be given boxes,
+ignores what its decoder reports, and waits for ever when its thread fails. It does not need the ffcv package. The
+pixels are the reference engine's, to the bit; only files with missing or corrupt pixels differ: here they are bad
+samples, while PIL fills some of them with gray.
 """
 
 from __future__ import annotations
