@@ -19,9 +19,11 @@ from torch import Tensor
 from fastssl.batch import Batch, Photometric
 from fastssl.kernels import photometric as op
 from fastssl.kernels.photometric import BLUR_RADIUS as BLUR_RADIUS
+from fastssl.memory import Memory
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_memory = Memory()  # of views on the CPU
 
 
 @torch.no_grad()
@@ -79,4 +81,6 @@ def photometric(
     if views.dtype != torch.uint8 or views.ndim != 5 or views.shape[2] != 3:
         raise ValueError(f"photometric takes uint8 [B, n, 3, S, S], not {views.dtype} {list(views.shape)}")
     drawn = vars(p.map(lambda value: value.flatten(0, 1))) if p else {}
-    return op.photometric(views.flatten(0, 1), **drawn, mean=mean, std=std, dtype=dtype).view(views.shape)
+    crops = views.flatten(0, 1)
+    out = _memory.take(crops.shape, dtype) if crops.device.type == "cpu" else None
+    return op.photometric(crops, **drawn, mean=mean, std=std, dtype=dtype, out=out).view(views.shape)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch
 
 from fastssl.batch import Batch
 from fastssl.config import ConfigError, View, check
+from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.engine import ENGINES, make_loader, working_engines
 from fastssl.loaders.loader import Loader
 from fastssl.loaders.peers import PEERS, Missing, Peer
@@ -200,29 +201,16 @@ def _engine_epoch(name: str, peer: Peer, augment: Augment, stack: ExitStack) -> 
     return epoch
 
 
-def _as_beton(path: str) -> Any:
-    """A context with the path of a .beton of the data, made for the time of the measurement where it is none."""
-    stack = ExitStack()
-    if Path(path).is_file():
-        return stack.enter_context(_Given(path))
-    from fastssl.loaders.convert import ConvertOptions, convert
-
-    folder = stack.enter_context(tempfile.TemporaryDirectory())
-    made = os.path.join(folder, "data.beton")
+@contextmanager
+def _as_beton(path: str) -> Iterator[str | None]:
+    """One .beton file with the data: itself, or made from a folder for the time of the measurement; None for shards."""
     if Path(path).is_dir():
-        convert(ConvertOptions(path, made))
-    return stack
-
-
-class _Given:
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> str:
-        return self.path
-
-    def __exit__(self, *_: object) -> None:
-        pass
+        with tempfile.TemporaryDirectory() as folder:
+            made = os.path.join(folder, "data.beton")
+            convert(ConvertOptions(path, made))
+            yield made
+    else:
+        yield path if Path(path).is_file() else None
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------

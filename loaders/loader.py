@@ -25,8 +25,8 @@ from fastssl.config import View
 from fastssl.loaders.ahead import Ahead
 from fastssl.loaders.draw import Drawn, check_views, draw_all
 from fastssl.loaders.index import batch_ids, batches_per_epoch, order, replacement
-from fastssl.loaders.memory import Memory
 from fastssl.loaders.sources import DecodeError, Encoded, Source
+from fastssl.memory import Memory
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ ALLOWED = {
     "fastssl.step": set(),
     "fastssl.batch": set(),
     "fastssl.distributed": set(),
-    "fastssl.augment": {"config", "batch", "kernels"},
+    "fastssl.memory": {"batch"},
+    "fastssl.augment": {"config", "batch", "kernels", "memory"},
     "fastssl.masks": {"config", "kernels"},
     "fastssl.models": {"config", "kernels"},
     "fastssl.methods": {"config", "batch", "step", "schedule", "ema", "masks", "models", "kernels", "distributed"},
@@ -45,7 +46,7 @@ ALLOWED = {
     "fastssl.demo": {"*", "evaluation"},
     "fastssl.cli": {"*", "evaluation", "demo"},
     "fastssl.kernels": set(),
-    "fastssl.loaders": {"config", "batch"},
+    "fastssl.loaders": {"config", "batch", "memory"},
 }
 TOP = {"cli", "demo", "evaluation"}  # "*" does not include these
 

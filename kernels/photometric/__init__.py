@@ -28,6 +28,7 @@ def photometric(
     mean: Sequence[float],
     std: Sequence[float],
     dtype: torch.dtype = torch.float32,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Each crop's drawn operations, then normalised (the augmentation of Grill et al. 2020, appendix B; DINO's views).
 
@@ -48,7 +49,7 @@ def photometric(
 
     The six drawn parameters come together or not at all; without them the crops are only normalised. All arithmetic is
     float32 (float64 for a float64 result). On the CPU a float32 result comes from compiled code, within 1e-5 of exact
-    arithmetic (of a range of 1). On a GPU, for a float16 or bfloat16 result, the blur's factors are rounded to float16:
+    arithmetic (of a range of 1). On a GPU, for a bfloat16 result, the blur's factors are rounded to float16:
     an error below 0.1 of 255 levels. Nothing waits for the device.
 
     Args:
@@ -62,6 +63,8 @@ def photometric(
         solarize: [N], threshold in gray levels 0-255; above 255 means no solarize.
         mean, std: per channel, for pixel values in [0, 1].
         dtype: type of the result.
+        out: `dtype` [N, 3, H, W], contiguous: memory for the result on the CPU, where new memory costs as much time as
+            the work. On a GPU it must be None.
 
     Returns:
         `dtype` [N, 3, H, W], contiguous. No gradient flows.
@@ -88,6 +91,9 @@ def photometric(
     check(len(mean) == 3, NAME, "mean", "3 numbers", len(mean))
     check(len(std) == 3 and all(std), NAME, "std", "3 numbers other than 0", list(std))
     check(dtype in FLOATS, NAME, "dtype", "a floating-point type", dtype)
+    if out is not None:
+        shapes("out", out, "N 3 H W", (dtype,))
+        check(out.device.type == "cpu" and out.is_contiguous(), NAME, "out", "contiguous and on the CPU", out.device)
     drawn = (jitter, order, factor, gray, blur_sigma, solarize)
     exact = torch.float64 in (dtype, None if factor is None else factor.dtype)
     if use_triton(NAME, crops) and not exact:
@@ -95,18 +101,21 @@ def photometric(
 
         return kernel.forward(crops, *drawn, [float(m) for m in mean], [float(s) for s in std], dtype)
     if dtype == torch.float32 and not exact and use_numba(crops):
-        return _on_cpu(crops, drawn, mean, std)
-    return reference.photometric(
+        return _on_cpu(crops, drawn, mean, std, out)
+    result = reference.photometric(
         crops, jitter=jitter, order=order, factor=factor, gray=gray, blur_sigma=blur_sigma, solarize=solarize,
         mean=mean, std=std, dtype=dtype,
     )  # fmt: skip
+    return result if out is None else out.copy_(result)
 
 
-def _on_cpu(crops: Tensor, drawn: Sequence[Tensor | None], mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def _on_cpu(
+    crops: Tensor, drawn: Sequence[Tensor | None], mean: Sequence[float], std: Sequence[float], out: Tensor | None
+) -> Tensor:
     """The compiled CPU path, the crops shared out among as many threads as PyTorch uses."""
     from fastssl.kernels.photometric.cpu import photometric_cpu
 
-    out = torch.empty(crops.shape, dtype=torch.float32)
+    out = torch.empty(crops.shape, dtype=torch.float32) if out is None else out
     dtypes = (torch.bool, torch.int64, torch.float32, torch.bool, torch.float32, torch.float32)
     arrays = [crops.contiguous().numpy()]
     arrays += [None if x is None else x.to(dtype).contiguous().numpy() for x, dtype in zip(drawn, dtypes, strict=True)]

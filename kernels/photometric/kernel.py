@@ -10,13 +10,13 @@ Three launches, and nothing in memory between them but the means:
   contrast (contrast needs the crop's mean). The others end at once.
 - `_plain` does the crops without a blur, as runs of neighbouring pixels. It goes from the last crop to the first, so
   that it finds the crops that `_means` read last still in the level-2 cache.
-- `_blurred` does the others. A program walks down a strip of COLUMNS, ROWS at a time; the 2 x 6 columns
-  beside the strip are coloured a second time (1.5 times the colours' work), which moves fewer bytes than a copy of the
-  coloured crop in memory: that would be 12 (float16) or 24 bytes per pixel besides the 3 read and the 6 or 12 written.
-  The band matrices have 48 columns horizontally and 64 vertically; a tap per instruction would need 26 shifted loads
-  per value, and shifted loads run at a quarter of the rate of multiply-adds.
-  For a float32 result every factor of a product is split into two float16 numbers, high + low, and the three products
-  that matter are summed in float32: an error of 2^-22. For 16-bit results high alone is used.
+- `_blurred` does the others. A program walks down a strip of COLUMNS, ROWS at a time; the 2 x 6 columns beside it
+  are coloured a second time (1.5 times the colours' work), which moves fewer bytes than a copy of the coloured crop in
+  memory: that would be 12 (float16) or 24 bytes per pixel besides the 3 read and the 6 or 12 written. The band matrices
+  have 48 columns horizontally and 32 vertically; one tap per instruction would need 26 shifted loads per value, and
+  shifted loads run at a quarter of the rate of multiply-adds.
+  Every factor of a product is split into two float16 numbers, high + low, and the three products that matter are summed
+  in float32: an error of 2^-22. For a bfloat16 result, whose own rounding is ten times coarser, high alone is used.
 
 Letters: N crops, H rows, W columns, P = H W pixels.
 """

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastssl.batch import Batch
-from fastssl.loaders.memory import Memory
+from fastssl.memory import Memory
 
 
 def address(tensor):
@@ -26,7 +26,9 @@ def test_memory_comes_back_when_the_last_tensor_on_it_is_gone():
     assert address(second) != place
     view.fill_(7)
     del view
-    assert address(memory.take((12,))) == place
+    again = memory.take((3,), torch.float32)  # as many bytes
+    assert again.dtype == torch.float32
+    assert address(again) == place
 
 
 def test_sizes_are_kept_apart_and_arrays_count_as_users():

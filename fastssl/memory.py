@@ -14,7 +14,7 @@ from fastssl.batch import Batch
 
 
 class Memory:
-    """Hands out uint8 tensors and takes their memory back by itself once the last tensor that uses it is gone.
+    """Hands out tensors and takes their memory back by itself once the last tensor that uses it is gone.
 
     A batch may therefore be kept as long as one likes; a training loop, which drops each batch, runs in the memory of
     the few batches in work. Page-locked memory is kept and reused by PyTorch's own allocator, which also waits for
@@ -28,11 +28,11 @@ class Memory:
         self._pin = pin
         self._free: dict[int, list[np.ndarray]] = defaultdict(list)
 
-    def take(self, shape: tuple[int, ...]) -> Tensor:
-        """An uninitialised tensor, uint8."""
-        if self._pin:
-            return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
-        size = math.prod(shape)
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
+        """An uninitialised tensor in host memory."""
+        size = math.prod(shape) * dtype.itemsize
+        if self._pin or not size:
+            return torch.empty(shape, dtype=dtype, pin_memory=self._pin)
         free = self._free[size]
         try:
             block = free.pop()
@@ -40,7 +40,7 @@ class Memory:
             block = np.empty(size, np.uint8)
         lease = block[:]  # the tensor's storage holds this view, so it lives as long as any tensor on it
         weakref.finalize(lease, free.append, block).atexit = False
-        return torch.from_numpy(lease).view(shape)
+        return torch.from_numpy(lease).view(dtype).view(shape)
 
     def pinned(self, batch: Batch) -> Batch:
         """The batch with its remaining tensors page-locked too, where that is wanted."""
