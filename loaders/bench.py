@@ -121,6 +121,8 @@ def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
         SourceError: the data cannot be opened.
         ConfigError: no contender of those asked for works here.
     """
+    if options.plot:
+        _figure()  # before the work, not after it
     source = open_source(options.data)
     workers = options.workers or usable_cores()
     ids = np.unique(np.linspace(0, len(source) - 1, min(options.images, len(source))).round().astype(np.int64))
@@ -269,6 +271,7 @@ def _stages(case: str, name: str, peer: Peer, augment: Augment, images: int = 64
             batch = next(whole.epoch(0))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
+        augment(batch)  # compiles, takes memory
         begin = time.process_time()
         augment(batch)
         stages["photometric"] = (time.process_time() - begin) / part
@@ -341,19 +344,20 @@ def advise(rows: list[dict[str, Any]], source: Source, ids: np.ndarray, workers:
     return lines
 
 
-def draw(result: LoaderBench, path: str) -> None:
-    """Bars of images per second, one panel per case, to a PNG file.
-
-    Raises:
-        ConfigError: matplotlib is not installed.
-    """
+def _figure() -> Any:
+    """matplotlib's Figure class; ConfigError where it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError("plot needs the package matplotlib; install it or leave --plot out") from None
+        raise ConfigError("plot needs the package matplotlib: pip install matplotlib, or leave --plot out") from None
+    return Figure
+
+
+def draw(result: LoaderBench, path: str) -> None:
+    """Bars of images per second, one panel per case, to a PNG file; ConfigError where matplotlib is not installed."""
     whole = [row for row in result.rows if row["stage"] == "overall"]
     cases = list(dict.fromkeys(row["case"] for row in whole))
-    figure = Figure(figsize=(4 * len(cases), 3), layout="constrained")
+    figure = _figure()(figsize=(4 * len(cases), 3), layout="constrained")
     for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
         mine = sorted((row for row in whole if row["case"] == case), key=lambda row: row["images_per_s"])
         rates = [row["images_per_s"] for row in mine]

@@ -158,7 +158,8 @@ def peer_dali(peer: Peer, stack: ExitStack) -> Epoch:
         raise Missing("the package nvidia-dali is not installed") from None
 
     data, rng = [peer.source.read(int(i)).data for i in peer.ids], np.random.default_rng(0)
-    pipe = Pipeline(peer.batch_size, peer.workers, None, prefetch_queue_depth=2, exec_dynamic=True, seed=1)
+    depth = min(2, -(-len(data) // peer.batch_size))
+    pipe = Pipeline(peer.batch_size, peer.workers, None, prefetch_queue_depth=depth, exec_dynamic=True, seed=1)
 
     def chance(p: float) -> Any:
         return fn.random.coin_flip(probability=p, dtype=types.BOOL)
@@ -216,20 +217,25 @@ def peer_dali(peer: Peer, stack: ExitStack) -> Epoch:
         for start in range(0, len(order), peer.batch_size):
             yield [data[k] for k in order[start : start + peer.batch_size]]
 
-    state = {"ahead": 0}  # batches in the pipeline
+    started = []
 
     def epoch() -> int:
-        images, waiting = 0, list(batches())
-        for batch in (*waiting, *(waiting[-1:] if not state["ahead"] else [])):  # the queue stays two deep
+        images, waiting = 0, 0  # batches in the pipeline
+        for number, batch in enumerate(batches()):
             pipe.feed_input("data", batch)
-            state["ahead"] += 1
-            if state["ahead"] >= 2:
-                pipe.schedule_run()
-                outputs = pipe.outputs()
-                images += len(outputs[0])
-                torch.from_dlpack(outputs[0].as_tensor())
-                state["ahead"] -= 1
+            waiting += 1
+            if started or number == depth - 1:
+                pipe.schedule_run()  # the very first call starts on `depth` batches
+                started.append(True)
+                if waiting == depth:
+                    images, waiting = images + take(), waiting - 1
+        while waiting:  # nothing is left running for the next contender's time
+            images, waiting = images + take(), waiting - 1
         return images
+
+    def take() -> int:
+        outputs = pipe.outputs()
+        return len(torch.from_dlpack(outputs[0].as_tensor()))
 
     return epoch
 

@@ -1,0 +1,133 @@
+"""The loader bench: its rows, its peers, its advice and its errors."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastssl.augment import augment
+from fastssl.cli import main
+from fastssl.config import ConfigError
+from fastssl.loaders.bench import CASES, LoaderBenchOptions, advise, bench, cpu_seconds
+from fastssl.loaders.convert import ConvertOptions, convert
+from fastssl.loaders.peers import PEERS, Missing, Peer
+from fastssl.loaders.sources import open_source
+
+KEYS = {"case", "engine", "stage", "images_per_s", "low", "high", "cpu_ms_per_image", "cpu_percent"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for k in range(10):
+        small = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        Image.fromarray(small).resize((160, 120), Image.Resampling.BICUBIC).save(folder / f"{k}.jpg")
+    return folder
+
+
+def test_stages_and_the_whole_of_our_engines(folder, capsys, tmp_path):
+    options = LoaderBenchOptions(
+        str(folder), "dino,single,decode", "ffcv,reference,bare-decode", seconds=0.05, rounds=2, batch_size=4,
+        workers=1, step_images_per_s=1000.0, plot=str(tmp_path / "rates.png"),
+    )  # fmt: skip
+    result = bench(options, augment)
+    assert all(row.keys() == KEYS for row in result.rows)
+    found = {(row["case"], row["engine"], row["stage"]) for row in result.rows}
+    for engine in ("ffcv", "reference"):
+        stages = {"overall", "read", "decode", "crop"}
+        assert {stage for case, name, stage in found if (case, name) == ("single", engine)} == stages
+        assert {stage for case, name, stage in found if (case, name) == ("dino", engine)} == stages | {"photometric"}
+    assert ("decode", "bare-decode", "overall") in found
+    for row in result.rows:
+        assert 0 < row["low"] <= row["images_per_s"] <= row["high"]
+        assert row["cpu_ms_per_image"] >= 0
+    assert "use data.engine=" in result.table()
+    assert "a step that takes 1000 img/s needs" in result.table()
+    assert (tmp_path / "rates.png").read_bytes()[:4] == b"\x89PNG"
+    json.dumps(result.as_dict())
+
+
+@pytest.mark.parametrize("name", PEERS)
+@pytest.mark.parametrize("case", CASES)
+def test_every_peer_works_through_all_images(name, case, folder, tmp_path):
+    needs = {"peer-dali": "nvidia.dali", "peer-ffcv": "ffcv"}.get(name)
+    if needs and not importlib.util.find_spec(needs.split(".")[0]):
+        pytest.skip(f"needs {needs}")
+    views, floats = CASES[case]
+    path = tmp_path / "data.beton"
+    convert(ConvertOptions(str(folder), str(path)))
+    peer = Peer(open_source(str(path)), np.arange(10), views, floats=floats, batch_size=4, workers=1, beton=str(path))
+    with ExitStack() as stack:
+        if name == "peer-ffcv" and case != "single":
+            with pytest.raises(Missing, match="one crop per decoding"):
+                PEERS[name](peer, stack)
+            return
+        epoch = PEERS[name](peer, stack)
+        assert [epoch(), epoch()] == [10, 10]
+
+
+def test_cpu_time_of_children_counts():
+    code = "import time\nwhile time.process_time() < 1: pass\nprint(1, flush=True)\ninput()"
+    before = cpu_seconds()
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        spent = cpu_seconds() - before
+        child.communicate(b"\n")
+    assert 0.9 < spent < 3
+
+
+def test_advice_names_the_bottleneck(folder):
+    def row(engine, stage, ms):
+        rate = 1e3 / ms
+        numbers = {"images_per_s": rate, "low": rate, "high": rate, "cpu_ms_per_image": ms, "cpu_percent": 100.0}
+        return {"case": "dino", "engine": engine, "stage": stage, **numbers}
+
+    rows = [row("reference", "overall", 9.0), row("ffcv", "overall", 3.0), row("peer-dali", "overall", 1.0)]
+    rows += [row("ffcv", "decode", 1.0), row("ffcv", "crop", 0.5), row("ffcv", "photometric", 1.5)]
+    lines = "\n".join(advise(rows, open_source(str(folder)), np.arange(10), 2, 400.0))
+    assert "use data.engine=ffcv (333 img/s with 2 workers)" in lines
+    assert "the bottleneck is photometric: 1.50 of 3.00 CPU ms per image (50%)" in lines
+    assert "a step that takes 400 img/s needs 1.2 cores" in lines
+
+
+def test_the_command(folder, capsys):
+    arguments = ["bench", "loader", "--data", str(folder), "--case", "single", "--engine", "ffcv", "--seconds", "0.05"]
+    assert main([*arguments, "--rounds", "1", "--workers", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {"env", "rows"} <= result.keys()
+    for wrong, message in (
+        (["--case", "dinosaur"], "case is 'dinosaur'; it must be of dino, dino-uint8, single, decode"),
+        (["--data", "/nowhere"], "/nowhere does not exist"),
+        (["--rounds", "0"], "rounds is 0; it must be 1 or more"),
+    ):
+        assert main([*arguments, *wrong]) != 0
+        assert message in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="none of the contenders asked for works here"):
+        bench(LoaderBenchOptions(str(folder), "dino", "peer-ffcv", seconds=0.05), augment)
+
+
+def test_first_batch_comes_soon_after_a_cold_start(folder):
+    """With the compiled code cached on disk (as it is by now), a new process delivers within seconds."""
+    code = f"""
+import time
+from fastssl.loaders.bench import DINO
+from fastssl.loaders.engine import make_loader
+from fastssl.loaders.sources import open_source
+begin = time.perf_counter()
+next(make_loader("ffcv", open_source({str(folder)!r}), DINO, batch_size=8, seed=0, workers=2).epoch(0))
+print(time.perf_counter() - begin)
+"""
+    assert torch.get_num_threads() >= 1
+    begin = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
+    assert float(done.stdout) < 5
+    assert time.perf_counter() - begin < 60
