@@ -16,6 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fastssl.config import ConfigError
+from fastssl.kernels.masked_attention_gather import gather_tokens
 
 
 class ViT(nn.Module):
@@ -87,7 +88,7 @@ class ViT(nn.Module):
         if keep is None:
             place = table[:, 1:]
         else:
-            patches = take_tokens(patches, keep)  # [B, K, 3 p p]
+            patches = gather_tokens(patches, keep)  # [B, K, 3 p p]
             place = F.embedding(keep, table[0, 1:])
         projection = self.patch_embed["proj"]
         tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + place
@@ -193,11 +194,6 @@ def cut_patches(images: Tensor, patch_size: int) -> Tensor:
     rows, columns = patch_grid(images, patch_size)
     x = images.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))  # [B, 3, rows, p, columns, p]
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def take_tokens(tokens: Tensor, index: Tensor) -> Tensor:
-    """The tokens named by `index`: [B, N, C], int64 [B, K] -> [B, K, C]."""
-    return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def xavier_init_(module: nn.Module) -> None:

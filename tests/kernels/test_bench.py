@@ -98,7 +98,7 @@ def test_without_a_gpu_the_command_says_what_works(capsys):
     assert main(["bench", "kernels", "--compile-only"]) == 1  # the tests interpret kernels
     assert "TRITON_INTERPRET=1 is set" in capsys.readouterr().err
     assert main(["bench", "weather"]) == 2
-    assert "bench 'weather' is unknown; known: kernels" in capsys.readouterr().err
+    assert "bench 'weather' is unknown; known: loader, kernels" in capsys.readouterr().err
 
 
 def test_json_goes_to_the_file_whole(tmp_path, monkeypatch):
