@@ -7,12 +7,13 @@ and what was recorded is compiled for each architecture exactly as a real launch
 from __future__ import annotations
 
 import inspect
+import multiprocessing
 import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -73,18 +74,36 @@ def build_all(ops: list[Op], archs: tuple[int, ...] = ARCHS) -> list[Build]:
         raise KernelError("the package triton is not installed, so no kernel can be built")
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise KernelError("TRITON_INTERPRET=1 is set, so kernels are interpreted and cannot be built; unset it")
-    launches = [(op, case, dtype, found) for op in ops for case, dtype, found in _launches(op)]
-    jobs = []
+    workers = min(len(ops), os.cpu_count() or 1)
+    if workers < 2:
+        return [build for op in ops for build in _build(op, archs)]
+    _shared[:] = ops
+    context = multiprocessing.get_context("fork")  # the children touch no GPU
+    with ProcessPoolExecutor(workers, context) as pool:
+        jobs = [pool.submit(_build_number, number, archs) for number in range(len(ops))]
+        return [build for job in jobs for build in job.result()]
+
+
+_shared: list[Op] = []  # what the forked processes inherit; an Op holds functions, which cannot be sent
+
+
+def _build_number(number: int, archs: tuple[int, ...]) -> list[Build]:
+    return _build(_shared[number], archs)
+
+
+def _build(op: Op, archs: tuple[int, ...]) -> list[Build]:
+    """Every variant of one op, once per architecture."""
+    launches = list(_launches(op))
+    builds = []
     for arch in archs:
         seen: set[str] = set()
         with _target(arch):
-            for op, case, dtype, (kernel, arguments, options) in launches:
+            for case, dtype, (kernel, arguments, options) in launches:
                 compiled = kernel.warmup(*arguments, grid=(1,), **options)
                 if compiled.hash not in seen:
                     seen.add(compiled.hash)
-                    jobs.append((op.name, case, dtype, arch, compiled))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda job: _measure(*job), jobs))
+                    builds.append(_measure(op.name, case, dtype, arch, compiled))
+    return builds
 
 
 def _launches(op: Op) -> Iterator[tuple[str, str, _launch.Launch]]:
