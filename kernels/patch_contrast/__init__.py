@@ -28,7 +28,7 @@ class PatchContrast(NamedTuple):
 
 def patch_contrast(a: Tensor, b: Tensor, valid: Tensor, temperature: float = 0.2) -> PatchContrast:
     """Cross-entropy that picks a patch of `b` out of all patches of its image by the code of the same patch of `a`
-    (SAAE: Wang et al. 2022, patch term; the card's section 4).
+    (the patch term of SAAE's semantic aligner: Wang et al. 2022).
 
         for n in range(N):
             for p in range(P):

@@ -36,7 +36,7 @@ def _norm(codes):
 def _products(
     x, y, own, other, op, tp, p, q, P: tl.constexpr, C: tl.constexpr, SLICED: tl.constexpr, WIDEN: tl.constexpr
 ):
-    """x y', float32: [OWN, OTHER]. Sliced: both read again, a few values of each code at a time."""
+    """x y', float32: [BLOCK, BLOCK]. Sliced: both read again, a few values of each code at a time."""
     if SLICED:
         s = tl.zeros([p.shape[0], q.shape[0]], tl.float32)
         for start in range(0, C, 16):
@@ -74,13 +74,12 @@ def _forward(
     P: tl.constexpr,
     C: tl.constexpr,
     WIDTH: tl.constexpr,  # C, rounded up to a power of two
-    OWN: tl.constexpr,  # patches of a per program
-    OTHER: tl.constexpr,  # patches of b at once
+    BLOCK: tl.constexpr,  # patches of a per program, and of b at once
     SLICED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    p = tl.program_id(0) % blocks * OWN + tl.arange(0, OWN)
+    p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, WIDTH)
     counts = tl.load(valid + n * P + p, mask=p < P, other=0) != 0
     if tl.sum(counts.to(tl.int32), 0) == 0:
@@ -93,11 +92,11 @@ def _forward(
     p_norm = _norm(x)
     tl.store(a_norm + n * P + p, p_norm, mask=p < P)
     shrink = inv_temp / (p_norm + 1e-10)
-    m = tl.full([OWN], -float("inf"), tl.float32)
-    z = tl.zeros([OWN], tl.float32)
-    own = tl.zeros([OWN], tl.float32)
-    for start in range(0, P, OTHER):
-        q = start + tl.arange(0, OTHER)
+    m = tl.full([BLOCK], -float("inf"), tl.float32)
+    z = tl.zeros([BLOCK], tl.float32)
+    own = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, P, BLOCK):
+        q = start + tl.arange(0, BLOCK)
         y = _codes(b, bp, q, c, P, C)
         q_norm = _norm(y)
         tl.store(b_norm + n * P + q, q_norm, mask=q < P)  # by every block of the image, the same
@@ -133,13 +132,12 @@ def _backward(
     P: tl.constexpr,
     C: tl.constexpr,
     WIDTH: tl.constexpr,
-    OWN: tl.constexpr,
-    OTHER: tl.constexpr,
+    BLOCK: tl.constexpr,
     SLICED: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
     n = (tl.program_id(0) // blocks).to(tl.int64)
-    p = tl.program_id(0) % blocks * OWN + tl.arange(0, OWN)
+    p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, WIDTH)
     gradient += n * P * C
     lse += n * P
@@ -157,7 +155,7 @@ def _backward(
         end = tl.max(tl.where(wanted, every + 1, 0), 0)
         some = end > 0
     if not some:
-        zeros = tl.zeros([OWN, WIDTH], gradient.dtype.element_ty)
+        zeros = tl.zeros([BLOCK, WIDTH], gradient.dtype.element_ty)
         tl.store(gradient + p[:, None] * C + c[None, :], zeros, mask=inside)
         return
     own += n * on
@@ -169,9 +167,9 @@ def _backward(
     every_norm = tl.load(other_norm + every, mask=wanted, other=0.0)
     unit = tl.min(tl.where(every_norm > 0, every_norm, 1e30), 0) * 32768
     x = _codes(own, op, p, c, P, C)
-    slope = tl.zeros([OWN, WIDTH], tl.float32)
-    for start in range(first, end, OTHER):
-        q = start + tl.arange(0, OTHER)
+    slope = tl.zeros([BLOCK, WIDTH], tl.float32)
+    for start in range(first, end, BLOCK):
+        q = start + tl.arange(0, BLOCK)
         y = _codes(other, tp, q, c, P, C)
         if ROWS:
             counts = q < P
@@ -195,13 +193,13 @@ def _backward(
 
 
 def _tile(a: Tensor) -> dict[str, int]:
-    """Blocks of both sides, and how products are taken."""
+    """Sizes of the blocks, and how products are taken."""
     width = max(16, power_of_2(a.shape[2]))
     exact = a.dtype == torch.float32
     block, warps = (16, 8) if exact else (32, 4 if width <= 256 else 8)
     widen = a.dtype == torch.bfloat16 and not (a.is_cuda or recording())  # the interpreter cannot dot it
     return {
-        "P": a.shape[1], "C": a.shape[2], "WIDTH": width, "OWN": block, "OTHER": block, "SLICED": exact, "WIDEN": widen,
+        "P": a.shape[1], "C": a.shape[2], "WIDTH": width, "BLOCK": block, "SLICED": exact, "WIDEN": widen,
         "num_warps": warps, "num_stages": 2,
     }  # fmt: skip
 
@@ -217,7 +215,7 @@ def forward(a: Tensor, b: Tensor, valid: Tensor, temperature: float) -> tuple[Te
     a, b, valid = _rows(a), _rows(b), valid.contiguous()
     images, patches, _ = a.shape
     tile = _tile(a)
-    blocks = cdiv(patches, tile["OWN"])
+    blocks = cdiv(patches, tile["BLOCK"])
     saved = torch.empty(3, images, patches, dtype=torch.float32, device=a.device)
     sums = torch.empty(images, blocks, dtype=torch.float32, device=a.device)
     launch(
@@ -249,7 +247,7 @@ def backward(
     a, b = _rows(a), _rows(b)
     images, patches, _ = a.shape
     tile = _tile(a)
-    blocks = cdiv(patches, tile["OWN"])
+    blocks = cdiv(patches, tile["BLOCK"])
     gradients = []
     lse, a_norm, b_norm = saved.unbind()
     for own, other, norms, wanted in ((a, b, (a_norm, b_norm), a_grad), (b, a, (b_norm, a_norm), b_grad)):

@@ -29,7 +29,7 @@ class TokenCrossEntropy(NamedTuple):
 def token_cross_entropy(
     tokens: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chunk: int | None = None
 ) -> TokenCrossEntropy:
-    """Mean cross-entropy of a linear head over K codes (CAE: Chen et al. 2022, equation 3; BEiT's loss too).
+    """Mean cross-entropy of a linear head over K codes (CAE: Chen et al. 2022, the loss over visual codes).
 
         for t in range(T):
             if labels[t] != -1:
@@ -64,7 +64,7 @@ def token_cross_entropy(
     shapes = Shapes(NAME)
     shapes("tokens", tokens, "T D")
     wide = (tokens.dtype,) if tokens.dtype in (torch.float32, torch.float64) else (tokens.dtype, torch.float32)
-    _, _ = shapes("weight", weight, "K D", wide)
+    shapes("weight", weight, "K D", wide)
     if bias is not None:
         shapes("bias", bias, "K", wide)
     shapes("labels", labels, "T", INTEGERS)

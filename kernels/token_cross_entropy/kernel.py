@@ -167,8 +167,8 @@ def rows_per_chunk(tokens: int, classes: int) -> int:
 
 
 def _processors(tensor: Tensor) -> int:
-    """Of the GPU; few in the interpreter."""
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 4
+    """Of the GPU; one in the interpreter."""
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
 
 
 @torch.library.custom_op("fastssl::token_cross_entropy", mutates_args=())
@@ -192,7 +192,9 @@ def forward(
         return torch.empty(shape, dtype=torch.float32, device=tokens.device)
 
     d_tokens = empty(count, width) if tokens_grad else empty(0)
-    d_weight = torch.zeros_like(weight, dtype=torch.float32) if weight_grad else empty(0)
+    d_weight = empty(classes, width) if weight_grad else empty(0)
+    if count == 0:
+        d_weight.zero_()
     d_bias = torch.zeros(classes, dtype=torch.float32, device=tokens.device) if bias_grad else empty(0)
     losses, hits = empty(2, count).unbind()
 
