@@ -348,12 +348,14 @@ def _constants(q: Tensor, *optional: Tensor | None) -> tuple[dict[str, int], int
     d = q.shape[3]
     D = max(16, power_of_2(d))
     half = q.element_size() == 2
-    wide = D > 64
     own = 64 if half else 32  # float32 dots run without tensor cores, out of registers
-    step = 32 if half or not wide else 16
+    if half:  # steps: such that nothing spills on sm_80, 90 and 100
+        step = 64 if D <= 32 else 32
+    else:
+        step = 32 if D == 64 else 16
     given = dict(zip(("Q_IDS", "KV_IDS", "Q_COUNT", "KV_COUNT"), (x is not None for x in optional), strict=True))
     # Three stages: ids are fetched one step before the rows that they name, and those one step before their use.
-    return {"d": d, "D": D, **given, "num_warps": 8 if wide else 4, "num_stages": 3 if half else 2}, own, step
+    return {"d": d, "D": D, **given, "num_warps": 8 if D > 64 else 4, "num_stages": 3 if half else 2}, own, step
 
 
 def _strides(*values: Tensor, ids: tuple[Tensor | None, ...]) -> tuple[int, ...]:

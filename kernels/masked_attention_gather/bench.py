@@ -267,6 +267,7 @@ ATTENTION_BENCH = {
     "CAE B/16 regressor, B=64": {"B": 64, "H": 12, "N": 196, "d": 64, "Nq": 98},
     "SemMAE B/16, B=256, ragged": {"B": 256, "H": 12, "N": 196, "d": 64, "Kk": 98, "ragged": 0.25, "same": True},
     "SiT S/16, B=128, ragged rows": {"B": 128, "H": 6, "N": 196, "d": 64, "q_ragged": 0.3, "ragged": 0.3},
+    "heads of 32, B=64, ragged": {"B": 64, "H": 16, "N": 196, "d": 32, "Kk": 98, "ragged": 0.25, "same": True},
     "heads of 80, B=32, ragged": {"B": 32, "H": 16, "N": 256, "d": 80, "Kk": 128, "ragged": 0.25, "same": True},
     "heads of 128, B=32": {"B": 32, "H": 8, "N": 256, "d": 128, "Kk": 128, "same": True},
 }  # fmt: skip

@@ -99,13 +99,14 @@ def photometric(
     if use_triton(NAME, crops) and not exact:
         from fastssl.kernels.photometric import kernel
 
-        return kernel.forward(crops, *drawn, [float(m) for m in mean], [float(s) for s in std], dtype)
-    if dtype == torch.float32 and not exact and use_numba(crops):
+        result = kernel.forward(crops, *drawn, [float(m) for m in mean], [float(s) for s in std], dtype)
+    elif dtype == torch.float32 and not exact and use_numba(crops):
         return _on_cpu(crops, drawn, mean, std, out)
-    result = reference.photometric(
-        crops, jitter=jitter, order=order, factor=factor, gray=gray, blur_sigma=blur_sigma, solarize=solarize,
-        mean=mean, std=std, dtype=dtype,
-    )  # fmt: skip
+    else:
+        result = reference.photometric(
+            crops, jitter=jitter, order=order, factor=factor, gray=gray, blur_sigma=blur_sigma, solarize=solarize,
+            mean=mean, std=std, dtype=dtype,
+        )  # fmt: skip
     return result if out is None else out.copy_(result)
 
 

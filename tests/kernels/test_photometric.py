@@ -218,3 +218,15 @@ def test_library_pipelines_run(name):
     assert out.shape == (3, 3, 16, 16)
     assert out.isfinite().all()
     assert math.isclose(out.std().item(), 1, abs_tol=0.9)
+
+
+@pytest.mark.parametrize("path", ["auto", "reference", "triton"])
+def test_memory_for_the_result_is_used(path):
+    x, p = pixels(3), drawn(3)
+    out = torch.empty(x.shape)
+    with forced(path):
+        result = photometric(x, **p, **RAW, out=out)
+        assert result is out
+        torch.testing.assert_close(out, photometric(x, **p, **RAW))
+        with pytest.raises(KernelError, match=r"out must be \[N, 3, H, W\] with N = 3"):
+            photometric(x, **p, **RAW, out=out[:2])
