@@ -247,7 +247,8 @@ def forward(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
 
-    block, at_once = min(power_of_2(classes), 512), 8
+    block = min(power_of_2(classes), 512)
+    at_once = max(2, block // 64)
     blocks = cdiv(classes, block)
     group = at_once * cdiv(rows, at_once * max(1, min(cdiv(rows, 32), cdiv(FEW, blocks))))
     partial, column_sums = empty(3, blocks, rows), empty(cdiv(rows, group), classes)

@@ -301,7 +301,8 @@ def search(queries: Tensor, feature: Tensor) -> Tensor:
     grid = (cdiv(positions, block), images, cdiv(crops, rows // parts))
     launch(
         _search, grid, unit, feature, maps, crops, images, channels, positions, *strides, EPS,
-        PARTS=parts, ROWS=rows, WIDEN=widen, BLOCK_P=block, BLOCK_C=2048 * parts // block, num_warps=4, num_stages=4,
+        PARTS=parts, ROWS=rows, WIDEN=widen, BLOCK_P=block, BLOCK_C=2048 * parts // block,
+        num_warps=4, num_stages=4, maxnreg=128,
     )  # fmt: skip
     return maps
 
