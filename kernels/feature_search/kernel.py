@@ -299,10 +299,11 @@ def search(queries: Tensor, feature: Tensor) -> Tensor:
     block = 64 if positions >= 512 else 32 if positions >= 128 or not last else 16
     widen = feature.dtype == torch.bfloat16 and not (feature.is_cuda or recording())  # the interpreter cannot dot it
     grid = (cdiv(positions, block), images, cdiv(crops, rows // parts))
+    cap = {"maxnreg": 128} if block == 64 and feature.dtype != torch.float32 else {}  # else 80, and a spill
     launch(
         _search, grid, unit, feature, maps, crops, images, channels, positions, *strides, EPS,
         PARTS=parts, ROWS=rows, WIDEN=widen, BLOCK_P=block, BLOCK_C=2048 * parts // block,
-        num_warps=4, num_stages=4, maxnreg=128,
+        num_warps=4, num_stages=4, **cap,
     )  # fmt: skip
     return maps
 

@@ -349,7 +349,7 @@ def _constants(q: Tensor, *optional: Tensor | None) -> tuple[dict[str, int], int
     D = max(16, power_of_2(d))
     half = q.element_size() == 2
     own = 64 if half else 32  # float32 dots run without tensor cores, out of registers
-    if half:  # steps: such that nothing spills on sm_80, 90 and 100
+    if half:  # steps with which no case of bench.py spills on sm_80, 90 or 100
         step = 64 if D <= 32 else 32
     else:
         step = 32 if D == 64 else 16

@@ -252,7 +252,7 @@ def test_large_scores_do_not_overflow(path, kv_count, device):
         out = indexed_attention(q, k, v, scale=1.0, **options, backend="indexed")
         gradient = torch.autograd.grad(out.sum(), q)[0]
     torch.testing.assert_close(out, v[:, :, [winner] * 3])
-    assert gradient.abs().max() < 1e-5
+    assert gradient.abs().max() < 1e-4
 
 
 @PATHS
