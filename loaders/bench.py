@@ -144,7 +144,7 @@ def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
             with ExitStack() as stack:
                 epochs: dict[str, Callable[[], int]] = {}
                 for name in wanted:
-                    if (case == DECODE) != (name == "bare-decode") and not (case == "single" and name == "bare-decode"):
+                    if case not in ((DECODE, "single") if name == "bare-decode" else CASES):
                         continue
                     try:
                         if name in ENGINES:
@@ -152,8 +152,7 @@ def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
                         else:
                             epochs[name] = PEERS[name](peer, stack)
                     except (Missing, ImportError) as error:
-                        line = f"{name} is left out of {case}: {error}"
-                        result.missing.append(line)
+                        result.missing.append(f"{name} is left out of {case}: {error}")
                 result.rows += _measure(case, epochs, options)
             for name in wanted:
                 if case != DECODE and name in ENGINES and name in epochs:
@@ -220,9 +219,7 @@ def _as_beton(path: str) -> Iterator[str | None]:
 
 def _measure(case: str, epochs: dict[str, Callable[[], int]], options: LoaderBenchOptions) -> Iterator[dict[str, Any]]:
     """Rows of the stage "overall", one per contender."""
-    runs: dict[str, list[tuple[float, float, float]]] = {
-        name: [] for name in epochs
-    }  # images/s, CPU s/image, CPU share
+    runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in epochs}  # images/s, CPU s/image, share
     for name, epoch in epochs.items():
         print(f"{case}: {name}", file=sys.stderr, flush=True)
         epoch()  # compiles, starts workers, fills caches
