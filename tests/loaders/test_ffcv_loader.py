@@ -132,6 +132,30 @@ def test_a_damaged_sample_is_replaced_as_in_the_reference(beton, kind, caplog):
     assert_equal(mine, batches(ReferenceLoader, source)[0])
 
 
+@pytest.mark.parametrize("kind", [FFCVLoader, ReferenceLoader])
+def test_a_replacement_of_the_same_size_brings_its_own_id_label_and_crops(kind, tmp_path):
+    """Where all images are of one size, as in CIFAR, the size does not tell that another sample came."""
+    rng = np.random.default_rng(0)
+    for k in range(8):
+        path = tmp_path / "images" / f"class{k}" / f"{k}.jpg"
+        path.parent.mkdir(parents=True)
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path)
+    beton = tmp_path / "data.beton"
+    convert(ConvertOptions(str(tmp_path / "images"), str(beton)))
+    whole = batches(kind, open_source(str(beton)), batch_size=8)[0][0]
+    spoil(beton, 3, "header")
+    [batch] = batches(kind, open_source(str(beton)), batch_size=8)[0]
+    row = whole.id.tolist().index(3)
+    other = batch.id[row].item()
+    assert other != 3
+    assert batch.label[row] == other
+    twin = whole.id.tolist().index(other)  # the crops that this sample has of its own
+    for name in batch.views:
+        assert torch.equal(batch.box[name][row], whole.box[name][twin])
+        assert torch.equal(batch.flip[name][row], whole.flip[name][twin])
+        assert torch.equal(batch.views[name][row], whole.views[name][twin])
+
+
 def test_a_damaged_sample_can_end_the_epoch(beton):
     spoil(beton, 9, "header")
     with pytest.raises(BadSampleError, match=r"sample 9 \(data.beton\[9\] class1/"):
