@@ -250,9 +250,16 @@ class Monitor:
     """At most so many (evenly spaced) training images form the memory."""
     val_images: int = 2000
     """At most so many (evenly spaced) validation images are classified."""
+    pictures: int = 8
+    """Images whose views, masks, maps and reconstructions are drawn into the run folder (pictures/). 0: none."""
+    pictures_every: int = 0
+    """Epochs between two drawings. 0: only at the end of the run."""
 
     def __post_init__(self) -> None:
         check(self.every >= 0, "monitor.every", self.every, "0 (off) or a number of epochs")
+        check(self.pictures >= 0, "monitor.pictures", self.pictures, "0 (none) or a number of images")
+        check(self.pictures_every >= 0, "monitor.pictures_every", self.pictures_every,
+               "0 (at the end) or a number of epochs")  # fmt: skip
         for key in ("k", "train_images", "val_images"):
             check(getattr(self, key) >= 1, f"monitor.{key}", getattr(self, key), "1 or more")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -60,6 +61,71 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 def all_reduce_mean(value: Tensor) -> Tensor:
     """The mean of `value` over all processes, in place; no gradient flows through it."""
     return all_reduce_sum(value).div_(world())
+
+
+def gather(value: Tensor, gradient: Literal["all", "own"] = "all") -> Tensor:
+    """The rows of all processes, in the order of their ranks; gradients flow through it.
+
+    Args:
+        value: [n, ...], the same shape on every process.
+        gradient: what comes back to a process's rows. "all": what every process's loss sends to them, summed; with
+            DDP's average over processes that is the exact gradient of the mean of the processes' losses. "own": only
+            what this process's loss sends (some authors' gather cuts the rest off): 1 / world of it where every
+            process computes the same loss.
+
+    Returns:
+        [world x n, ...].
+    """
+    return value if world() == 1 else _Gather.apply(value, gradient == "all")
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor, everyone: bool) -> Tensor:
+        ctx.everyone = everyone
+        rows = [torch.empty_like(value) for _ in range(world())]
+        dist.all_gather(rows, value.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        if ctx.everyone:
+            grad = all_reduce_sum(grad.clone())
+        return grad.unflatten(0, (world(), -1))[rank()], None
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of `value` over all processes; the gradient is the sum of all processes' gradients."""
+    return value if world() == 1 else _Total.apply(value)
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, value: Tensor) -> Tensor:
+        return all_reduce_sum(value.clone())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return all_reduce_sum(grad.clone())
+
+
+@torch.no_grad()
+def merge_moments(count: int, mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Tensor]:
+    """Statistics of the values of all processes from those of each (Chan et al. 1983); no gradient.
+
+    Args:
+        count: values per channel on this process; the same on every process.
+        mean: [C].
+        m2: [C], sum of the squared deviations from `mean`.
+
+    Returns:
+        The same three over all processes.
+    """
+    if world() == 1:
+        return count, mean, m2
+    means, squares = gather(torch.stack([mean, m2])[None]).unbind(1)  # [world, C] each
+    merged = means.mean(dim=0)
+    return count * world(), merged, squares.sum(dim=0) + count * (means - merged).square().sum(dim=0)
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

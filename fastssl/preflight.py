@@ -57,7 +57,7 @@ def preflight(
         dtype: arithmetic of the networks (autocast).
     """
     before = {key: value.clone() for key, value in method.state_dict().items()}
-    batch = augment(trial_batch(views, TRIAL).to(device))
+    batch = augment(trial_batch(views, TRIAL, type(method).part_grid(config)).to(device))
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -92,8 +92,12 @@ def preflight(
     )
 
 
-def trial_batch(views: list[View], count: int) -> Batch:
-    """A batch of `count` gray images with the shapes that `views` asks for and no photometric change."""
+def trial_batch(views: list[View], count: int, part_grid: dict[str, int] | None = None) -> Batch:
+    """A batch of `count` images of noise with the shapes that `views` asks for and no photometric change.
+
+    Args:
+        part_grid: side of the part-label grid per group; every patch belongs to part 0.
+    """
 
     def photometric(n: int) -> Photometric:
         return Photometric(
@@ -116,6 +120,11 @@ def trial_batch(views: list[View], count: int) -> Batch:
         box={v.name: torch.tensor([0.0, 0.0, 1.0, 1.0]).expand(count, v.count, 4) for v in views},
         flip={v.name: torch.zeros(count, v.count, dtype=torch.bool) for v in views},
         photometric={v.name: photometric(v.count) for v in views},
+        parts={
+            v.name: torch.zeros(count, v.count, grid, grid, dtype=torch.int64)
+            for v in views
+            if (grid := (part_grid or {}).get(v.name))
+        },
     )
 
 

@@ -31,9 +31,11 @@ from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT
 from fastssl.monitor import KNNMonitor
 from fastssl.optim import build_optimizer, clip_gradients, set_hyperparameters
+from fastssl.pictures import save as save_picture
 from fastssl.preflight import preflight
 from fastssl.schedule import cosine, warmup_cosine
 from fastssl.step import Values
+from fastssl.sync_batch_norm import synchronise_batch_norm
 
 
 class TrainingError(RuntimeError):
@@ -75,6 +77,7 @@ class Trainer:
             world=distributed.world(),
             threads=self.threads,
             pin_memory=self.device.type == "cuda",
+            part_grid=METHODS[config.method].part_grid(config),
         )
         self.images_per_step = config.data.batch_size * distributed.world() * config.run.accumulate
         self.steps_per_epoch = self.loader.batches_per_epoch // config.run.accumulate
@@ -89,8 +92,8 @@ class Trainer:
         # What is trained, and how.
         torch.manual_seed(config.run.seed)
         self.method = METHODS[config.method](config).to(self.device).train()
-        if self.device.type == "cuda" and distributed.world() > 1:
-            self.method = nn.SyncBatchNorm.convert_sync_batchnorm(self.method)
+        if distributed.world() > 1:
+            self.method = synchronise_batch_norm(self.method, self.device)
         if any(isinstance(m, ResNet) for m in self.method.modules()):
             self.method = self.method.to(memory_format=torch.channels_last)
         self.optimizer = build_optimizer(self.method, config.optim)
@@ -299,6 +302,24 @@ class Trainer:
             log.say(f"step {self.step}: online k-NN {self.knn:.1f} % top-1")
         distributed.barrier()
 
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Draws what the method sees and does into pictures/, for the first images of epoch 0."""
+        count = min(self.config.monitor.pictures, self.config.data.batch_size)
+        if not count:
+            return
+        with contextlib.closing(self.loader.epoch(0)) as stream:
+            batch = next(stream).map(lambda value: value[:count])
+        values = Values(self.step, self.total_steps, self.steps_per_epoch, self.config.run.seed)
+        modes = [(module, module.training) for module in self.method.modules()]
+        self.method.eval()
+        with torch.random.fork_rng(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            pictures = self.method.pictures(augment(self.transfer(batch)), values)
+        for module, mode in modes:
+            module.training = mode
+        for name, rows in pictures.items() if distributed.is_main() else ():
+            save_picture(self.folder / "pictures" / f"{name}-{self.step:07d}.png", rows)
+
     def describe(self) -> list[str]:
         """The derived numbers of the run, one line each, as printed before the first step."""
         c = self.config
@@ -324,7 +345,7 @@ class Trainer:
             TrainingError: non-finite loss, or a finding of the health watch with health.action=stop.
             BadSampleError: more samples cannot be decoded than data.max_bad allows.
         """
-        run = self.config.run
+        run, monitor = self.config.run, self.config.monitor
         save_steps = max(1, round(run.save_every * self.steps_per_epoch))
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -347,11 +368,14 @@ class Trainer:
                     if into == 0 and run.keep_every and epoch % run.keep_every == 0:
                         self.drain(log)
                         self.save(self.folder / f"epoch-{epoch:04d}.pt")
-                    if into == 0 and self.config.monitor.every and epoch % self.config.monitor.every == 0:
+                    if into == 0 and monitor.every and epoch % monitor.every == 0:
                         self._measure(log)
+                    if into == 0 and monitor.pictures_every and epoch % monitor.pictures_every == 0:
+                        self._draw()
                     self.clock.skip(time.perf_counter() - aside)
                 self.record(log)
                 self._save_last(log)
+                self._draw()
                 return self._summarise(log)
         finally:
             batches.close()

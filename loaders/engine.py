@@ -65,7 +65,16 @@ def make_loader(name: str, source: Source, views: Sequence[View], **settings: An
 
 
 def open_loader(
-    source: Source, views: list[View], data: Data, *, seed: int, rank: int, world: int, threads: int, pin_memory: bool
+    source: Source,
+    views: list[View],
+    data: Data,
+    *,
+    seed: int,
+    rank: int,
+    world: int,
+    threads: int,
+    pin_memory: bool,
+    part_grid: dict[str, int] | None = None,
 ) -> Loader:
     """The training loader that `data` asks for; see `fastssl.loaders.loader.Loader`."""
     engine, _ = choose_engine(data.engine)
@@ -83,4 +92,5 @@ def open_loader(
         on_bad=data.on_bad,
         max_bad=data.max_bad,
         pin_memory=pin_memory,
+        part_grid=part_grid,
     )

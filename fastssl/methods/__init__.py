@@ -1,16 +1,4 @@
-"""The methods, one file per paper.
-
-A method is an nn.Module with
-
-    Views, Settings             dataclasses: its view groups, its numbers
-    defaults                    its recipe, as dotted configuration keys
-    forward(batch, values)      the views of a batch, normalised -> Step (loss and metrics of this micro-batch)
-    after_backward(values)      before clipping and the optimizer's step
-    after_step(values)          after it: the teacher's update
-    backbone, backbone_prefix   what evaluation takes, and where it stands in the state dict
-    chance_loss                 the loss of a constant output; None if there is no such value
-    official(checkpoint)        the authors' file -> our state dict
-"""
+"""The methods, one file per paper; what each must offer stands in `fastssl.methods.method.Method`."""
 
 from __future__ import annotations
 

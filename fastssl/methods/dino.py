@@ -22,6 +22,7 @@ from fastssl.batch import Batch
 from fastssl.config import Config, View, check
 from fastssl.ema import ema_update
 from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
+from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.heads import DINOHead
 from fastssl.schedule import cosine, linear_ramp
@@ -82,7 +83,7 @@ class Settings:
             check(0 <= getattr(self, key) <= 1, f"dino.{key}", getattr(self, key), "from 0 to 1")
 
 
-class DINO(nn.Module):
+class DINO(Method):
     """Student, teacher and their loss.
 
     Args:
@@ -116,11 +117,6 @@ class DINO(nn.Module):
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.register_buffer("center", torch.zeros(self.settings.out_dim))
-
-    @property
-    def backbone(self) -> nn.Module:
-        """What evaluation takes: the teacher's backbone."""
-        return self.teacher.backbone
 
     @property
     def chance_loss(self) -> float:

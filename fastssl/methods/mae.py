@@ -11,12 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, View, check
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
 from fastssl.masks import random_mask
+from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.decoders import MAEDecoder
 from fastssl.models.vit import ViT, patch_grid, xavier_init_
@@ -55,7 +56,7 @@ class Settings:
         check(self.decoder_width % 4 == 0, "mae.decoder_width", self.decoder_width, "a multiple of 4")
 
 
-class MAE(nn.Module):
+class MAE(Method):
     """Encoder, decoder and their loss.
 
     Args:
@@ -77,7 +78,6 @@ class MAE(nn.Module):
         "monitor.mean_patch": True,  # the class token alone has no loss of its own
     }
     backbone_prefix = "encoder."
-    chance_loss = None
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -103,11 +103,6 @@ class MAE(nn.Module):
         )
         xavier_init_(self)
 
-    @property
-    def backbone(self) -> nn.Module:
-        """What evaluation takes: the encoder, which then sees all patches."""
-        return self.encoder
-
     def forward(self, batch: Batch, values: Values) -> Step:
         images = batch.views["main"][:, 0]  # [B, 3, S, S]
         p = self.encoder.patch_size
@@ -119,12 +114,6 @@ class MAE(nn.Module):
         prediction = self.decoder(tokens, keep, masked)  # [B, M, 3 p p]
         loss = patch_pixel_loss(prediction, images, masked, patch_size=p, norm_pixels=self.settings.norm_pixel_loss)
         return Step(loss, {"feature_std": feature_spread(tokens[:, 0])})
-
-    def after_backward(self, values: Values) -> None:
-        """Nothing to do."""
-
-    def after_step(self, values: Values) -> None:
-        """Nothing to do."""
 
     @staticmethod
     def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -1,0 +1,69 @@
+"""What the trainer, evaluation and the picture page ask of every method."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from fastssl.batch import Batch
+from fastssl.config import Config
+from fastssl.step import Step, Values
+
+
+class Method(nn.Module):
+    """One paper: its views, its numbers, its networks and its loss.
+
+    Attributes:
+        Views, Settings: dataclasses; the view groups and the method's own numbers.
+        defaults: the paper's recipe, as dotted configuration keys.
+        backbone_prefix: where the backbone stands in the state dict.
+    """
+
+    Views: ClassVar[type]
+    Settings: ClassVar[type]
+    defaults: ClassVar[dict[str, object]]
+    backbone_prefix: ClassVar[str]
+
+    @property
+    def backbone(self) -> nn.Module:
+        """What evaluation and export take."""
+        return self.get_submodule(self.backbone_prefix.removesuffix("."))
+
+    @property
+    def chance_loss(self) -> float | None:
+        """The loss when every image gets the same output; None where there is no such value."""
+        return None
+
+    def forward(self, batch: Batch, values: Values) -> Step:
+        """The normalised views of one micro-batch -> loss and metrics."""
+        raise NotImplementedError
+
+    def after_backward(self, values: Values) -> None:
+        """Called before clipping and the optimizer's step."""
+
+    def after_step(self, values: Values) -> None:
+        """Called after the optimizer's step: the place of a teacher's update."""
+
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+        """What the method sees and does, for people; called in eval mode without gradients.
+
+        Returns:
+            By file name: float [rows, columns, 3, H, W] in 0 to 1, usually one image of the batch per row.
+        """
+        return {}
+
+    @staticmethod
+    def part_grid(config: Config) -> dict[str, int] | None:
+        """Side of the part-label grid wanted per view group (`Batch.parts`); None where the method needs no parts."""
+        return None
+
+    @staticmethod
+    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+        """The authors' checkpoint file, loaded -> our state dict."""
+        raise NotImplementedError
+
+    @staticmethod
+    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
+        """Our state dict -> what the authors' code would load: the inverse of `official` for a full training file."""
+        raise NotImplementedError
