@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import os
 import sys
@@ -105,7 +106,7 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def bench(arguments: list[str]) -> int:
-    """Measure the parts: fastssl bench loader --data PATH, fastssl bench kernels."""
+    """Measure the parts: fastssl bench loader|kernels|step."""
     from fastssl.augment import augment
     from fastssl.kernels._bench import KernelBenchOptions
     from fastssl.kernels._bench import bench as bench_kernels
@@ -117,16 +118,45 @@ def bench(arguments: list[str]) -> int:
         "kernels": (KernelBenchOptions, bench_kernels),
     }
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: fastssl bench {'|'.join(benches)} [options]   (fastssl bench kernels --help lists them)")
+        print(f"usage: fastssl bench {'|'.join([*benches, 'step'])} [options]   (fastssl bench step --help lists them)")
         return 0
+    if arguments[0] == "step":
+        return _bench_step(arguments[1:])
     if arguments[0] not in benches:
-        raise ConfigError(f"bench '{arguments[0]}' is unknown; known: {', '.join(benches)}")
+        raise ConfigError(f"bench '{arguments[0]}' is unknown; known: {', '.join([*benches, 'step'])}")
     kind, run = benches[arguments[0]]
     about = kind.__doc__ or ""
     options, as_json = parse_options(f"fastssl bench {arguments[0]}", about, kind, arguments[1:])
     result = run(options)
     print(json.dumps(result.as_dict()) if as_json else result.table())
     return 0 if result.ok else 1
+
+
+def _bench_step(arguments: list[str]) -> int:
+    from fastssl.bench_step import StepBenchOptions
+    from fastssl.bench_step import bench as run
+    from fastssl.parse import parse_recipe
+
+    about = (run.__doc__ or "").splitlines()[0]
+    config, as_json, sections = parse_recipe("fastssl bench step", about, arguments, bench=StepBenchOptions)
+    result = run(config, sections["bench"])
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(result.as_dict()) if as_json else result.table())
+    return 0
+
+
+def import_(arguments: list[str]) -> None:
+    """Turn an authors' checkpoint into ours: fastssl import SRC DST --method M or --config RECIPE."""
+    from fastssl.convert_weights import import_weights
+    from fastssl.parse import parse_recipe
+
+    paths = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+    if len(paths) != 2 and not {"-h", "--help"} & set(arguments):
+        raise ConfigError("fastssl import needs SRC and DST: fastssl import official.pth ours.pt --method dino")
+    about = f"{(import_.__doc__ or '').split(':')[0]}."
+    config, as_json, _ = parse_recipe("fastssl import SRC DST", about, arguments[len(paths) :])
+    result = import_weights(config, *paths)
+    print(json.dumps(result.as_dict()) if as_json else result.summary())
 
 
 def demo(arguments: list[str]) -> None:
@@ -144,6 +174,7 @@ COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "verify": verify,
     "pretrain": pretrain,
     "evaluate": evaluate,
+    "import": import_,
     "bench": bench,
     "demo": demo,
 }

@@ -30,6 +30,7 @@ class Parser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("usage", "%(prog)s [options]")
+        kwargs.setdefault("allow_abbrev", False)  # --run.step is not --run.steps
         super().__init__(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -104,7 +105,22 @@ def parse_pretrain(arguments: list[str]) -> tuple[Config, bool]:
     """The configuration of a pretraining run from the command line and the recipe it names, and whether --json is set.
 
     Raises:
-        ConfigError: unknown key (the nearest known one is named), wrong type, value out of range.
+        ConfigError: unknown key (the nearest known one is named), wrong type, value out of range, no data.
+    """
+    config, as_json, _ = parse_recipe("fastssl pretrain", "Pretrain a model.", arguments)
+    if not config.data.path:
+        raise ConfigError("data.path is empty; name a .beton file, a glob of shards, or a folder of images")
+    return config, as_json
+
+
+def parse_recipe(prog: str, about: str, arguments: list[str], **sections: type) -> tuple[Config, bool, dict[str, Any]]:
+    """As `parse_pretrain`, for other commands that take a recipe; data.path may be empty.
+
+    Args:
+        sections: dataclasses with the command's own options, by the name before the dot.
+
+    Returns:
+        The configuration, whether --json is set, and the sections' values.
     """
     from fastssl.methods import METHODS
 
@@ -114,24 +130,22 @@ def parse_pretrain(arguments: list[str]) -> tuple[Config, bool]:
         raise ConfigError(f"method is '{method}'; did you mean '{near}'? (known: {', '.join(METHODS)})")
     kind = METHODS[method]
     parser = Parser(
-        prog="fastssl pretrain",
-        description="Pretrain a model. Options come from --config and from the command line, the last one wins.",
+        prog=prog,
+        description=f"{about} Options come from --config and from the command line, the last one wins.",
     )
     parser.add_argument("--config", action="config", help="Recipe: a YAML file with the same keys as these options.")
     parser.add_argument("--json", action="store_true", help="Print the summary as JSON.")
     parser.add_argument("--method", default=method, help=f"One of {', '.join(METHODS)}.")
     parser.add_class_arguments(kind.Views, "views", skip={f"{f.name}.name" for f in fields(kind.Views)})
     parser.add_class_arguments(kind.Settings, method)
-    for name, section in SECTIONS.items():
+    for name, section in {**SECTIONS, **sections}.items():
         parser.add_class_arguments(section, name)
     parser.set_defaults(kind.defaults)
     namespace = parser.parse_args(arguments)
     values = parser.instantiate(namespace)
-    sections = {name: values[name] for name in SECTIONS}
-    config = Config(method=method, views=values["views"], settings=values[method], **sections)
-    if not config.data.path:
-        raise ConfigError("data.path is empty; name a .beton file, a glob of shards, or a folder of images")
-    return config, values["json"]
+    common = {name: values[name] for name in SECTIONS}
+    config = Config(method=method, views=values["views"], settings=values[method], **common)
+    return config, values["json"], {name: values[name] for name in sections}
 
 
 def _method_name(arguments: list[str]) -> str:

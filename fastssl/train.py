@@ -36,6 +36,7 @@ from fastssl.preflight import preflight
 from fastssl.schedule import cosine, warmup_cosine
 from fastssl.step import Values
 from fastssl.sync_batch_norm import synchronise_batch_norm
+from fastssl.timing import part
 
 
 class TrainingError(RuntimeError):
@@ -211,27 +212,33 @@ class Trainer:
         set_hyperparameters(self.optimizer, *self.rates())
         ids, losses, metrics = [], [], []
         for micro in range(run.accumulate):
-            waiting = time.perf_counter()
-            batch = next(batches)
-            self.clock.wait(time.perf_counter() - waiting)
+            with part("data"):
+                waiting = time.perf_counter()
+                batch = next(batches)
+                self.clock.wait(time.perf_counter() - waiting)
             ids += batch.id.tolist()
             torch.manual_seed(_step_seed(run.seed, self.step, micro, distributed.rank()))
-            batch = augment(self.transfer(batch))
+            with part("augment"):
+                batch = augment(self.transfer(batch))
             last = micro == run.accumulate - 1
             quiet = self.parallel.no_sync() if distributed.world() > 1 and not last else contextlib.nullcontext()
             with quiet:
-                with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+                with part("forward"), autocast:
                     out = self.parallel(batch, values)
-                self.scaler.scale(out.loss / run.accumulate).backward()
+                with part("backward"):
+                    self.scaler.scale(out.loss / run.accumulate).backward()
             losses.append(out.loss.detach())
             metrics.append(out.metrics)
-        self.scaler.unscale_(self.optimizer)
-        self.method.after_backward(values)
-        norm = clip_gradients(self.method, optim.clip_grad, optim.clip_each)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(values)
+        with part("optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            self.method.after_backward(values)
+            norm = clip_gradients(self.method, optim.clip_grad, optim.clip_each)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        with part("ema"):
+            self.method.after_step(values)
         self.step += 1
         self.recent_ids[self.step] = ids
         mean = {key: torch.stack([m[key] for m in metrics]).mean() for key in metrics[0]}

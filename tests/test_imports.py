@@ -42,6 +42,7 @@ ALLOWED = {
     "fastssl.optim": {"config"},
     "fastssl.ema": {"kernels"},
     "fastssl.checkpoint": {"config", "distributed", "models"},
+    "fastssl.convert_weights": {"config", "checkpoint", "methods"},
     "fastssl.log": {"distributed"},
     "fastssl.health": {"config"},
     "fastssl.preflight": {"augment", "batch", "config", "step"},
@@ -59,12 +60,13 @@ ALLOWED = {
         "loaders",
         "step",
     },
+    "fastssl.bench_step": {"*"},
     "fastssl.demo": {"*", "evaluation"},
-    "fastssl.cli": {"*", "evaluation", "demo"},
+    "fastssl.cli": {"*", "evaluation", "demo", "bench_step"},
     "fastssl.kernels": set(),
     "fastssl.loaders": {"config", "batch", "memory"},
 }
-TOP = {"cli", "demo", "evaluation"}  # "*" does not include these
+TOP = {"cli", "demo", "bench_step", "evaluation"}  # "*" does not include these
 
 
 def files():

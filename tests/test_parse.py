@@ -31,6 +31,7 @@ def test_method_defaults_are_the_papers():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--run.step=3"], "unknown key 'run.step'; did you mean 'run.steps'?"),
         (["--optim.lrr", "3"], "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
         (["--views.local.sise=64"], "unknown key 'views.local.sise'; did you mean 'views.local.size'?"),
         (["--mae.mask_ratio=0.5"], "unknown key 'mae.mask_ratio'"),
