@@ -6,6 +6,7 @@ Only tensors and plain values go in, so that `torch.load(path, weights_only=True
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,19 +34,30 @@ def save(path: Path, content: dict[str, Any]) -> None:
     Raises:
         CheckpointError: the disk refused (full, read-only); the previous file is untouched.
     """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
     try:
-        with open(part, "wb") as file:
-            torch.save({"format": FORMAT, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        replace_file(Path(path), lambda part: torch.save({"format": FORMAT, **content}, part))
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
         raise CheckpointError(
             f"{path}: the checkpoint could not be written ({error}); free some space and resume"
         ) from None
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Makes or replaces a file in one piece: whatever goes wrong, the old file or none is there, and nothing else.
+
+    Args:
+        path: the file; its folder exists.
+        write: writes the new content to the path that it is given; what it raises is passed on.
+    """
+    part = path.with_name(f".{path.name}.part")
+    try:
+        write(part)
+        with open(part, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
