@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+GATHER_BYTES = 64 << 20  # of each process per exchange in gather_rows
+
 
 def start(device: torch.device) -> None:
     """Joins the process group described by torchrun's environment (nccl on CUDA, gloo on the CPU), if there is one."""
@@ -58,6 +60,13 @@ def all_reduce_sum(value: Tensor) -> Tensor:
     return value
 
 
+def all_reduce_max(value: Tensor) -> Tensor:
+    """The largest of `value` over all processes, in place; no gradient flows through it."""
+    if world() > 1:
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+    return value
+
+
 def all_reduce_mean(value: Tensor) -> Tensor:
     """The mean of `value` over all processes, in place; no gradient flows through it."""
     return all_reduce_sum(value).div_(world())
@@ -77,6 +86,31 @@ def gather(value: Tensor, gradient: Literal["all", "own"] = "all") -> Tensor:
         [world x n, ...].
     """
     return value if world() == 1 else _Gather.apply(value, gradient == "all")
+
+
+def gather_rows(rows: Tensor, count: int, device: torch.device) -> Tensor:
+    """A table of which every process holds each world-th row, put together in the host memory of each.
+
+    Args:
+        rows: [n, ...] on the CPU: rows rank, rank + world, rank + 2 world, ... of the table.
+        count: rows of the whole table.
+        device: where the process group communicates.
+
+    Returns:
+        [count, ...], on the CPU.
+    """
+    if world() == 1:
+        return rows
+    each = -(-count // world())
+    table = rows.new_empty(each, world(), *rows.shape[1:])
+    piece = max(1, GATHER_BYTES // max(1, rows[0].nbytes if len(rows) else 1))
+    piece = int(all_reduce_max(torch.tensor(-piece, device=device)).neg())  # the smallest: a process may have no rows
+    for begin in range(0, each, piece):
+        mine = rows[begin : begin + piece].to(device)
+        short = min(piece, each - begin) - len(mine)
+        mine = torch.cat([mine, mine.new_zeros(short, *mine.shape[1:])])
+        table[begin : begin + piece] = gather(mine[None]).transpose(0, 1).cpu()
+    return table.flatten(0, 1)[:count]
 
 
 class _Gather(torch.autograd.Function):
@@ -132,9 +166,12 @@ def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` is true on at least one process. Waits for the device when there are several processes."""
     if world() == 1:
         return flag
-    value = torch.tensor(float(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+    return bool(all_reduce_max(torch.tensor(float(flag), device=device)).item())
+
+
+def all_processes(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` is true on every process."""
+    return not any_process(not flag, device)
 
 
 def barrier() -> None:

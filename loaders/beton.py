@@ -186,6 +186,15 @@ class Beton:
         data = np.memmap(self._file, np.uint8, "r")
         return zlib.crc32(data[self.data_end :], zlib.crc32(data[: self.tables_end]))
 
+    def fingerprint(self) -> str:
+        """A short text that changes when the content does: by checksums, and by time too where no side file has any."""
+        facts = [str(self.size), str(self.tables_crc32())]
+        if self.side:
+            facts.append(str(zlib.crc32(np.ascontiguousarray(self.side.crc32))))
+        else:
+            facts.append(str(os.fstat(self._file.fileno()).st_mtime_ns))
+        return "-".join(facts)
+
     def _fail(self, what: str) -> BetonError:
         return BetonError(f"{self.path} {what}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
@@ -53,6 +54,10 @@ class Source(ABC):
     def parts(self, i: int) -> np.ndarray | None:
         """Part maps of sample `i`: uint8 [N, h, w]; None where the data has none."""
         return None
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A short text that changes when the data does: checksums where there are any, else names, sizes and times."""
 
     def pages(self) -> np.ndarray:
         """The page that each sample's image lies in, int64 [n]; SourceError where the data has no pages."""
@@ -107,6 +112,9 @@ class BetonSource(Source):
     def parts(self, i: int) -> np.ndarray | None:
         return self.beton.parts(i)
 
+    def fingerprint(self) -> str:
+        return self.beton.fingerprint()
+
     def pages(self) -> np.ndarray:
         return self.beton.pages
 
@@ -134,6 +142,11 @@ class FolderSource(Source):
 
     def name(self, i: int) -> str:
         return os.path.join(self.path, self._files[i])
+
+    def fingerprint(self) -> str:
+        files = (os.stat(os.path.join(self.path, file)) for file in self._files)
+        facts = [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in zip(self._files, files, strict=True)]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
     def _header_size(self, i: int) -> tuple[int, int]:
         try:
@@ -164,6 +177,9 @@ class Shards(Source):
 
     def sizes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._heights[ids], self._widths[ids]
+
+    def fingerprint(self) -> str:
+        return " ".join(shard.fingerprint() for shard in self._shards)
 
     def read(self, i: int) -> Encoded:
         shard, i = self._find(i)

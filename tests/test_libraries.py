@@ -131,7 +131,7 @@ def test_other_models_are_refused(monkeypatch):
         from_timm(timm.create_model("resnet18"), "resnet18")
     for odd, key in (
         ({"pre_norm": True}, "norm_pre"),
-        ({"class_token": False}, "cls_token"),
+        ({"class_token": False, "global_pool": "avg"}, "cls_token"),
         ({"reg_tokens": 2}, "reg"),
     ):
         theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, **odd)

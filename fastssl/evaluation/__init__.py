@@ -5,18 +5,22 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from fastssl.checkpoint import Backbone, load_backbone
+from fastssl import distributed
+from fastssl.checkpoint import Backbone
 from fastssl.config import ConfigError, Model
 from fastssl.device import choose_device, choose_dtype
 from fastssl.evaluation import knn, probe
 from fastssl.evaluation.accuracy import format_table
-from fastssl.evaluation.features import Features, extract, open_labelled, pixels
+from fastssl.evaluation.features import Features, extract_cached, open_labelled, pixels
 from fastssl.evaluation.knn import KNNResult, knn_classify
 from fastssl.evaluation.probe import ProbeResult, linear_probe, linear_probe_augmented
+from fastssl.libraries import open_backbone
+from fastssl.loaders.engine import decoding_threads
 from fastssl.models import VITS, build_backbone, check_image_size
 
 HEADLINE_K = 20  # the k that papers quote
@@ -63,7 +67,24 @@ class EvaluateOptions:
 
 
 @dataclass
-class KNNOptions(EvaluateOptions):
+class FrozenOptions(EvaluateOptions):
+    """What the protocols need that look at each image once, through a frozen network."""
+
+    cache: str = "auto"
+    """Folder in which features are kept for the next time, by weights, data and settings. auto: `features` beside the
+    checkpoint; none: they are not kept."""
+
+    @property
+    def cache_folder(self) -> Path | None:
+        """The folder of the kept features; None where they are not kept."""
+        if self.cache != "auto":
+            return None if self.cache == "none" else Path(self.cache)
+        path = Path(self.checkpoint)
+        return path.parent / "features" if path.is_file() else None
+
+
+@dataclass
+class KNNOptions(FrozenOptions):
     """Weighted k-NN on frozen features. With val the same as data, each image is classified by all the others."""
 
     ks: tuple[int, ...] = (10, 20, 100, 200)
@@ -85,7 +106,7 @@ class KNNOptions(EvaluateOptions):
 
 
 @dataclass
-class LinearOptions(EvaluateOptions):
+class LinearOptions(FrozenOptions):
     """Linear classification of frozen features."""
 
     lrs: tuple[float, ...] = probe.LRS
@@ -211,9 +232,12 @@ def evaluate_knn(options: KNNOptions) -> KNNEvaluation:
     mean_patch = (
         backbone.config["monitor"].get("mean_patch", False) if options.mean_patch is None else options.mean_patch
     )
-    how.update(blocks=options.blocks, mean_patch=mean_patch, batch_size=options.batch_size)
-    train = extract(backbone.module, train_source, progress="features of data", **how)
-    val = train if options.same_images else extract(backbone.module, val_source, progress="features of val", **how)
+    how |= {"blocks": options.blocks, "mean_patch": mean_patch, "batch_size": options.batch_size}
+    how |= {"cache": options.cache_folder, "shared": True}
+    train = extract_cached(backbone.module, train_source, progress="features of data", **how)
+    val = train
+    if not options.same_images:
+        val = extract_cached(backbone.module, val_source, progress="features of val", **how)
     voting = {
         "temperature": options.temperature,
         "device": choose_device(options.device, "device"),
@@ -228,7 +252,7 @@ def evaluate_knn(options: KNNOptions) -> KNNEvaluation:
             untrained = build_backbone(Model(**backbone.config["model"])).to(voting["device"])
         tables = {
             "pixels": [pixels(source, workers=options.workers) for source in (train_source, val_source)],
-            "random": [extract(untrained, source, **how) for source in (train_source, val_source)],
+            "random": [extract_cached(untrained, source, **how) for source in (train_source, val_source)],
         }
         baselines = {name: knn_classify(*table, (headline,), **voting)[headline].top1 for name, table in tables.items()}
     return KNNEvaluation(_measured(options, backbone, len(train), val, begin), results, headline, baselines)
@@ -242,6 +266,10 @@ def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
     begin = time.perf_counter()
     train_source, val_source = open_labelled(options.data, options.val)
     backbone, how = _open(options)
+    if options.augment and distributed.world() > 1:
+        raise ConfigError(
+            "augment is true, which runs in one process; start it without torchrun, or with --augment false"
+        )
     blocks, mean_patch = _as_dino(backbone)
     how["blocks"] = options.blocks or blocks
     how["mean_patch"] = mean_patch if options.mean_patch is None else options.mean_patch
@@ -253,11 +281,12 @@ def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
         "progress": "linear layers",
     }
     batch = options.batch_size
-    val = extract(backbone.module, val_source, batch_size=batch, progress="features of val", **how)
+    once = {**how, "cache": options.cache_folder, "batch_size": batch, "shared": True}
+    val = extract_cached(backbone.module, val_source, progress="features of val", **once)
     if options.augment:
         result = linear_probe_augmented(backbone.module, train_source, val, forward_size=batch, **how, **training)
     else:
-        train = extract(backbone.module, train_source, batch_size=batch, progress="features of data", **how)
+        train = extract_cached(backbone.module, train_source, progress="features of data", **once)
         result = linear_probe(train, val, device=choose_device(options.device, "device"), **training)
     return LinearEvaluation(_measured(options, backbone, len(train_source), val, begin), result)
 
@@ -266,12 +295,14 @@ def _open(options: EvaluateOptions) -> tuple[Backbone, dict[str, Any]]:
     """The backbone on its device, and how images go through it."""
     device = choose_device(options.device, "device")
     dtype = choose_dtype(options.precision, device, "precision")
-    backbone = load_backbone(options.checkpoint, device)
+    distributed.start(device)
+    backbone = open_backbone(options.checkpoint, device)
     size = options.size or backbone.image_size
     check_image_size(Model(**backbone.config["model"]), "size", size)
     if 0 < options.resize < size:
         raise ConfigError(f"resize is {options.resize}; it must be 0 (automatic) or at least size, {size}")
-    return backbone, {"size": size, "resize": options.resize, "workers": options.workers, "dtype": dtype}
+    workers = decoding_threads(options.workers, distributed.local_world())
+    return backbone, {"size": size, "resize": options.resize, "workers": workers, "dtype": dtype}
 
 
 def _as_dino(backbone: Backbone) -> tuple[int, bool]:

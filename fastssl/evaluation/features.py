@@ -6,15 +6,20 @@ Letters: n images, B images per forward pass, F numbers per feature, S side of t
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastssl import distributed
 from fastssl.augment import augment
+from fastssl.checkpoint import replace_file
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.reference_loader import evaluation_batches
 from fastssl.loaders.sources import Source, open_source
@@ -68,6 +73,7 @@ def extract(
     mean_patch: bool = False,
     ids: np.ndarray | None = None,
     progress: str = "",
+    shared: bool = False,
 ) -> Features:
     """Features of the images of `source`, in order; leaves no trace on the backbone or on the random generators.
 
@@ -83,10 +89,20 @@ def extract(
         mean_patch: append the last block's mean patch token (ViT).
         ids: int64 [n], positions of the images to take; None takes all.
         progress: label of the progress bar; empty shows none.
+        shared: the processes of the run take each world-th image and exchange what they found; all return everything.
 
     Raises:
         EvaluationError: a feature is NaN or infinite.
     """
+    if shared and distributed.world() > 1:
+        return _extract_shared(
+            backbone,
+            source,
+            np.arange(len(source)) if ids is None else ids,
+            progress=progress if distributed.is_main() else "",
+            **{"size": size, "resize": resize, "batch_size": batch_size, "workers": workers, "dtype": dtype},
+            **{"blocks": blocks, "mean_patch": mean_patch},
+        )
     device = device_of(backbone)
     stored = torch.float32 if dtype == torch.float32 else torch.float16
     total = len(source) if ids is None else len(ids)
@@ -114,6 +130,60 @@ def extract(
             done += len(rows)
             bar.update(len(rows))
     return Features(values[:done], torch.cat(labels), torch.cat(seen), tuple(source.classes))
+
+
+def _extract_shared(backbone: nn.Module, source: Source, ids: np.ndarray, **how) -> Features:
+    """See `extract`: this process's part of the images, then the table of all."""
+    rank, world = distributed.rank(), distributed.world()
+    mine = extract(backbone, source, ids=ids[rank::world] if len(ids) >= world else ids, **how)
+    if len(ids) < world:
+        return mine
+    device = device_of(backbone)
+    table = [distributed.gather_rows(part, len(ids), device) for part in (mine.values, mine.labels, mine.ids)]
+    return Features(*table, mine.classes)
+
+
+def extract_cached(backbone: nn.Module, source: Source, *, cache: Path | None, batch_size: int, **how) -> Features:
+    """As `extract`, but a table that was made before, of the same weights, data and settings, is read from disk.
+
+    The table is mapped into memory, not read. Delete the folder to free the disk.
+
+    Args:
+        cache: folder of the tables; None: nothing is kept.
+        how: the settings of `extract`, without ids.
+    """
+    if cache is None:
+        return extract(backbone, source, batch_size=batch_size, **how)
+    settings = {key: how[key] for key in ("size", "resize", "dtype", "blocks", "mean_patch") if key in how}
+    key = hashlib.sha256(f"{_digest(backbone)} {source.fingerprint()} {settings}".encode()).hexdigest()[:32]
+    path = cache / f"{key}.npy"
+    if not distributed.all_processes(path.exists(), device_of(backbone)):
+        found = extract(backbone, source, batch_size=batch_size, **how)
+        if distributed.is_main():
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+                replace_file(path, lambda part: _write_table(part, found.values.numpy()))
+            except OSError as error:
+                print(f"features are not kept: {path} cannot be written ({error.strerror})", file=sys.stderr)
+        distributed.barrier()
+        return found
+    values = torch.from_numpy(np.load(path, mmap_mode="c"))
+    ids = torch.arange(len(source))
+    return Features(values, torch.as_tensor(np.asarray(source.labels), dtype=torch.int64), ids, tuple(source.classes))
+
+
+def _write_table(path: Path, values: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.save(file, values)
+
+
+def _digest(module: nn.Module) -> str:
+    """A checksum of all weights and buffers, and of the kinds of the modules that use them."""
+    digest = hashlib.sha256(repr(module).encode())
+    for key, value in module.state_dict().items():
+        digest.update(key.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @torch.no_grad()  # not inference_mode: a position table that the network caches here must stay usable in training

@@ -1,9 +1,14 @@
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
+from fastssl.config import Model
+from fastssl.evaluation import features
 from fastssl.evaluation.features import (
     EvaluationError,
     Features,
@@ -14,7 +19,9 @@ from fastssl.evaluation.features import (
     pixels,
     spaced_ids,
 )
+from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.sources import open_source
+from fastssl.models import build_backbone
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +196,93 @@ def test_features_are_finite_even_far_down_the_table():
     values[69_999] = float("inf")
     with pytest.raises(EvaluationError, match="image 69999 are not finite"):
         Features(values, torch.zeros(70_000, dtype=torch.int64), torch.arange(70_000))
+
+
+# -- kept on disk, shared among processes ------------------------------------------------------------------------------
+
+
+def small_network(seed=0):
+    torch.manual_seed(seed)
+    return build_backbone(Model("vit_tiny", 32, 8, 32, 1, 2))
+
+
+def test_kept_features_are_read_again_and_only_for_the_same_weights_data_and_settings(folder, tmp_path, monkeypatch):
+    source, network = open_source(str(folder)), small_network()
+    how = {"cache": tmp_path / "kept", "size": 32, "batch_size": 4, "workers": 1}
+    first = features.extract_cached(network, source, **how)
+    assert torch.equal(first.values, features.extract(network, source, size=32, workers=1).values)
+
+    calls = []
+    original = features.extract
+    monkeypatch.setattr(features, "extract", lambda *a, **k: calls.append(1) or original(*a, **k))
+    again = features.extract_cached(small_network(), open_source(str(folder)), **{**how, "batch_size": 8})
+    assert calls == []
+    for key in ("values", "labels", "ids", "classes"):
+        a, b = getattr(first, key), getattr(again, key)
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert isinstance(np.load(next((tmp_path / "kept").iterdir()), mmap_mode="r"), np.memmap)
+
+    features.extract_cached(small_network(1), source, **how)
+    features.extract_cached(network, source, **how, mean_patch=True)
+    features.extract_cached(network, source, **{**how, "size": 16})
+    assert len(calls) == 3
+    picture = next((folder).rglob("*.png"))
+    kept = picture.stat()
+    try:
+        os.utime(picture, ns=(kept.st_atime_ns, kept.st_mtime_ns + 10))
+        features.extract_cached(network, open_source(str(folder)), **how)
+    finally:
+        os.utime(picture, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+    assert len(calls) == 4
+    features.extract_cached(network, source, **{**how, "cache": None})
+    assert len(calls) == 5
+    assert len(list((tmp_path / "kept").iterdir())) == 5
+
+
+def test_a_beton_is_known_by_its_checksums(folder, tmp_path):
+    first, second = tmp_path / "a.beton", tmp_path / "b.beton"
+    for path in (first, second):
+        convert(ConvertOptions(str(folder), str(path)))
+    assert open_source(first).fingerprint() == open_source(second).fingerprint()
+    convert(ConvertOptions(str(folder), str(second), mode="raw", overwrite=True))
+    assert open_source(first).fingerprint() != open_source(second).fingerprint()
+    Path(f"{first}.npz").unlink()
+    lone = open_source(first).fingerprint()
+    os.utime(first, ns=(1, 1))
+    assert open_source(first).fingerprint() != lone
+
+
+def test_an_unwritable_folder_is_said_and_costs_nothing_else(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    source, network = open_source(str(folder)), small_network()
+    found = features.extract_cached(network, source, cache=tmp_path / "file" / "kept", size=32, batch_size=4, workers=1)
+    assert len(found) == len(source)
+    assert "features are not kept" in capsys.readouterr().err
+
+
+def shared(rank, folder, cache):
+    source, network = open_source(str(folder)), small_network()
+    ids = np.array([5, 1, 6])
+    how = {"size": 32, "batch_size": 4, "workers": 1, "shared": True}
+    few = features.extract(network, source, ids=np.array([3]), **how)
+    return (
+        features.extract(network, source, **how),
+        features.extract(network, source, ids=ids, **how),
+        few,
+        features.extract_cached(network, source, cache=cache, **how),
+        features.extract_cached(network, source, cache=cache, **how),
+    )
+
+
+def test_processes_share_the_images_and_all_have_the_whole_table(folder, tmp_path, on_processes):
+    source, network = open_source(str(folder)), small_network()
+    whole = features.extract(network, source, size=32, workers=1)
+    assert len(whole) % 2 == 1  # an uneven share
+    for everything, some, few, kept, read in on_processes(2, shared, str(folder), tmp_path / "kept"):
+        for found in (everything, kept, read):
+            torch.testing.assert_close(found.values, whole.values)
+            assert torch.equal(found.labels, whole.labels)
+            assert torch.equal(found.ids, whole.ids)
+        assert some.ids.tolist() == [5, 1, 6]
+        torch.testing.assert_close(some.values, whole.values[[5, 1, 6]])
+        assert few.ids.tolist() == [3]
