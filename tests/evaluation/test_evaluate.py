@@ -1,4 +1,8 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -168,3 +172,39 @@ def test_sizes_that_do_not_fit(given):
         evaluate_knn(KNNOptions(**given, size=20))
     with pytest.raises(ConfigError, match=r"resize is 8; it must be 0 \(automatic\) or at least size, 16"):
         evaluate_linear(LinearOptions(**given, resize=8))
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear"])
+def test_two_processes_under_torchrun_print_the_numbers_of_one(given, protocol, tmp_path, capsys):
+    arguments = ["evaluate", protocol, *(f"--{key}={value}" for key, value in given.items()), "--cache=none", "--json"]
+    arguments += ["--epochs=3", "--lrs=[0.1]"] if protocol == "linear" else []
+    assert main(arguments) == 0
+    alone = json.loads(capsys.readouterr().out)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "-m", "fastssl.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    together = json.loads(done.stdout)  # one line: only the main process prints
+    for values in (alone, together):
+        values.pop("seconds")
+    assert together == alone
+
+
+def test_features_are_kept_beside_the_checkpoint_unless_told_otherwise(given, tmp_path):
+    own = shutil.copy(given["checkpoint"], tmp_path / "last.pt")
+    first = evaluate_knn(KNNOptions(**{**given, "checkpoint": str(own)}))
+    kept = sorted((tmp_path / "features").iterdir())
+    assert len(kept) == 2  # of data and of val
+    again = evaluate_knn(KNNOptions(**{**given, "checkpoint": str(own)}))
+    assert again.top1 == first.top1
+    assert sorted((tmp_path / "features").iterdir()) == kept
+    evaluate_knn(KNNOptions(**{**given, "checkpoint": str(own), "cache": str(tmp_path / "else")}))
+    assert len(list((tmp_path / "else").iterdir())) == 2
+    shutil.rmtree(tmp_path / "features")
+    evaluate_knn(KNNOptions(**{**given, "checkpoint": str(own), "cache": "none"}))
+    assert not (tmp_path / "features").exists()
