@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import itertools
 import json
 import os
@@ -87,22 +88,35 @@ def pretrain(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Measure a checkpoint: fastssl evaluate knn|linear --checkpoint C --data TRAIN --val VAL."""
-    from fastssl.evaluation import KNNOptions, LinearOptions, evaluate_knn, evaluate_linear
-
-    protocols: dict[str, tuple[type, Callable]] = {
-        "knn": (KNNOptions, evaluate_knn),
-        "linear": (LinearOptions, evaluate_linear),
+    """Measure a checkpoint: fastssl evaluate knn|linear|attentive|finetune|ssl --checkpoint C --data TRAIN --val VAL."""
+    protocols = {  # name -> module, its options, its function
+        "knn": ("fastssl.evaluation", "KNNOptions", "evaluate_knn"),
+        "linear": ("fastssl.evaluation", "LinearOptions", "evaluate_linear"),
+        "attentive": ("fastssl.evaluation.attentive", "AttentiveOptions", "evaluate_attentive"),
+        "finetune": ("fastssl.evaluation.finetune", "FinetuneOptions", "evaluate_finetune"),
+        "ssl": ("fastssl.evaluation.ssl", "SSLOptions", "evaluate_ssl"),
+        "segment": ("fastssl.evaluation.segment", "SegmentOptions", "evaluate_segment"),
+        "detect": ("fastssl.evaluation.detect", "DetectOptions", "evaluate_detect"),
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: fastssl evaluate {'|'.join(protocols)} [options]   (fastssl evaluate knn --help lists them)")
         return
     if arguments[0] not in protocols:
         raise ConfigError(f"evaluate '{arguments[0]}' is unknown; known: {', '.join(protocols)}")
-    kind, run = protocols[arguments[0]]
-    options, as_json = parse_options(f"fastssl evaluate {arguments[0]}", run.__doc__, kind, arguments[1:])
-    result = run(options)
-    print(json.dumps(result.as_dict()) if as_json else result.table())
+    module, kind, run = protocols[arguments[0]]
+    protocol = importlib.import_module(module)
+    run = getattr(protocol, run)
+    options, as_json = parse_options(
+        f"fastssl evaluate {arguments[0]}", run.__doc__, getattr(protocol, kind), arguments[1:], recipe=True
+    )
+    from fastssl import distributed
+
+    try:
+        result = run(options)
+    finally:
+        distributed.stop()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(result.as_dict()) if as_json else result.table())
 
 
 def bench(arguments: list[str]) -> int:
@@ -159,6 +173,32 @@ def import_(arguments: list[str]) -> None:
     print(json.dumps(result.as_dict()) if as_json else result.summary())
 
 
+def export(arguments: list[str]) -> None:
+    """Write a backbone for other libraries: fastssl export CHECKPOINT OUT --to timm|torchvision|hf."""
+    from fastssl.libraries import ExportOptions
+    from fastssl.libraries import export as run
+
+    options, as_json = parse_options("fastssl export", export.__doc__, ExportOptions, arguments, "checkpoint", "out")
+    result = run(options)
+    print(json.dumps(result.as_dict()) if as_json else result.table())
+
+
+def embed(arguments: list[str]) -> None:
+    """Write the features of a data set: fastssl embed CHECKPOINT DATA OUT -> OUT.npy, OUT.csv, OUT.png."""
+    from fastssl import distributed
+    from fastssl.evaluation.embed import EmbedOptions
+    from fastssl.evaluation.embed import embed as run
+
+    positional = ("checkpoint", "data", "out")
+    options, as_json = parse_options("fastssl embed", embed.__doc__, EmbedOptions, arguments, *positional)
+    try:
+        result = run(options)
+    finally:
+        distributed.stop()
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps(result.as_dict()) if as_json else result.table())
+
+
 def demo(arguments: list[str]) -> None:
     """The whole walk on a drawn image set: make images, convert, pretrain, evaluate (minutes on a CPU)."""
     from fastssl.demo import DemoOptions
@@ -169,14 +209,59 @@ def demo(arguments: list[str]) -> None:
     print(json.dumps(result.as_dict()) if as_json else result.table())
 
 
+def tokenizer(arguments: list[str]) -> None:
+    """Make a stand-in for CAE's tokenizer from images: fastssl tokenizer DATA OUT.pt."""
+    from fastssl.tokenizer import TokenizerOptions, train_tokenizer
+
+    options, as_json = parse_options("fastssl tokenizer", tokenizer.__doc__, TokenizerOptions, arguments, "data", "out")
+    result = train_tokenizer(options)
+    print(json.dumps(result.as_dict()) if as_json else result.summary())
+
+
+def parts(arguments: list[str]) -> None:
+    """Part maps for SemMAE: fastssl parts learn|write|judge|import."""
+    from fastssl.parts.judge import JudgeOptions, judge
+    from fastssl.parts.learn import LearnOptions, learn
+    from fastssl.parts.tokens import ImportOptions, import_parts
+    from fastssl.parts.write import WriteOptions, write
+
+    stages: dict[str, tuple[type, Callable, tuple[str, ...]]] = {
+        "learn": (LearnOptions, learn, ()),
+        "write": (WriteOptions, write, ("parts", "data", "out")),
+        "judge": (JudgeOptions, judge, ("parts", "data")),
+        "import": (ImportOptions, import_parts, ("src", "dst")),
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(
+            f"usage: fastssl parts {'|'.join(stages)} [options]   (fastssl parts learn --help lists them)\n\n"
+            "  fastssl parts learn --checkpoint C --data TRAIN --out PARTS.pt   learn to split images into parts\n"
+            "  fastssl parts write PARTS.pt DATA.beton OUT.beton                the same images with their part maps\n"
+            "  fastssl parts judge PARTS.pt DATA [--truth]                      numbers and pictures of the parts\n"
+            "  fastssl parts import TOKENS MAPS                                 maps from the authors' token files"
+        )
+        return
+    if arguments[0] not in stages:
+        raise ConfigError(f"parts '{arguments[0]}' is unknown; known: {', '.join(stages)}")
+    kind, run, positional = stages[arguments[0]]
+    options, as_json = parse_options(
+        f"fastssl parts {arguments[0]}", run.__doc__ or "", kind, arguments[1:], *positional
+    )
+    result = run(options)
+    print(json.dumps(result.as_dict()) if as_json else result.table())
+
+
 COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "convert": convert,
     "verify": verify,
     "pretrain": pretrain,
     "evaluate": evaluate,
+    "embed": embed,
     "import": import_,
+    "export": export,
     "bench": bench,
     "demo": demo,
+    "tokenizer": tokenizer,
+    "parts": parts,
 }
 
 

@@ -30,7 +30,7 @@ class View:
     """One group of views: `count` random crops of the same kind, cut from one decoded image."""
 
     count: int = 1
-    """Crops per image in this group."""
+    """Crops per image in this group. 0: none, where the method can do without."""
     size: int = 224
     """Side of the crop after resizing, in pixels."""
     scale: tuple[float, float] = (0.08, 1.0)
@@ -64,7 +64,7 @@ class View:
 
     def __post_init__(self) -> None:
         where = f"views.{self.name}" if self.name else "view"
-        check(self.count >= 1, f"{where}.count", self.count, "1 or more")
+        check(self.count >= 0, f"{where}.count", self.count, "0 or more")
         check(self.size >= 1, f"{where}.size", self.size, "1 pixel or more")
         lo, hi = self.scale
         check(0.0 < lo <= hi <= 1.0, f"{where}.scale", self.scale, "a range inside (0, 1]")
@@ -130,8 +130,11 @@ class Model:
     """Number of a ViT's blocks. 0: the named model's."""
     heads: int = 0
     """Attention heads of a ViT. 0: the named model's."""
-    positions: Literal["learned", "sincos"] = "learned"
-    """A ViT's position table: learned, or fixed 2-D sine-cosine."""
+    positions: Literal["learned", "sincos", "sincos_rows"] = "learned"
+    """A ViT's position table: learned, or fixed 2-D sine-cosine with the column in the first half of the channels
+    (sincos, MAE's) or the row (sincos_rows, CAE's)."""
+    layer_scale: float = 0.0
+    """Start value of a ViT's layer scale, a learned gain per channel on every block's two branches. 0: none."""
     drop_path: float = 0.0
     """Stochastic depth of the student's last block; earlier blocks get proportionally less."""
     small_images: bool = False
@@ -143,6 +146,7 @@ class Model:
         check(min(self.width, self.depth, self.heads) >= 0, "model.width/depth/heads",
                (self.width, self.depth, self.heads), "0 (the named model's) or positive")  # fmt: skip
         check_probability("model.drop_path", self.drop_path)
+        check(self.layer_scale >= 0, "model.layer_scale", self.layer_scale, "0 (none) or positive")
 
 
 @dataclass

@@ -72,13 +72,20 @@ def _underscored(argument: str) -> str:
     return "--" + key[2:].replace("-", "_") + equals + value if key.startswith("--") else argument
 
 
-def parse_options(prog: str, about: str, kind: type, arguments: list[str], *positional: str) -> tuple[Any, bool]:
+def parse_options(
+    prog: str, about: str, kind: type, arguments: list[str], *positional: str, recipe: bool = False
+) -> tuple[Any, bool]:
     """Parses `arguments` into the dataclass `kind`; returns it and whether --json was asked for.
 
-    A yes-or-no option alone (--compile-only) means yes. `about` is shown up to its first empty line.
+    A yes-or-no option alone (--compile-only) means yes. `about` is shown up to its first empty line. With `recipe`, the
+    options may also come from a YAML file named with --config; what comes last on the command line wins.
     """
     parser = Parser(prog=prog, description=about.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
+    if recipe:
+        parser.add_argument(
+            "--config", action="config", help="Recipe: a YAML file with the same keys as these options."
+        )
     first = []
     while arguments and not arguments[0].startswith("-") and len(first) < len(positional):
         first.append(arguments[0])
@@ -95,6 +102,7 @@ def parse_options(prog: str, about: str, kind: type, arguments: list[str], *posi
         parser.usage = f"%(prog)s {' '.join(name.upper() for name in positional)} [options]"
     namespace = parser.parse_args([*given, *arguments])
     as_json = namespace.pop("json")
+    namespace.pop("config", None)
     missing = [name for name in positional if not namespace.get(name)]
     if missing:
         raise ConfigError(f"{prog} needs {missing[0].upper()} ({prog} --help explains it)")

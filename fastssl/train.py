@@ -69,6 +69,12 @@ class Trainer:
         self.views = view_list(config.views)
         self.source = open_source(config.data.path)
         self.threads = decoding_threads(config.data.workers, distributed.local_world())
+        part_grid = METHODS[config.method].part_grid(config)
+        if part_grid and not self.source.has_parts:
+            raise ConfigError(
+                f"{config.data.path} has no part maps, which method {config.method} needs; 'fastssl parts learn' and "
+                "'fastssl parts write' make a .beton that has them, 'fastssl convert --parts' takes maps made elsewhere"
+            )
         self.loader = open_loader(
             self.source,
             self.views,
@@ -78,7 +84,7 @@ class Trainer:
             world=distributed.world(),
             threads=self.threads,
             pin_memory=self.device.type == "cuda",
-            part_grid=METHODS[config.method].part_grid(config),
+            part_grid=part_grid,
         )
         self.images_per_step = config.data.batch_size * distributed.world() * config.run.accumulate
         self.steps_per_epoch = self.loader.batches_per_epoch // config.run.accumulate

@@ -26,6 +26,7 @@ from fastssl.config import check
 from fastssl.loaders import jpeg
 from fastssl.loaders.beton import ARRAY, IMAGE, INT, BetonError, Field
 from fastssl.loaders.beton_writer import MAX_PIECE, BetonWriter, Block
+from fastssl.loaders.datasets import NamedSet, open_named
 from fastssl.loaders.picture import (
     MAX_PIXELS,
     DecodeError,
@@ -63,11 +64,20 @@ class ConvertOptions:
     """What to convert, and how the images are stored."""
 
     src: str = ""
-    """Folder of images: one sub-folder per class, or no sub-folders (unlabelled)."""
+    """Folder of images: one sub-folder per class, or no sub-folders (unlabelled). Or a data set by name and the folder
+    that torchvision keeps it in: stl10:FOLDER, cifar10:, cifar100:, pets:, imagenet: (see split and download)."""
     dst: str = ""
     """The .beton file to write. FILE.beton.npz beside it keeps class names, source names and checksums."""
+    split: str = ""
+    """Split of a data set by name: train, test, unlabeled or train+unlabeled (STL10), train or test (CIFAR), trainval
+    or test (Pets), train or val (ImageNet). Unlabelled images get label -1. Empty: the first of these."""
+    download: bool = False
+    """Let torchvision download a data set by name that is not in its folder."""
     max_resolution: int = 0
     """Images with a longer side are scaled down to this many pixels. 0: no limit."""
+    squash: int = 0
+    """Every image is resized to this square, in pixels, without regard to its shape, as views with the same
+    views.*.squash (SAAE) would do at every reading. 0: off."""
     quality: int = 90
     """JPEG quality of re-encoded images, 1 to 95 (4:2:0 chroma). Copied JPEGs keep their own."""
     mode: Literal["jpg", "raw", "proportion"] = "jpg"
@@ -89,6 +99,9 @@ class ConvertOptions:
 
     def __post_init__(self) -> None:
         check(self.max_resolution >= 0, "max_resolution", self.max_resolution, "0 (no limit) or a number of pixels")
+        check(0 <= self.squash <= MAX_SIDE, "squash", self.squash, f"0 (off) or a side of up to {MAX_SIDE} pixels")
+        if self.squash:
+            check(not self.max_resolution, "max_resolution", self.max_resolution, "0 (no limit) where squash is set")
         check(1 <= self.quality <= 95, "quality", self.quality, "from 1 to 95")
         check(0.0 <= self.raw_fraction <= 1.0, "raw_fraction", self.raw_fraction, "from 0 to 1")
         check(self.max_bad >= 0, "max_bad", self.max_bad, "0 or more")
@@ -190,6 +203,13 @@ class _Job:
     classes: list[str]
     files: list[str]
     labels: np.ndarray
+    named: NamedSet | None
+    first: int  # position of files[0] in the whole data set
+
+    def read(self, i: int, space: memoryview) -> bytes | memoryview:
+        if self.named:
+            return self.named.read(self.first + i, space)
+        return read_file(os.path.join(self.options.src, self.files[i]), space)
 
 
 @dataclass
@@ -201,7 +221,8 @@ class _Outcome:
 
 def _job(options: ConvertOptions) -> _Job:
     try:
-        classes, files, labels = scan_folder(options.src)
+        named = open_named(options.src, options.split, options.download)
+        classes, files, labels = (named.classes, named.names, named.labels) if named else scan_folder(options.src)
     except SourceError as error:
         raise ConvertError(str(error)) from None
     fields = [Field("image", IMAGE), Field("label", INT)]
@@ -211,7 +232,7 @@ def _job(options: ConvertOptions) -> _Job:
     begin, end = len(files) * index // total, len(files) * (index + 1) // total
     if begin == end:
         raise ConvertError(f"shard {options.shard} is empty: {options.src} has only {len(files)} images")
-    return _Job(options, fields, classes, files[begin:end], labels[begin:end])
+    return _Job(options, fields, classes, files[begin:end], labels[begin:end], named, begin)
 
 
 def _run(job: _Job, writer: BetonWriter) -> _Outcome:
@@ -275,7 +296,7 @@ def _convert_chunk(chunk: int) -> tuple:
         for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(_job_here.files))):
             name = _job_here.files[i]
             try:
-                data = read_file(os.path.join(_job_here.options.src, name), space)
+                data = _job_here.read(i, space)
                 image, is_copy = encode(data, name, _job_here.options)
                 parts = [_read_parts(_job_here, name)] if _job_here.options.parts else []
             except DecodeError as error:
@@ -323,7 +344,10 @@ def encode(data: bytes | memoryview, name: str, options: ConvertOptions) -> tupl
         height, width = (max(1, round(side * shrink)) for side in (height, width))
         image.draft(None, (round(image.width * shrink * DRAFT), round(image.height * shrink * DRAFT)))
     image = to_rgb(image)
-    if (image.height, image.width) != (height, width):
+    if options.squash:
+        height = width = options.squash
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    elif (image.height, image.width) != (height, width):
         image = image.resize((width, height), Image.Resampling.HAMMING)
     if max(height, width) > MAX_SIDE:
         raise DecodeError(f"is {height} x {width} pixels; a .beton holds sides up to {MAX_SIDE}")
@@ -335,11 +359,12 @@ def encode(data: bytes | memoryview, name: str, options: ConvertOptions) -> tupl
 
 
 def _fits(header: jpeg.Jpeg, data: bytes | memoryview, options: ConvertOptions) -> bool:
-    """Whether a whole JPEG can be stored as it is: usual coding, upright, not too large."""
+    """Whether a whole JPEG can be stored as it is: usual coding, upright, not too large, squashed already."""
     return (
         header.common
         and header.height * header.width <= MAX_PIXELS
         and (not options.max_resolution or max(header.height, header.width) <= options.max_resolution)
+        and (not options.squash or header.height == header.width == options.squash)
         and (not header.app1 or orientation(open_image(bytes(data))) == 1)
     )
 

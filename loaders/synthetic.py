@@ -23,7 +23,8 @@ OWN_SCENE = 0.8  # probability that an object stands in its class's own scene
 
 
 def draw_images(folder: str | Path, *, train: int, val: int, seed: int = 0) -> Path:
-    """Draws the set into `folder`: {train,val}/<class>/<n>.jpg, parts/ (maps), masks/ (labels), annotations.jsonl.
+    """Draws the set into `folder`: {train,val}/<class>/<n>.jpg, parts/ (maps), masks/ (labels), annotations.jsonl,
+    and instances_{train,val}.json with every object's box and mask in COCO's format.
 
     Args:
         folder: created; existing files of the same names are replaced.
@@ -36,6 +37,7 @@ def draw_images(folder: str | Path, *, train: int, val: int, seed: int = 0) -> P
     folder = Path(folder)
     lines = []
     for split, (name, count) in enumerate((("train", train), ("val", val))):
+        images, objects = [], []
         for kind in CLASSES:
             for sub in (name, f"parts/{name}", f"masks/{name}"):
                 (folder / sub / kind).mkdir(parents=True, exist_ok=True)
@@ -47,7 +49,16 @@ def draw_images(folder: str | Path, *, train: int, val: int, seed: int = 0) -> P
             Image.fromarray(mask).save(folder / "masks" / name / f"{stem}.png")
             np.save(folder / "parts" / name / f"{stem}.npy", part_maps(mask))
             top, left, height, width = box_of(mask)
-            lines.append({"file": f"{name}/{stem}.jpg", "class": CLASSES[label], "box": [left, top, width, height]})
+            box = [left, top, width, height]
+            lines.append({"file": f"{name}/{stem}.jpg", "class": CLASSES[label], "box": box})
+            number, size = index + 1, list(mask.shape)
+            images.append({"id": number, "file_name": f"{name}/{stem}.jpg", "height": size[0], "width": size[1]})
+            code = {"size": size, "counts": run_lengths(mask > 0)}
+            one = {"id": number, "image_id": number, "category_id": label + 1, "bbox": box, "segmentation": code}
+            objects.append({**one, "area": int((mask > 0).sum()), "iscrowd": 0})
+        categories = [{"id": label + 1, "name": kind} for label, kind in enumerate(CLASSES)]
+        instances = {"images": images, "annotations": objects, "categories": categories}
+        (folder / f"instances_{name}.json").write_text(json.dumps(instances))
     (folder / "annotations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -102,6 +113,13 @@ def box_of(mask: np.ndarray) -> tuple[int, int, int, int]:
     """The object's box (top, left, height, width) in pixels, from part labels [H, W]."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return int(rows[0]), int(columns[0]), int(rows[-1] - rows[0] + 1), int(columns[-1] - columns[0] + 1)
+
+
+def run_lengths(mask: np.ndarray) -> list[int]:
+    """COCO's run lengths of a mask, bool [H, W]: down the columns, outside and inside by turns, outside first."""
+    column_major = np.concatenate([[False], mask.T.ravel()])
+    changes = np.flatnonzero(column_major[1:] != column_major[:-1])
+    return np.diff([0, *changes, mask.size]).tolist()
 
 
 def _shapes(label: int, height: int, width: int, uniform) -> tuple[np.ndarray, np.ndarray]:

@@ -37,7 +37,7 @@ def test_method_defaults_are_the_papers():
         (["--mae.mask_ratio=0.5"], "unknown key 'mae.mask_ratio'"),
         (["--data.batch_size", "0"], "data.batch_size is 0"),
         (["--data.batch_size", "many"], "data.batch_size"),
-        (["--views.local.count=0"], "count is 0"),
+        (["--views.local.count=-1"], "count is -1"),
     ],
 )
 def test_a_bad_argument_is_one_line_that_names_the_key(arguments, words):

@@ -13,8 +13,10 @@ import torch
 from fastssl import checkpoint
 from fastssl.cli import main
 from fastssl.config import ConfigError
+from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.synthetic import draw_images
 from fastssl.parse import parse_pretrain
+from fastssl.tokenizer import TokenizerOptions, train_tokenizer
 from fastssl.train import Trainer, TrainingError, pretrain
 
 TINY = {
@@ -42,18 +44,60 @@ METHOD = {
         "dino.head_hidden": 32,
         "dino.head_bottleneck": 16,
     },
+    "saae": {
+        **{f"views.{name}.{key}": 32 for name in ("crop1", "crop2", "reference") for key in ("size", "squash")},
+        "saae.code_width": 32,
+        "saae.head_hidden": 32,
+        "saae.decoder_depth": 1,
+        "saae.decoder_heads": 2,
+    },
+    "scfs": {
+        **{f"model.{key}": value for key, value in {"name": "resnet18", "width": 8, "depth": 0, "heads": 0}.items()},
+        "model.small_images": "true",
+        "views.global1.size": 32,
+        "views.global2.size": 32,
+        "views.local.size": 16,
+        "views.local.count": 2,
+        "scfs.out_dim": 64,
+        "scfs.head_hidden": 32,
+        "scfs.head_bottleneck": 16,
+        "scfs.stage_inner": 8,
+        "scfs.stage_hidden": 16,
+        "scfs.stage_out": 16,
+    },
+    "cae": {
+        "model.positions": "sincos_rows",
+        "views.main.size": 32,
+        "views.tokenizer.size": 16,
+        "cae.codes": 16,
+        "cae.num_masked": 8,
+        "cae.min_block": 2,
+        "cae.width": 32,
+        "cae.heads": 2,
+        "cae.regressor_depth": 1,
+        "cae.decoder_depth": 1,
+    },
     "mae": {"views.main.size": 32, "mae.decoder_width": 32, "mae.decoder_depth": 1, "mae.decoder_heads": 2},
+    "sit": {"views.view1.size": 32, "views.view2.size": 32, "sit.out_dim": 16, "sit.head_hidden": 32},
+    "sit_v1": {"views.view1.size": 32, "views.view2.size": 32, "sit_v1.out_dim": 16, "sit_v1.gather_negatives": "true"},
+    "semmae": {"views.main.size": 32, "semmae.decoder_width": 32, "semmae.decoder_depth": 1, "semmae.decoder_heads": 2},
 }
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return draw_images(tmp_path_factory.mktemp("images"), train=64, val=16)
+    folder = draw_images(tmp_path_factory.mktemp("images"), train=64, val=16)
+    convert(ConvertOptions(str(folder / "train"), str(folder / "train.beton"), parts=str(folder / "parts/train")))
+    train_tokenizer(TokenizerOptions(str(folder / "train"), str(folder / "codebook.pt"), codes=16, cell=4, size=16))
+    return folder
 
 
 def arguments(images, run, method="dino", **more):
     keys = {key.replace("__", "."): value for key, value in more.items()}
-    values = {"data.path": images / "train", "run.dir": run, **TINY, **METHOD[method], **keys}
+    data = images / ("train.beton" if method == "semmae" else "train")  # the one with part maps
+    values = {"data.path": data, "run.dir": run, **TINY, **METHOD[method], **keys}
+    if method == "cae":
+        values["cae.tokenizer"] = images / "codebook.pt"
     return [f"--method={method}", *(f"--{key}={value}" for key, value in values.items())]
 
 
@@ -79,7 +123,7 @@ def assert_same_run(first, second):
         assert same(a[key], b[key]), f"{key} differs"
 
 
-@pytest.mark.parametrize("method", ["dino", "mae"])
+@pytest.mark.parametrize("method", ["dino", "mae", "cae", "saae", "scfs", "semmae", "sit", "sit_v1"])
 def test_ten_steps_resumed_for_ten_more_are_twenty_bitwise(images, tmp_path, method):
     more = {"model__drop_path": 0.2}
     pretrain(config(images, tmp_path / "whole", method, run__steps=20, **more))
@@ -157,7 +201,7 @@ def test_sigterm_to_torchrun_saves_on_all_processes_and_leaves_none_behind(image
     assert checkpoint.load(tmp_path / "last.pt")["step"] == summary["step"]
 
 
-@pytest.mark.parametrize("method", ["dino", "mae"])
+@pytest.mark.parametrize("method", ["dino", "mae", "cae", "saae", "scfs", "semmae", "sit", "sit_v1"])
 def test_two_processes_equal_one_in_loss_and_weights(images, tmp_path, method):
     # Drop path draws per process, so it is off here. SGD, because Adam divides by gradients
     # that are zero but for rounding (the bias of the attention keys).

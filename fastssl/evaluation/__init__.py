@@ -109,8 +109,12 @@ class KNNOptions(FrozenOptions):
 class LinearOptions(FrozenOptions):
     """Linear classification of frozen features."""
 
-    lrs: tuple[float, ...] = probe.LRS
-    """Learning rates for a batch of 256, tried at once; the one that does best on a held-out tenth of data counts."""
+    protocol: Literal["dino", "mae"] = "dino"
+    """dino: SGD. mae: a batch norm without gains before the layer, LARS, warm-up over a ninth of the epochs (in the
+    paper 90 epochs, steps of 16384 images, drawn crops)."""
+    lrs: tuple[float, ...] | None = None
+    """Learning rates for a batch of 256, tried at once; the one that does best on a held-out tenth of data counts.
+    None: 0.001 to 1 (dino) or 0.01 to 1 (mae)."""
     epochs: int = 100
     """Passes over data."""
     step_size: int = 1024
@@ -119,9 +123,12 @@ class LinearOptions(FrozenOptions):
     """True: random crops and flips, drawn and put through the network anew in every epoch, as DINO does. False: the
     central crop goes through the network once."""
     blocks: int = 0
-    """Concatenate the class tokens of this many last blocks (ViT). 0: as DINO, 4, or 1 for a width of 768 and more."""
+    """Concatenate the class tokens of this many last blocks (ViT). 0: as DINO, 4, or 1 for a width of 768 and more; as
+    MAE, 1."""
     mean_patch: bool | None = None
-    """Append the last block's mean patch token (ViT). None: as DINO, for a width of 768 and more."""
+    """Append the last block's mean patch token (ViT). None: as DINO, for a width of 768 and more; as MAE, no."""
+    hidden: int = 0
+    """Units of a hidden layer (tanh) between the features and the linear layer, e.g. 1024. 0: none."""
     seed: int = 0
     """Seed of the first weights, the order, the crops and the held-out tenth."""
 
@@ -131,7 +138,9 @@ class LinearOptions(FrozenOptions):
             raise ConfigError(f"blocks is {self.blocks}; it must be 0 (as DINO) or more")
         if self.same_images:
             raise ConfigError(f"val is the same as data ({self.data}); name images that are not trained on")
-        probe.check_numbers(self.lrs, self.epochs, self.step_size)
+        if self.lrs is None:
+            self.lrs = probe.LRS if self.protocol == "dino" else probe.MAE_LRS
+        probe.check_numbers(self.lrs, self.epochs, self.step_size, self.hidden, self.protocol)
 
 
 @dataclass(frozen=True)
@@ -196,10 +205,11 @@ class KNNEvaluation:
 
 @dataclass(frozen=True)
 class LinearEvaluation:
-    """Accuracy of the chosen linear layer."""
+    """Accuracy of the chosen linear layer, behind a hidden layer of so many units (0: none)."""
 
     measured: Measured
     result: ProbeResult
+    hidden: int = 0
 
     @property
     def top1(self) -> float:
@@ -207,12 +217,13 @@ class LinearEvaluation:
         return self.result.top1
 
     def as_dict(self) -> dict[str, Any]:
-        return {**self.result.as_dict(), **vars(self.measured)}
+        return {**self.result.as_dict(), "hidden": self.hidden, **vars(self.measured)}
 
     def table(self) -> str:
         result = self.result
+        name = f"linear behind {self.hidden} hidden units" if self.hidden else "linear"
         rows = [("learning rate", "top-1 %", "95 % interval", "top-5 %"), (f"{result.lr:g}", *result.cells())]
-        parts = [f"linear, {self.measured.line()}", format_table(rows)]
+        parts = [f"{name}, {self.measured.line()}", format_table(rows)]
         if result.held_out:
             tried = [(f"{lr:g}", f"{top1:.2f}") for lr, top1 in result.held_out.items()]
             parts.append(format_table([("learning rate", "top-1 % on the held-out tenth"), *tried]))
@@ -270,7 +281,7 @@ def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
         raise ConfigError(
             "augment is true, which runs in one process; start it without torchrun, or with --augment false"
         )
-    blocks, mean_patch = _as_dino(backbone)
+    blocks, mean_patch = _as_dino(backbone) if options.protocol == "dino" else (1, False)
     how["blocks"] = options.blocks or blocks
     how["mean_patch"] = mean_patch if options.mean_patch is None else options.mean_patch
     training = {
@@ -279,6 +290,8 @@ def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
         "batch_size": options.step_size,
         "seed": options.seed,
         "progress": "linear layers",
+        "hidden": options.hidden,
+        "protocol": options.protocol,
     }
     batch = options.batch_size
     once = {**how, "cache": options.cache_folder, "batch_size": batch, "shared": True}
@@ -288,7 +301,7 @@ def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
     else:
         train = extract_cached(backbone.module, train_source, progress="features of data", **once)
         result = linear_probe(train, val, device=choose_device(options.device, "device"), **training)
-    return LinearEvaluation(_measured(options, backbone, len(train_source), val, begin), result)
+    return LinearEvaluation(_measured(options, backbone, len(train_source), val, begin), result, options.hidden)
 
 
 def _open(options: EvaluateOptions) -> tuple[Backbone, dict[str, Any]]:

@@ -15,6 +15,7 @@ from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl import distributed
@@ -25,8 +26,12 @@ from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.heads import DINOHead
+from fastssl.models.resnet import ResNet
+from fastssl.models.vit import ViT, patch_grid
+from fastssl.pictures import heat, to_picture
 from fastssl.schedule import cosine, linear_ramp
 from fastssl.step import Step, Values, feature_spread
+from fastssl.timing import part
 
 _JITTER: dict[str, Any] = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2}
 
@@ -40,15 +45,21 @@ class Views:
     global2: View = field(default_factory=lambda: View(size=224, scale=(0.4, 1.0), blur=0.1, solarize=0.2, **_JITTER))
     """Second large crop: seldom blurred, sometimes solarized."""
     local: View = field(default_factory=lambda: View(count=8, size=96, scale=(0.05, 0.4), blur=0.5, **_JITTER))
-    """Small crops."""
+    """Small crops; count 0: none."""
+
+    optional: ClassVar[tuple[str, ...]] = ("local",)
 
 
 @dataclass
 class Settings:
     """DINO's own numbers."""
 
+    section: ClassVar[str] = "dino"
+
     out_dim: int = 65536
     """Outputs of the head (K)."""
+    head_layers: int = 3
+    """Layers of the head before the prototypes."""
     head_hidden: int = 2048
     """Width of the head's inner layers."""
     head_bottleneck: int = 256
@@ -70,17 +81,19 @@ class Settings:
     center_momentum: float = 0.9
     """Decay of the teacher's centre; it is updated once per micro-batch."""
     momentum_teacher: float = 0.996
-    """Decay of the teacher's weights at the start; it rises to 1 over the run, as a cosine."""
+    """Decay of the teacher's weights at the start of the run."""
+    momentum_teacher_end: float = 1.0
+    """Decay of the teacher's weights at the end; a cosine leads there."""
 
     def __post_init__(self) -> None:
-        for key in ("out_dim", "head_hidden", "head_bottleneck"):
-            check(getattr(self, key) >= 1, f"dino.{key}", getattr(self, key), "1 or more")
+        for key in ("out_dim", "head_layers", "head_hidden", "head_bottleneck"):
+            check(getattr(self, key) >= 1, f"{self.section}.{key}", getattr(self, key), "1 or more")
         for key in ("freeze_last_layer", "warmup_teacher_temp_epochs"):
-            check(getattr(self, key) >= 0, f"dino.{key}", getattr(self, key), "0 (off) or a number of epochs")
+            check(getattr(self, key) >= 0, f"{self.section}.{key}", getattr(self, key), "0 (off) or a number of epochs")
         for key in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
-            check(getattr(self, key) > 0, f"dino.{key}", getattr(self, key), "positive")
-        for key in ("center_momentum", "momentum_teacher"):
-            check(0 <= getattr(self, key) <= 1, f"dino.{key}", getattr(self, key), "from 0 to 1")
+            check(getattr(self, key) > 0, f"{self.section}.{key}", getattr(self, key), "positive")
+        for key in ("center_momentum", "momentum_teacher", "momentum_teacher_end"):
+            check(0 <= getattr(self, key) <= 1, f"{self.section}.{key}", getattr(self, key), "from 0 to 1")
 
 
 class DINO(Method):
@@ -107,13 +120,18 @@ class DINO(Method):
     }
     backbone_prefix = "teacher.backbone."
 
+    @staticmethod
+    def network(config: Config, drop_path: float | None = None) -> nn.Module:
+        """A freshly initialised student or teacher."""
+        return Network(config, drop_path)
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.settings: Settings = config.settings
         for name, view in vars(config.views).items():
             check_image_size(config.model, f"views.{name}.size", view.size)
-        self.student = Network(config)
-        self.teacher = Network(config, drop_path=0.0)
+        self.student = self.network(config)
+        self.teacher = self.network(config, drop_path=0.0)
         self.teacher.load_state_dict(self.student.state_dict())
         self.teacher.requires_grad_(False)
         self.register_buffer("center", torch.zeros(self.settings.out_dim))
@@ -126,14 +144,16 @@ class DINO(Method):
     def forward(self, batch: Batch, values: Values) -> Step:
         s = self.settings
         large = [batch.views["global1"], batch.views["global2"]]  # each [B, n, 3, S, S]
-        _, student = self.student([*large, batch.views["local"]])  # [V, B, K]
-        with torch.no_grad():
+        small = [batch.views["local"]] if "local" in batch.views else []
+        with part("student"):
+            _, student = self.student([*large, *small])  # [V, B, K]
+        with part("teacher"), torch.no_grad():
             features, teacher = self.teacher(large)  # [T, B, D], [T, B, K]
-
-        temp = linear_ramp(values.epoch, s.warmup_teacher_temp_epochs - 1, s.warmup_teacher_temp, s.teacher_temp)
-        result = centering_softmax_loss(student, teacher, self.center, s.student_temp, temp)
-        if self.training:
-            update_center(self.center, result.column_sum, teacher.shape[0] * teacher.shape[1], s.center_momentum)
+        with part("loss"):
+            temp = self.teacher_temp(values)
+            result = centering_softmax_loss(student, teacher, self.center, s.student_temp, temp)
+            if self.training:
+                update_center(self.center, result.column_sum, teacher.shape[0] * teacher.shape[1], s.center_momentum)
         metrics = {
             "teacher_entropy": result.entropy / math.log(s.out_dim),
             "teacher_student_kl": result.divergence,
@@ -154,7 +174,22 @@ class DINO(Method):
 
     def momentum(self, values: Values) -> float:
         """Decay of the teacher's weights at this step."""
-        return cosine(values.step, values.total_steps, self.settings.momentum_teacher, 1.0)
+        s = self.settings
+        return cosine(values.step, values.total_steps, s.momentum_teacher, s.momentum_teacher_end)
+
+    def teacher_temp(self, values: Values) -> float:
+        """Temperature of the teacher's softmax in this epoch."""
+        s = self.settings
+        return linear_ramp(values.epoch, s.warmup_teacher_temp_epochs - 1, s.warmup_teacher_temp, s.teacher_temp)
+
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+        """Per image: both large crops, each followed by where the teacher looks in it (`attention`)."""
+        large = [batch.views[name][:, 0] for name in ("global1", "global2")]
+        columns = []
+        for crop in large:
+            picture = F.interpolate(to_picture(crop), size=large[0].shape[-2:], mode="bilinear")
+            columns += [picture, heat(picture, attention(self.teacher.backbone, crop))]
+        return {"attention": torch.stack(columns, dim=1)}
 
     @staticmethod
     def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -177,6 +212,16 @@ class DINO(Method):
             ours["center"] = checkpoint["dino_loss"]["center"].flatten()
         return ours
 
+    @staticmethod
+    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
+        """Our state dict as the weights of the authors' training file (`student`, `teacher`, `dino_loss`)."""
+        student = {f"module.{key}": value for key, value in beneath("student.", state).items()}
+        return {
+            "student": student,
+            "teacher": beneath("teacher.", state),
+            "dino_loss": {"center": state["center"][None]},
+        }
+
 
 class Network(nn.Module):
     """A backbone with DINO's head."""
@@ -188,6 +233,7 @@ class Network(nn.Module):
         self.head = DINOHead(
             self.backbone.width,
             s.out_dim,
+            layers=s.head_layers,
             hidden=s.head_hidden,
             bottleneck=s.head_bottleneck,
             batch_norm=s.head_batch_norm,
@@ -218,3 +264,26 @@ def update_center(center: Tensor, column_sum: Tensor, rows: int, momentum: float
     """
     mean = distributed.all_reduce_mean(column_sum / rows)
     center.lerp_(mean.to(center.dtype), 1.0 - momentum)
+
+
+def attention(backbone: ViT | ResNet, images: Tensor) -> Tensor:
+    """Where a backbone looks, [B, g, g]: a ViT's class attention in its last block, mean over heads (section 4.2.2 of
+    the paper); the length of a ResNet's last feature map.
+
+    Args:
+        images: [B, 3, S, S].
+    """
+    if isinstance(backbone, ResNet):
+        return backbone.stages(images)[-1].norm(dim=1)
+    x = backbone.embed(images)
+    for block in backbone.blocks[:-1]:
+        x = block(x)
+    block = backbone.blocks[-1]
+    q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    weights = (block.attn.scale * q[:, :, :1] @ k.transpose(-2, -1)).softmax(-1)[:, :, 0, 1:]  # [B, heads, N]
+    return weights.mean(dim=1).unflatten(1, patch_grid(images, backbone.patch_size))
+
+
+def beneath(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The entries of a state dict whose keys begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from fastssl.batch import Batch
@@ -20,8 +21,10 @@ from fastssl.masks import random_mask
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.decoders import MAEDecoder
-from fastssl.models.vit import ViT, patch_grid, xavier_init_
+from fastssl.models.vit import ViT, cut_patches, patch_grid, xavier_init_
+from fastssl.pictures import cover, to_picture
 from fastssl.step import Step, Values, feature_spread
+from fastssl.timing import part
 
 
 @dataclass
@@ -36,6 +39,8 @@ class Views:
 class Settings:
     """MAE's own numbers."""
 
+    section: ClassVar[str] = "mae"
+
     mask_ratio: float = 0.75
     """Fraction of the patches that is hidden."""
     norm_pixel_loss: bool = True
@@ -48,12 +53,13 @@ class Settings:
     """Attention heads of the decoder."""
 
     def __post_init__(self) -> None:
-        check(0 < self.mask_ratio < 1, "mae.mask_ratio", self.mask_ratio, "between 0 and 1")
+        name = self.section
+        check(0 < self.mask_ratio < 1, f"{name}.mask_ratio", self.mask_ratio, "between 0 and 1")
         for key in ("decoder_width", "decoder_depth", "decoder_heads"):
-            check(getattr(self, key) >= 1, f"mae.{key}", getattr(self, key), "1 or more")
-        check(self.decoder_width % self.decoder_heads == 0, "mae.decoder_width", self.decoder_width,
-              f"a multiple of mae.decoder_heads, {self.decoder_heads}")  # fmt: skip
-        check(self.decoder_width % 4 == 0, "mae.decoder_width", self.decoder_width, "a multiple of 4")
+            check(getattr(self, key) >= 1, f"{name}.{key}", getattr(self, key), "1 or more")
+        check(self.decoder_width % self.decoder_heads == 0, f"{name}.decoder_width", self.decoder_width,
+              f"a multiple of {name}.decoder_heads, {self.decoder_heads}")  # fmt: skip
+        check(self.decoder_width % 4 == 0, f"{name}.decoder_width", self.decoder_width, "a multiple of 4")
 
 
 class MAE(Method):
@@ -84,14 +90,14 @@ class MAE(Method):
         s: Settings = config.settings
         view: View = config.views.main
         self.settings = s
-        check(view.count == 1, "views.main.count", view.count, "1 with method mae")
+        check(view.count == 1, "views.main.count", view.count, f"1 with method {config.method}")
         check_image_size(config.model, "views.main.size", view.size)
         self.encoder = build_backbone(config.model)
         if not isinstance(self.encoder, ViT):
-            raise ConfigError(f"model.name is '{config.model.name}'; method mae needs a ViT")
+            raise ConfigError(f"model.name is '{config.model.name}'; method {config.method} needs a ViT")
         p = self.encoder.patch_size
         side = view.size // p
-        check(side * side * (1 - s.mask_ratio) + 1e-6 >= 1, "mae.mask_ratio", s.mask_ratio,
+        check(side * side * (1 - s.mask_ratio) + 1e-6 >= 1, f"{s.section}.mask_ratio", s.mask_ratio,
               f"low enough to keep one of the image's {side * side} patches")  # fmt: skip
         self.decoder = MAEDecoder(
             self.encoder.width,
@@ -104,16 +110,40 @@ class MAE(Method):
         xavier_init_(self)
 
     def forward(self, batch: Batch, values: Values) -> Step:
+        s = self.settings
         images = batch.views["main"][:, 0]  # [B, 3, S, S]
-        p = self.encoder.patch_size
-        rows, columns = patch_grid(images, p)
-        keep, masked = random_mask(
-            batch.id, rows * columns, self.settings.mask_ratio, seed=values.seed, epoch=batch.epoch
-        )  # [B, K], [B, M]
-        tokens = self.encoder.tokens(images, keep)  # [B, 1+K, D]
-        prediction = self.decoder(tokens, keep, masked)  # [B, M, 3 p p]
-        loss = patch_pixel_loss(prediction, images, masked, patch_size=p, norm_pixels=self.settings.norm_pixel_loss)
+        with part("masks"):
+            keep, masked = self.masks(batch, values)  # [B, K], [B, M]
+        with part("encoder"):
+            tokens = self.encoder.tokens(images, keep)  # [B, 1+K, D]
+        with part("decoder"):
+            prediction = self.decoder(tokens, keep, masked)  # [B, M, 3 p p]
+        with part("loss"):
+            loss = patch_pixel_loss(
+                prediction, images, masked, patch_size=self.encoder.patch_size, norm_pixels=s.norm_pixel_loss
+            )
         return Step(loss, {"feature_std": feature_spread(tokens[:, 0])})
+
+    def masks(self, batch: Batch, values: Values) -> tuple[Tensor, Tensor]:
+        """Visible and masked patches of each image, int64 [B, K] and [B, M], ascending."""
+        rows, columns = patch_grid(batch.views["main"], self.encoder.patch_size)
+        return random_mask(batch.id, rows * columns, self.settings.mask_ratio, seed=values.seed, epoch=batch.epoch)
+
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+        """Per image: the crop, what the encoder sees of it, and the visible patches among the painted ones.
+
+        Where patches are predicted normalised (`norm_pixel_loss`), nobody knows their brightness and contrast; the
+        picture borrows both from the true patch.
+        """
+        images = batch.views["main"][:, 0]
+        rows, columns = patch_grid(images, self.encoder.patch_size)
+        keep, masked = self.masks(batch, values)
+        prediction = self.decoder(self.encoder.tokens(images, keep), keep, masked)
+        painted = paste_patches(images, prediction, masked, self.encoder.patch_size, self.settings.norm_pixel_loss)
+        hidden = torch.zeros(len(images), rows * columns, dtype=torch.bool, device=images.device)
+        hidden = hidden.scatter(1, masked, True).unflatten(1, (rows, columns))
+        picture = to_picture(images)
+        return {"reconstruction": torch.stack([picture, cover(picture, hidden), to_picture(painted)], dim=1)}
 
     @staticmethod
     def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -130,3 +160,37 @@ class MAE(Method):
             return f"encoder.{key}"
 
         return {ours(key): value for key, value in checkpoint.get("model", checkpoint).items()}
+
+    @staticmethod
+    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
+        """Our state dict as the authors' training file."""
+
+        def theirs(key: str) -> str:
+            side, _, rest = key.partition(".")
+            return rest if side == "encoder" or rest == "mask_token" else f"decoder_{rest}"
+
+        return {"model": {theirs(key): value for key, value in state.items()}}
+
+
+def paste_patches(images: Tensor, prediction: Tensor, masked: Tensor, patch_size: int, norm_pixels: bool) -> Tensor:
+    """The images with their masked patches replaced by predicted ones.
+
+    Args:
+        images: [B, 3, H, W], normalised as the network sees them.
+        prediction: [B, M, 3 p p], values in the order row, column, channel.
+        masked: int64 [B, M], the patches predicted.
+        patch_size: p, pixels.
+        norm_pixels: the prediction is normalised per patch; it gets the true patch's mean and deviation.
+
+    Returns:
+        float32 [B, 3, H, W].
+    """
+    rows, columns = patch_grid(images, patch_size)
+    patches = cut_patches(images.float(), patch_size)  # [B, N, 3 p p], values in the order channel, row, column
+    index = masked[..., None].expand(-1, -1, patches.shape[2])
+    painted = prediction.float().unflatten(2, (-1, 3)).transpose(2, 3).flatten(2)
+    if norm_pixels:
+        true = patches.gather(1, index)
+        painted = painted * (true.var(dim=2, keepdim=True) + 1e-6).sqrt() + true.mean(dim=2, keepdim=True)
+    cells = patches.scatter(1, index, painted).view(-1, rows, columns, 3, patch_size, patch_size)
+    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

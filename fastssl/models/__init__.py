@@ -31,8 +31,10 @@ def build_backbone(model: Model, drop_path: float | None = None) -> ViT | ResNet
         ConfigError: unknown name (the nearest known one is named), or numbers that do not fit together.
     """
     if model.name in RESNETS:
-        if model.depth or model.heads:
-            raise ConfigError(f"model.depth and model.heads change a ViT; model.name is '{model.name}'")
+        if model.depth or model.heads or model.layer_scale:
+            raise ConfigError(
+                f"model.depth, model.heads and model.layer_scale change a ViT; model.name is '{model.name}'"
+            )
         return ResNet(model.name, model.small_images, model.width or 64)
     if model.name not in VITS:
         near = difflib.get_close_matches(model.name, [*VITS, *RESNETS], n=1, cutoff=0.0)[0]
@@ -51,6 +53,7 @@ def build_backbone(model: Model, drop_path: float | None = None) -> ViT | ResNet
         image_size=model.image_size,
         positions=model.positions,
         drop_path=model.drop_path if drop_path is None else drop_path,
+        layer_scale=model.layer_scale,
     )
 
 

@@ -53,3 +53,30 @@ class MAEDecoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x[:, -masked.shape[1] :]))
+
+
+class PixelDecoder(nn.Module):
+    """Paints an image from its patch tokens: a few linear layers, then one square of pixels per token (SiT).
+
+    `convTrans` is a transposed convolution only in name: it holds the authors' keys and is applied as a matrix product.
+
+    Args:
+        width: channels of the tokens (D).
+        patch_size: side of a patch, in pixels (p).
+        layers: linear layers of width D, each followed by a GELU.
+    """
+
+    def __init__(self, width: int, patch_size: int, layers: int) -> None:
+        super().__init__()
+        pairs = [(nn.Linear(width, width), nn.GELU()) for _ in range(layers)]
+        self.mlp = nn.Sequential(*(module for pair in pairs for module in pair))
+        self.convTrans = nn.ConvTranspose2d(width, 3, patch_size, patch_size)
+        for linear, _ in pairs:
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens [B, N, D] of rows x columns patches, row by row -> images [B, 3, rows p, columns p]."""
+        weight = self.convTrans.weight  # [D, 3, p, p]
+        x = F.linear(self.mlp(tokens), weight.flatten(1).t()).unflatten(2, weight.shape[1:]).unflatten(1, grid)
+        return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3) + self.convTrans.bias[:, None, None]

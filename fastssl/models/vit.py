@@ -28,8 +28,10 @@ class ViT(nn.Module):
         heads: attention heads per block.
         patch_size: side of a patch, in pixels.
         image_size: side of the image for which the position table is made, in pixels.
-        positions: "learned" (trained table) or "sincos" (fixed 2-D sine-cosine table, `sincos_positions`).
+        positions: "learned" (trained table), "sincos" or "sincos_rows" (fixed 2-D sine-cosine table,
+            `sincos_positions`, with the column or the row in the first half of the channels).
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        layer_scale: start value of the layer scale (`transformer_blocks`). 0: none.
 
     Attributes:
         width, patch_size, num_blocks: as above.
@@ -46,6 +48,7 @@ class ViT(nn.Module):
         image_size: int = 224,
         positions: str = "learned",
         drop_path: float = 0.0,
+        layer_scale: float = 0.0,
     ) -> None:
         super().__init__()
         self.width = width
@@ -57,11 +60,12 @@ class ViT(nn.Module):
         # A convolution only in name: it holds timm's keys, `embed` applies it as one matrix product.
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        if positions == "sincos":
-            self.pos_embed = nn.Parameter(sincos_positions(width, *self.grid), requires_grad=False)
-        else:
+        if positions == "learned":
             self.pos_embed = nn.Parameter(torch.zeros(1, 1 + side * side, width))
-        self.blocks = transformer_blocks(width, depth, heads, drop_path)
+        else:
+            table = sincos_positions(width, *self.grid, rows_first=positions == "sincos_rows")
+            self.pos_embed = nn.Parameter(table, requires_grad=False)
+        self.blocks = transformer_blocks(width, depth, heads, drop_path, layer_scale)
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
         nn.init.trunc_normal_(self.cls_token, std=0.02)
@@ -144,13 +148,21 @@ class ViT(nn.Module):
         return torch.cat(parts, dim=-1)
 
 
-def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.0) -> nn.ModuleList:
-    """Pre-norm blocks: exact GELU, MLP ratio 4, biases everywhere, stochastic depth growing linearly to `drop_path`."""
+def transformer_blocks(
+    width: int, depth: int, heads: int, drop_path: float = 0.0, layer_scale: float = 0.0
+) -> nn.ModuleList:
+    """Pre-norm blocks: exact GELU, MLP ratio 4, biases everywhere, stochastic depth growing linearly to `drop_path`.
+
+    Args:
+        layer_scale: start value of a learned gain per channel on each of a block's two branches (Touvron et al. 2021,
+            arXiv 2103.17239). 0: none.
+    """
     return nn.ModuleList(
         Block(
             width,
             heads,
             qkv_bias=True,
+            init_values=layer_scale or None,
             drop_path=drop_path * i / max(depth - 1, 1),
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
@@ -158,11 +170,14 @@ def transformer_blocks(width: int, depth: int, heads: int, drop_path: float = 0.
     )
 
 
-def sincos_positions(width: int, rows: int, columns: int) -> Tensor:
+def sincos_positions(width: int, rows: int, columns: int, rows_first: bool = False) -> Tensor:
     """Fixed 2-D sine-cosine position table with a zero row for the class token (He et al. 2022, as released with MAE).
 
     The first half of the channels encodes the column c, the second half the row; each half is
     [sin(c w_0), .., cos(c w_0), ..] with w_k = 10000^(-k / (width / 4)), k = 0 .. width/4 - 1.
+
+    Args:
+        rows_first: the first half encodes the row, the second half the column (CAE).
 
     Returns:
         float32 [1, 1 + rows x columns, width].
@@ -174,7 +189,7 @@ def sincos_positions(width: int, rows: int, columns: int) -> Tensor:
         raise ConfigError(f"a sine-cosine position table needs a width that is a multiple of 4, not {width}")
     omega = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    angles = [coordinate.reshape(-1, 1) * omega for coordinate in (column, row)]
+    angles = [coordinate.reshape(-1, 1) * omega for coordinate in ((row, column) if rows_first else (column, row))]
     table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table])[None].float()
 

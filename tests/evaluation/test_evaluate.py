@@ -92,6 +92,16 @@ def test_linear(given):
     assert "top-1 % on the held-out tenth" in evaluation.table()
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_linear_behind_a_hidden_layer(given, augment):
+    options = {**given, "hidden": 8, "epochs": 6, "step_size": 20, "lrs": (1.0,), "augment": augment}
+    evaluation = evaluate_linear(LinearOptions(**options))
+    assert evaluation.top1 > 50
+    assert evaluation.as_dict()["hidden"] == 8
+    assert "linear behind 8 hidden units" in evaluation.table()
+    assert evaluate_linear(LinearOptions(**{**options, "hidden": 0})).result != evaluation.result
+
+
 def test_linear_with_drawn_crops(given):
     options = {**given, "augment": True, "epochs": 4, "step_size": 25, "lrs": (0.1, 1.0)}
     evaluation = evaluate_linear(LinearOptions(**options))

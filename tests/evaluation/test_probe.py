@@ -18,14 +18,18 @@ def clusters(images, seed, classes=5, width=12, noise=1.0):
     return Features(values, labels, torch.arange(images))
 
 
-def plain_probe(train, val, lr, epochs, batch_size, seed):
-    """The same layer trained by PyTorch's own modules: Linear, SGD, CosineAnnealingLR."""
+def plain_probe(train, val, lr, epochs, batch_size, seed, hidden=0):
+    """The same layers trained by PyTorch's own modules: Linear, Tanh, SGD, CosineAnnealingLR."""
     width, classes = train.values.shape[1], int(train.labels.max()) + 1
     layer = nn.Linear(width, classes)
+    if hidden:
+        layer = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Linear(hidden, classes))
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        start = torch.randn(width, 1, classes, generator=torch.Generator().manual_seed(seed)) * 0.01
-        layer.weight.copy_(start[:, 0].T)
-        layer.bias.zero_()
+        for linear, spread in zip(layer[::2], (0.02, 0.01), strict=True) if hidden else [(layer, 0.01)]:
+            start = torch.randn(linear.in_features, 1, linear.out_features, generator=generator) * spread
+            linear.weight.copy_(start[:, 0].T)
+            linear.bias.zero_()
     optimizer = torch.optim.SGD(layer.parameters(), lr * batch_size / 256, momentum=0.9, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     for epoch in range(epochs):
@@ -48,6 +52,25 @@ def test_agrees_with_pytorchs_own_optimizer(lr):
     assert (result.top1, result.top5) == pytest.approx(plain_probe(train, val, lr, 5, 50, 3))
     assert result.top1 > 25  # chance: 11
     assert (result.lr, result.held_out, result.at_edge) == (lr, {}, False)
+
+
+@pytest.mark.parametrize("lr", [0.1, 1.0])
+def test_with_a_hidden_layer_agrees_with_pytorchs_own_modules(lr):
+    train, val = clusters(230, 0, classes=9, noise=2.0), clusters(400, 1, classes=9, noise=2.0)
+    result = linear_probe(train, val, lrs=(lr,), epochs=20, batch_size=50, seed=3, hidden=16)
+    assert (result.top1, result.top5) == pytest.approx(plain_probe(train, val, lr, 20, 50, 3, hidden=16))
+    assert result.top1 > 25  # chance: 11
+    several = linear_probe(train, val, lrs=(lr, 1e-9), epochs=20, batch_size=50, seed=3, hidden=16)
+    assert (several.top1, several.lr) == (pytest.approx(result.top1), lr)
+
+
+def test_a_hidden_layer_learns_what_no_linear_one_can():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(400, 2, generator=generator)
+    data = Features(values, (values.prod(1) > 0).long(), torch.arange(400))
+    options = {"lrs": (1.0, 3.0), "epochs": 200, "batch_size": 50}
+    assert linear_probe(data, data, **options).top1 < 65
+    assert linear_probe(data, data, **options, hidden=32).top1 > 90
 
 
 def test_layers_side_by_side_do_not_feel_each_other():
@@ -127,6 +150,7 @@ def test_divergence_is_an_error():
         ({"lrs": (0.1, 0.1)}, "different learning rates"),
         ({"epochs": 0}, "epochs is 0; it must be 1 or more"),
         ({"batch_size": 0}, "batch_size is 0; it must be 1 or more"),
+        ({"hidden": -1}, "hidden is -1; it must be 0 .none. or a number of units"),
     ],
 )
 def test_unusable_numbers(change, message):

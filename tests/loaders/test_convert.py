@@ -8,13 +8,15 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from fastssl.config import ConfigError
+from fastssl.config import ConfigError, View
 from fastssl.loaders import beton_writer, convert
 from fastssl.loaders.beton import Beton
 from fastssl.loaders.convert import ConvertError, ConvertOptions
+from fastssl.loaders.engine import make_loader, working_engines
 from fastssl.loaders.sources import decode, open_source
 from fastssl.loaders.verify import VerifyOptions, verify
 
@@ -136,6 +138,60 @@ def test_raw_and_proportion(tmp_path, many):
     assert counts[0] == 0
     assert 15 < counts[1] < 45
     assert counts[2] == 100
+
+
+# -- squashed images -------------------------------------------------------------------------------------------------
+
+
+def test_squashed_images_are_those_that_the_loader_would_make(tmp_path):
+    save(tmp_path / "in" / "a.jpg", smooth(300, 500))
+    save(tmp_path / "in" / "b.png", smooth(20, 33).convert("L"))
+    save(tmp_path / "in" / "c.jpg", smooth(90, 50), exif=exif(6))
+    save(tmp_path / "in" / "d.jpg", smooth(48, 48), quality=70)
+    save(tmp_path / "in" / "e.jpg", smooth(48, 48), exif=exif(3))
+    folder = open_source(str(tmp_path / "in"))
+    for mode in ("raw", "jpg"):
+        result = run(tmp_path / "in", tmp_path / f"{mode}.beton", mode=mode, squash=48, quality=95)
+        source = open_source(str(tmp_path / f"{mode}.beton"))
+        assert [side.tolist() for side in source.sizes(np.arange(5))] == [[48] * 5] * 2
+        assert result.copied == (mode == "jpg")  # d.jpg
+        for i in range(5):
+            whole = Image.fromarray(decode(folder.read(i)))
+            expected = np.asarray(whole.resize((48, 48), Image.Resampling.BILINEAR)).astype(int)
+            difference = np.abs(decode(source.read(i)) - expected)
+            assert difference.max() == 0 if mode == "raw" or i == 3 else 0 < difference.mean() < 8
+    assert source.read(3).data.tobytes() == (tmp_path / "in" / "d.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("engine", working_engines())
+def test_crops_of_squashed_images_are_those_of_the_originals(tmp_path, many, engine):
+    """SAAE's views: two crops and the whole image, all of the squashed one."""
+    run(many, tmp_path / "a.beton", mode="raw", squash=32)
+    views = [
+        View(name="crop1", size=32, squash=32, scale=(0.14, 1.0), blur=1.0),
+        View(name="crop2", size=32, squash=32, scale=(0.14, 1.0), jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8),
+        View(name="reference", size=32, squash=32, scale=(1, 1), ratio=(1, 1), flip=0, interpolation="bilinear"),
+    ]
+    batches = []
+    for path in (many, tmp_path / "a.beton"):
+        with make_loader(engine, open_source(str(path)), views, batch_size=50, seed=3, workers=1) as loader:
+            batches.append(list(loader.epoch(1)))
+    same_codes = engine != "dali"  # which decodes JPEGs by other code than PIL's
+    for original, squashed in zip(*batches, strict=True):
+        assert torch.equal(original.id, squashed.id)
+        for name in ("crop1", "crop2", "reference"):
+            assert torch.equal(original.box[name], squashed.box[name])
+            assert torch.equal(original.flip[name], squashed.flip[name])
+            difference = (original.views[name].int() - squashed.views[name].int()).abs()
+            assert difference.max() == 0 if same_codes else difference.float().mean() < 1
+            for key, value in vars(original.photometric[name]).items() if name in original.photometric else ():
+                assert torch.equal(value, vars(squashed.photometric[name])[key])
+        assert original.box["reference"].reshape(-1, 4).unique(dim=0).tolist() == [[0, 0, 1, 1]]
+        whole = torch.from_numpy(
+            np.stack([decode(open_source(str(tmp_path / "a.beton")).read(i)) for i in squashed.id.tolist()])
+        )
+        if same_codes:
+            assert torch.equal(squashed.views["reference"][:, 0], whole.permute(0, 3, 1, 2))
 
 
 # -- the whole file --------------------------------------------------------------------------------------------------
@@ -367,6 +423,7 @@ def test_an_existing_file_is_replaced_only_when_asked(tmp_path, many):
     ("key", "value", "message"),
     [
         ("max_resolution", -1, "max_resolution is -1"),
+        ("squash", -1, r"squash is -1; it must be 0 \(off\) or a side of up to 65500 pixels"),
         ("quality", 0, "quality is 0; it must be from 1 to 95"),
         ("raw_fraction", 1.5, "raw_fraction is 1.5"),
         ("max_bad", -1, "max_bad is -1"),
@@ -377,6 +434,11 @@ def test_an_existing_file_is_replaced_only_when_asked(tmp_path, many):
 def test_options_are_checked(key, value, message):
     with pytest.raises(ConfigError, match=message):
         ConvertOptions(**{key: value})
+
+
+def test_squash_and_a_limit_exclude_each_other():
+    with pytest.raises(ConfigError, match=r"max_resolution is 256; it must be 0 \(no limit\) where squash is set"):
+        ConvertOptions(squash=224, max_resolution=256)
 
 
 # -- accidents -------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@ import json
 import numpy as np
 from PIL import Image
 
-from fastssl.loaders.synthetic import CLASSES, PART_GRID, PARTS, box_of, draw_image, draw_images, part_maps
+from fastssl.loaders.synthetic import CLASSES, PART_GRID, PARTS, box_of, draw_image, draw_images, part_maps, run_lengths
 
 
 def test_the_same_seed_draws_the_same_set_and_another_does_not(tmp_path):
@@ -11,7 +11,7 @@ def test_the_same_seed_draws_the_same_set_and_another_does_not(tmp_path):
     second = draw_images(tmp_path / "b", train=8, val=4, seed=5)
     third = draw_images(tmp_path / "c", train=8, val=4, seed=6)
     names = sorted(p.relative_to(first) for p in first.rglob("*.*"))
-    assert len(names) == 12 * 3 + 1
+    assert len(names) == 12 * 3 + 3
     assert all((first / n).read_bytes() == (second / n).read_bytes() for n in names)
     assert any((first / n).read_bytes() != (third / n).read_bytes() for n in names if n.suffix == ".jpg")
 
@@ -35,6 +35,12 @@ def test_every_image_has_class_box_mask_and_parts_that_agree(tmp_path):
         assert parts.shape == (len(PARTS), PART_GRID, PART_GRID)
         assert abs(parts.astype(int).sum(0) - 255).max() <= 2
     assert len(sizes) > 8
+
+
+def test_run_lengths_go_down_the_columns_and_start_outside():
+    assert run_lengths(np.array([[0, 1, 1], [0, 0, 1]], bool)) == [2, 1, 1, 2]
+    assert run_lengths(np.ones((2, 2), bool)) == [0, 4]
+    assert run_lengths(np.zeros((2, 3), bool)) == [6]
 
 
 def test_part_maps_and_box_of_a_known_mask():

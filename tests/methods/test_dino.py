@@ -14,7 +14,9 @@ from fastssl.methods import METHODS, view_list
 from fastssl.methods import dino as module
 from fastssl.methods.dino import DINO, update_center
 from fastssl.optim import build_optimizer
+from fastssl.pictures import heat, to_picture
 from fastssl.step import Values
+from fastssl.timing import Stopwatch
 
 B, K = 4, 32
 
@@ -231,6 +233,11 @@ def test_teacher_is_the_moving_average():
     assert method.momentum(Values(100, 100, 10)) == 1
 
 
+def test_the_average_may_end_below_1():
+    method = make_method(make_config(momentum_teacher=0.99, momentum_teacher_end=0.99))
+    assert [method.momentum(Values(step, 100, 10)) for step in (0, 50, 100)] == pytest.approx([0.99] * 3)
+
+
 def test_teacher_starts_as_the_student_without_drop_path():
     model = Model("vit_tiny", 32, 8, 48, 2, 3, drop_path=0.5)
     method = make_method(make_config(model))
@@ -242,6 +249,58 @@ def test_teacher_starts_as_the_student_without_drop_path():
     ]
     assert rates == [[0.5, 0.5], []]
     assert method.backbone is method.teacher.backbone
+
+
+def test_without_small_crops():
+    config = make_config(head_layers=2)
+    config.views.local.count = 0
+    batch = make_batch(config)
+    assert list(batch.views) == ["global1", "global2"]
+    method = make_method(config)
+    assert len(method.student.head.mlp) == 3  # linear, GELU, linear
+    _, student = method.student(list(batch.views.values()))
+    _, teacher = method.teacher(list(batch.views.values()))
+    out = method(batch, Values(0, 10, 1))
+    torch.testing.assert_close(out.loss, nested_loop(student, teacher, torch.zeros(K), 0.1, 0.04))
+    config.views.global1.count = 0
+    with pytest.raises(ConfigError, match=r"views.global1.count is 0; it must be 1 or more"):
+        view_list(config.views)
+
+
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+def test_pictures_show_where_the_teacher_looks(name):
+    config = make_config(None if name == "vit" else Model("resnet18", width=4, small_images=True))
+    method, batch = make_method(config).eval(), make_batch(config)
+    with torch.no_grad():
+        (picture,) = method.pictures(batch, Values(0, 10, 1)).values()
+        looks = [module.attention(method.teacher.backbone, batch.views[f"global{i}"][:, 0]) for i in (1, 2)]
+    assert picture.shape == (B, 4, 3, 32, 32)
+    for column, view in ((0, "global1"), (2, "global2")):
+        torch.testing.assert_close(picture[:, column], to_picture(batch.views[view][:, 0]))
+        torch.testing.assert_close(picture[:, column + 1], heat(picture[:, column], looks[column // 2]))
+
+
+def test_attention_is_that_of_the_last_block():
+    method, captured = make_method().eval(), []
+    backbone = method.teacher.backbone
+    images = make_batch(make_config()).views["global1"][:, 0]
+    last = backbone.blocks[-1].attn
+    last.register_forward_hook(lambda _, inputs, __: captured.append(inputs[0]))
+    with torch.no_grad():
+        got = module.attention(backbone, images)
+        backbone(images)
+        q, k, _ = last.qkv(captured[0]).unflatten(-1, (3, 3, 16)).unbind(2)  # [B, 1+N, heads, 16]
+    for b in range(B):
+        heads = [(q[b, 0, h] @ k[b, :, h].T / 16**0.5).softmax(-1)[1:] for h in range(3)]
+        torch.testing.assert_close(got[b].flatten(), sum(heads) / 3)
+
+
+def test_the_step_names_its_parts():
+    watch = Stopwatch(torch.device("cpu"))
+    method, batch = make_method(), make_batch(make_config())
+    with watch.listening():
+        method(batch, Values(0, 10, 1))
+    assert list(watch.read()) == ["student", "teacher", "loss"]
 
 
 def test_backbone_stands_under_its_prefix():
@@ -266,6 +325,19 @@ def test_official_checkpoint_round_trip(wrapped):
     for key, value in state.items():
         expected = official["dino_loss"]["center"][0] if key == "center" else value
         assert torch.equal(other.state_dict()[key], expected), key
+
+
+def test_official_there_and_back():
+    state = make_method().state_dict()
+    state["center"] = torch.randn(K)
+    official = DINO.to_official(state)
+    assert set(official) == {"student", "teacher", "dino_loss"}
+    assert all(key.startswith("module.") for key in official["student"])
+    assert {"backbone.cls_token", "head.last_layer.weight_g", "head.mlp.4.bias"} <= set(official["teacher"])
+    assert official["dino_loss"]["center"].shape == (1, K)
+    back = DINO.official(official)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[key], value) for key, value in state.items())
 
 
 def test_official_backbone_alone():

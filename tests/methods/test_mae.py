@@ -10,9 +10,11 @@ from fastssl.config import Config, ConfigError, Model
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
 from fastssl.masks import random_mask
 from fastssl.methods import METHODS, view_list
-from fastssl.methods.mae import MAE
+from fastssl.methods.mae import MAE, paste_patches
 from fastssl.models.vit import cut_patches
+from fastssl.pictures import to_picture
 from fastssl.step import Values
+from fastssl.timing import Stopwatch
 
 VALUES = Values(0, 10, 2, seed=5)
 
@@ -111,6 +113,60 @@ def test_official_checkpoint_round_trip():
         other.load_state_dict(MAE.official(given))
         for key, value in state.items():
             assert torch.equal(other.state_dict()[key], value), key
+
+
+def test_to_official_is_the_inverse():
+    state = make_method().state_dict()
+    theirs = MAE.to_official(state)["model"]
+    assert {"cls_token", "mask_token", "patch_embed.proj.weight", "decoder_blocks.0.attn.qkv.bias"} <= set(theirs)
+    assert {"decoder_pos_embed", "decoder_embed.weight", "decoder_norm.bias", "decoder_pred.bias"} <= set(theirs)
+    back = MAE.official({"model": theirs})
+    assert back.keys() == state.keys()
+    assert all(back[key] is state[key] for key in state)
+
+
+@pytest.mark.parametrize("norm_pixels", [True, False])
+def test_pasted_patches_stand_where_they_belong(norm_pixels):
+    """The true patches, as the loss wants them, give the image back; a wrong one changes its own square alone."""
+    torch.manual_seed(0)
+    images, masked = torch.randn(2, 3, 32, 24), torch.tensor([[7, 2], [0, 11]])
+    prediction = torch.empty(2, 2, 192)
+    for b in range(2):
+        for m in range(2):
+            row, column = divmod(masked[b, m].item(), 3)
+            true = images[b, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8].permute(1, 2, 0).flatten()
+            prediction[b, m] = (true - true.mean()) / (true.var() + 1e-6).sqrt() if norm_pixels else true
+    torch.testing.assert_close(paste_patches(images, prediction, masked, 8, norm_pixels), images)
+    prediction[0, 0] += 1  # patch 7: row 2, column 1
+    changed = paste_patches(images, prediction, masked, 8, norm_pixels) - images
+    assert changed[0, :, 16:24, 8:16].abs().min() > 0.5
+    changed[0, :, 16:24, 8:16] = 0
+    assert changed.abs().max() < 1e-5
+
+
+def test_pictures_show_the_crop_what_is_seen_and_what_is_painted():
+    method, batch = make_method().eval(), make_batch()
+    with torch.no_grad():
+        pictures = method.pictures(batch, VALUES)["reconstruction"]
+    assert pictures.shape == (3, 3, 3, 32, 32)
+    keep, masked = random_mask(batch.id, 16, 0.75, seed=5, epoch=3)
+    crop, seen, painted = (cut_patches(column, 8) for column in pictures.unbind(1))
+    assert torch.equal(crop, cut_patches(to_picture(batch.views["main"][:, 0]), 8))
+
+    def at(patches, ids):
+        return patches.gather(1, ids[..., None].expand(-1, -1, 192))
+
+    assert (at(seen, masked) == 0.5).all()
+    torch.testing.assert_close(at(seen, keep), at(crop, keep))
+    torch.testing.assert_close(at(painted, keep), at(crop, keep))
+    assert (at(painted, masked) - at(crop, masked)).abs().mean() > 0.1
+
+
+def test_named_parts_of_the_step():
+    watch = Stopwatch(torch.device("cpu"))
+    with watch.listening():
+        make_method()(make_batch(), VALUES)
+    assert list(watch.read()) == ["masks", "encoder", "decoder", "loss"]
 
 
 def test_backbone_stands_under_its_prefix():

@@ -29,6 +29,9 @@ def test_known_parameter_counts():
 def test_numbers_override_the_name():
     model = build_backbone(Model("vit_tiny", image_size=32, patch_size=4, width=64, depth=2, heads=4, drop_path=0.3))
     assert (model.width, model.num_blocks, model.patch_size, model.grid) == (64, 2, 4, (8, 8))
+    assert build_backbone(Model("vit_tiny", depth=1, layer_scale=1e-5)).blocks[0].ls1.gamma[0].item() == pytest.approx(
+        1e-5
+    )
     assert model.blocks[0].attn.num_heads == 4
     assert model.blocks[1].drop_path1.drop_prob == pytest.approx(0.3)
     without = build_backbone(Model("vit_tiny", depth=2, drop_path=0.3), drop_path=0.0)
@@ -45,6 +48,7 @@ def test_numbers_override_the_name():
         (Model("vit_tiny", width=18, positions="sincos"), "multiple of 4, not 18"),
         (Model("vit_tiny", small_images=True), "model.small_images changes a ResNet's stem"),
         (Model("resnet18", depth=4), "change a ViT; model.name is 'resnet18'"),
+        (Model("resnet18", layer_scale=0.1), "model.layer_scale change a ViT; model.name is 'resnet18'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

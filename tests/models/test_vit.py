@@ -40,6 +40,18 @@ def test_equals_timm(size):
         torch.testing.assert_close(tokens, torch.cat([first, patches], dim=1))
 
 
+def test_layer_scale_equals_timm():
+    model = small_vit(layer_scale=0.1)
+    gains = [p for key, p in model.named_parameters() if key.endswith((".ls1.gamma", ".ls2.gamma"))]
+    assert len(gains) == 6
+    assert all(bool((gain == 0.1).all()) and gain.requires_grad for gain in gains)
+    with torch.no_grad():
+        for gain in gains:
+            gain.copy_(torch.randn(48))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model.tokens(images), timm_twin(model, init_values=1.0).forward_features(images))
+
+
 def test_state_dict_of_vit_base_fits_timm():
     with torch.device("meta"):
         ours = ViT(width=768, depth=12, heads=12).state_dict()
@@ -81,6 +93,15 @@ def test_sincos_table_against_a_loop():
                 expected = [math.sin(c * w), math.cos(c * w), math.sin(r * w), math.cos(r * w)]
                 actual = table[r * columns + c, k::quarter].tolist()
                 assert actual == pytest.approx(expected, abs=1e-6)
+
+
+def test_sincos_rows_first_is_the_table_with_its_halves_exchanged():
+    table, rows = sincos_positions(16, 3, 5), sincos_positions(16, 3, 5, rows_first=True)
+    assert torch.equal(rows, torch.cat([table[..., 8:], table[..., :8]], dim=-1))
+    assert rows[0, 6, 0].item() == pytest.approx(math.sin(1))  # patch 5: row 1, column 0
+    model = small_vit(positions="sincos_rows")
+    assert not model.pos_embed.requires_grad
+    assert torch.equal(model.pos_embed, sincos_positions(48, 4, 4, rows_first=True))
 
 
 def test_sincos_positions_are_fixed_but_saved():

@@ -1,0 +1,1 @@
+"""Recipes for ADE20K."""

@@ -1,0 +1,1 @@
+"""Recipes for CIFAR-10, small enough for a CPU."""

@@ -1,0 +1,49 @@
+"""Layer-wise learning-rate decay: the earlier a layer of the backbone, the smaller its steps (Clark et al. 2020, arXiv
+2003.10555; for ViT: Bao et al. 2022, arXiv 2106.08254)."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import Any
+
+from timm.optim import param_groups_layer_decay
+from torch import nn
+
+from fastssl.models.resnet import ResNet
+from fastssl.models.vit import ViT
+
+
+def layer_groups(
+    module: nn.Module, backbone: ViT | ResNet, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """The trainable parameters of `module` by layer and by whether they decay, as timm makes them.
+
+    Layer 0 is what makes the tokens (a ResNet's stem), layers 1 to L are a ViT's blocks (a ResNet's stages), L + 1 is
+    everything else in `module`. Biases, norms, the class token and the position table do not decay; a relative position
+    bias does.
+
+    Args:
+        module: the network that is trained.
+        backbone: a part of it, at any depth.
+        layer_decay: the learning rate of a layer is to be this multiple of the next one's.
+        weight_decay: of what decays.
+
+    Returns:
+        Groups with keys `params`, `weight_decay`, and `lr_scale` = layer_decay^(L + 1 - layer), the factor by which the
+        training loop has to multiply the learning rate.
+    """
+    name = next(name for name, part in module.named_modules() if part is backbone)
+    prefix = f"{name}." if name else ""
+    if isinstance(backbone, ViT):
+        stem, blocks = r"(?:cls_token|pos_embed|patch_embed)", r"blocks\.(\d+)"
+    else:
+        stem, blocks = r"(?:conv1|bn1)", r"layer(\d+)"
+    layers = {"stem": f"^{re.escape(prefix)}{stem}", "blocks": f"^{re.escape(prefix)}{blocks}"}
+    described = SimpleNamespace(named_parameters=module.named_parameters, group_matcher=lambda coarse: layers)
+    return param_groups_layer_decay(
+        described,
+        weight_decay=weight_decay,
+        no_weight_decay_list=(f"{prefix}cls_token", f"{prefix}pos_embed"),
+        layer_decay=layer_decay,
+    )

@@ -1,0 +1,237 @@
+"""The losses that a method trains on, as measures of a checkpoint: their means over a data set.
+
+Every image stands in its central view (shorter side resized, centre cropped) in all view groups of the method, with no
+flip and no colour change, so that two checkpoints see the same pixels. What a method itself draws (masks, rotation,
+damage) is a function of a fixed seed and the image's place in the data set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from fastssl import checkpoint
+from fastssl.augment import augment
+from fastssl.batch import Batch
+from fastssl.config import Config, ConfigError, Model, View
+from fastssl.device import choose_device, choose_dtype
+from fastssl.evaluation.accuracy import format_table
+from fastssl.evaluation.features import EvaluationError, default_resize
+from fastssl.loaders.ahead import Ahead
+from fastssl.loaders.engine import decoding_threads
+from fastssl.loaders.loader import BadSampleError, part_labels
+from fastssl.loaders.reference_loader import FILTERS, evaluation_view, read_image
+from fastssl.loaders.sources import DecodeError, Source, open_source
+from fastssl.methods import METHODS, view_list
+from fastssl.methods.method import Method
+from fastssl.step import Values
+
+CHANCE = "_chance"  # a metric NAME_chance is the value of NAME when all images get the same output
+
+
+@dataclass
+class SSLOptions:
+    """Whose losses, and on which images."""
+
+    checkpoint: str = ""
+    """Checkpoint of a pretraining run, e.g. runs/sit/last.pt."""
+    data: str = ""
+    """Images, labelled or not: a .beton file, a glob of shards, or a folder."""
+    batch_size: int = 64
+    """Images per forward pass; a contrastive loss depends on it. The last pass may be smaller."""
+    seed: int = 0
+    """Seed of masks, rotation and damage."""
+    workers: int = 0
+    """Decoding threads. 0: this machine's cores."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic of the network. auto: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the CPU."""
+
+    def __post_init__(self) -> None:
+        for key, what in (("checkpoint", "a checkpoint"), ("data", "images")):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is empty; name {what} with --{key}")
+        if self.batch_size < 1:
+            raise ConfigError(f"batch_size is {self.batch_size}; it must be 1 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed is {self.seed}; it must be a whole number from 0 to 4294967295")
+        if self.workers < 0:
+            raise ConfigError(f"workers is {self.workers}; it must be 0 (automatic) or more")
+
+
+@dataclass(frozen=True)
+class SSLEvaluation:
+    """Means over the images.
+
+    Attributes:
+        checkpoint, method: what was measured.
+        step: optimizer steps of its run.
+        images, batch_size: how many, and how many at a time.
+        values: by name, `loss` first: each forward pass counts by its images.
+        seconds: in all.
+    """
+
+    checkpoint: str
+    method: str
+    step: int
+    images: int
+    batch_size: int
+    values: dict[str, float]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        rest = {key: value for key, value in vars(self).items() if key != "values"}
+        return {**self.values, **rest}
+
+    def table(self) -> str:
+        rows = [("", "mean", "by chance")]
+        for name, value in self.values.items():
+            if not name.endswith(CHANCE):
+                chance = self.values.get(name + CHANCE)
+                rows.append((name, f"{value:.4f}", "" if chance is None else f"{chance:.4f}"))
+        head = (
+            f"{self.method}, {self.checkpoint} (step {self.step}): {self.images} images, {self.batch_size} at a time, "
+            f"{self.seconds:.0f} s"
+        )
+        return f"{head}\n\n{format_table(rows)}"
+
+
+def evaluate_ssl(options: SSLOptions) -> SSLEvaluation:
+    """Mean of each of a method's own losses and metrics over the images of a data set.
+
+    Raises:
+        CheckpointError, SourceError: one of the two cannot be opened.
+        EvaluationError: the checkpoint does not fit its method, or the method needs part maps that the data lacks.
+        BadSampleError: an image cannot be read.
+    """
+    begin = time.perf_counter()
+    device = choose_device(options.device, "device")
+    dtype = choose_dtype(options.precision, device, "precision")
+    content = checkpoint.load(options.checkpoint)
+    source = open_source(options.data)
+    config = config_of(content)
+    method = _method(config, content, options.checkpoint).to(device)
+    values = _values(config, content, options.seed)
+    part_grid = method.part_grid(config) or {}
+    if part_grid and not source.has_parts:
+        raise EvaluationError(f"method {config.method} needs part maps, and {options.data} has none")
+
+    batches = central_batches(
+        source, view_list(config.views), part_grid, options.batch_size, decoding_threads(options.workers, 1)
+    )
+    sums: dict[str, Tensor] = {}
+    bar = tqdm(total=len(source), desc="losses", unit="img", leave=False)
+    with torch.random.fork_rng(), torch.no_grad(), contextlib.closing(batches), bar:
+        torch.manual_seed(options.seed)
+        for batch in batches:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                out = method(augment(batch.to(device)), values)
+            for name, value in {"loss": out.loss, **out.metrics}.items():
+                sums[name] = sums.get(name, 0) + value.double() * len(batch)
+            bar.update(len(batch))
+    means = {name: value.item() / len(source) for name, value in sums.items()}
+    seconds = round(time.perf_counter() - begin, 1)
+    return SSLEvaluation(
+        options.checkpoint, config.method, content["step"], len(source), options.batch_size, means, seconds
+    )
+
+
+def config_of(content: dict[str, Any]) -> Config:
+    """The typed part of a checkpoint's configuration that its method reads: views, settings, model."""
+    values = content["config"]
+    name = values["method"]
+    if name not in METHODS:
+        raise EvaluationError(f"the checkpoint is of method '{name}'; known: {', '.join(METHODS)}")
+    kind = METHODS[name]
+    views = kind.Views(**{key: View(**group, name=key) for key, group in values["views"].items()})
+    return Config(name, views, kind.Settings(**values[name]), model=Model(**values["model"]))
+
+
+def central_batches(
+    source: Source, views: list[View], part_grid: dict[str, int], batch_size: int, workers: int
+) -> Iterator[Batch]:
+    """All images in order as batches of a method, with nothing drawn: every crop of a group shows the central view (the
+    whole image where the group is cut from a squashed one), not flipped.
+
+    Args:
+        views: the method's groups.
+        part_grid: side of the part-label grid by group.
+        workers: decoding threads.
+
+    Yields:
+        uint8 views, boxes, flips and part labels; no photometric parameters.
+
+    Raises:
+        BadSampleError: a sample cannot be read; raised while iterating.
+    """
+    ids = np.arange(len(source))
+
+    def prepare(position: int) -> tuple[Batch, list[Callable[[], None]]]:
+        mine = ids[position * batch_size : (position + 1) * batch_size]
+        batch = Batch(id=torch.tensor(mine), label=torch.tensor(source.labels[mine]))
+        for view in views:
+            shape = (len(mine), view.count)
+            batch.views[view.name] = torch.empty(*shape, 3, view.size, view.size, dtype=torch.uint8)
+            batch.box[view.name] = torch.empty(*shape, 4)
+            batch.flip[view.name] = torch.zeros(shape, dtype=torch.bool)
+            if view.name in part_grid:
+                batch.parts[view.name] = torch.empty(*shape, *[part_grid[view.name]] * 2, dtype=torch.int64)
+        return batch, [partial(fill, batch, row) for row in range(len(mine))]
+
+    def fill(batch: Batch, row: int) -> None:
+        sample = int(batch.id[row])
+        try:
+            image = read_image(source, sample)
+        except DecodeError as error:
+            raise BadSampleError(f"sample {sample} ({source.name(sample)}) {error}") from error
+        for view in views:
+            if view.squash:
+                box = np.array([0.0, 0.0, 1.0, 1.0])
+                squashed = image.resize((view.squash, view.squash), Image.Resampling.BILINEAR)
+                pixels = np.asarray(squashed.resize((view.size, view.size), FILTERS[view.interpolation]))
+            else:
+                box = central_box(image.height, image.width, view.size)
+                pixels = evaluation_view(image, view.size, default_resize(view.size))
+            batch.views[view.name][row] = torch.tensor(pixels).permute(2, 0, 1)
+            batch.box[view.name][row] = torch.from_numpy(box)
+            if view.name in part_grid:
+                upright = np.zeros(1, bool)
+                labels = part_labels(source.parts(sample), box[None], upright, (1, 1), part_grid[view.name])
+                batch.parts[view.name][row] = torch.from_numpy(labels)
+
+    return Ahead(workers, 4).run(prepare, range(-(-len(ids) // batch_size)))
+
+
+def central_box(height: int, width: int, side: int) -> np.ndarray:
+    """Top, left, height, width of the evaluation view of `side` pixels, as fractions of an image of these sides."""
+    extent = min(height, width) * side / default_resize(side) / np.array([height, width])
+    return np.concatenate([(1 - extent) / 2, extent])
+
+
+def _method(config: Config, content: dict[str, Any], path: str) -> Method:
+    with torch.random.fork_rng():
+        method = METHODS[config.method](config)
+    try:
+        method.load_state_dict(content["method"])
+    except RuntimeError as error:
+        raise EvaluationError(f"{path} does not fit its method ({str(error).splitlines()[0]})") from None
+    return method.eval()
+
+
+def _values(config: Config, content: dict[str, Any], seed: int) -> Values:
+    """The last step done: what a method schedules stands as it did there."""
+    fit = content["fit"]
+    steps_per_epoch = max(1, fit["images"] // fit["images_per_step"])
+    total = steps_per_epoch * content["config"]["schedule"]["epochs"]
+    return Values(min(max(content["step"] - 1, 0), total - 1), total, steps_per_epoch, seed)

@@ -1,0 +1,512 @@
+"""CAE: context autoencoder (Chen et al. 2022, arXiv 2202.03026).
+
+Half of an image's patches are hidden in blocks. The encoder sees only the others. A latent contextual regressor asks
+them, by cross-attention, what the encoder would have made of the hidden ones, and a decoder names the visual code of
+each hidden patch from that answer alone. So the encoder represents and the rest does the task; only the encoder is
+kept. A second term, alignment, pulls the regressor's answer to what the encoder does make of the hidden patches.
+
+Letters: B images, N patches, V visible, M masked, C width of the encoder, D of regressor and decoder, K visual codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+from fastssl.batch import Batch
+from fastssl.config import Config, ConfigError, View, check
+from fastssl.kernels.token_cross_entropy import token_cross_entropy
+from fastssl.masks import block_mask
+from fastssl.methods.method import Method
+from fastssl.models import build_backbone, check_image_size
+from fastssl.models.dvae import PUBLISHED, Tokenizer, load_tokenizer
+from fastssl.models.vit import ViT, sincos_positions, transformer_blocks
+from fastssl.pictures import MEAN, STD, cover, tint, to_picture
+from fastssl.step import Step, Values, feature_spread
+from fastssl.timing import part
+
+
+@dataclass
+class Views:
+    """One crop at two sizes."""
+
+    main: View = field(default_factory=lambda: View(size=224))
+    """What the encoder sees: crop and flip, no colour changes."""
+    tokenizer: View = field(default_factory=lambda: View(size=112, interpolation="lanczos", same_crop_as="main"))
+    """What the tokenizer sees: the same pixels of the image, so that its cells are the encoder's patches."""
+
+
+@dataclass
+class Settings:
+    """CAE's own numbers."""
+
+    tokenizer: str = ""
+    """File of the tokenizer: DALL-E's encoder (https://cdn.openai.com/dall-e/encoder.pkl, or its state dict), or a
+    stand-in made by `fastssl tokenizer`."""
+    tokenizer_sha256: str = ""
+    """SHA-256 that the tokenizer's file must have. Empty: not checked."""
+    codes: int = 8192
+    """Visual codes of the tokenizer (K)."""
+    num_masked: int = 98
+    """Patches hidden per image (M)."""
+    min_block: int = 16
+    """Smallest block of hidden patches; the last ones may be smaller."""
+    max_block: int = 0
+    """Largest block of hidden patches. 0: num_masked."""
+    width: int = 768
+    """Width of regressor and decoder (D). If it is not the encoder's, a linear layer and a norm stand in between."""
+    heads: int = 12
+    """Attention heads of regressor and decoder."""
+    regressor_depth: int = 4
+    """Cross-attention blocks of the regressor."""
+    decoder_depth: int = 4
+    """Self-attention blocks of the decoder."""
+    layer_scale: float = 0.1
+    """Start value of the layer scale in regressor and decoder. 0: none."""
+    align_weight: float = 2.0
+    """Weight of the alignment in the loss."""
+    target_drop_path: bool = True
+    """Stochastic depth in the encoding that the regressor is aligned to, as in the authors' code."""
+    fix_init: bool = False
+    """Start values of linear layers: Xavier-uniform, as in all runs of the authors; or (true) what their flag
+    --fix_init_weight was meant to give: normal, with the branches' last layers made smaller block by block."""
+
+    def __post_init__(self) -> None:
+        for key in ("codes", "num_masked", "min_block", "width", "heads", "regressor_depth", "decoder_depth"):
+            check(getattr(self, key) >= 1, f"cae.{key}", getattr(self, key), "1 or more")
+        check(self.max_block == 0 or self.max_block >= self.min_block, "cae.max_block", self.max_block,
+              f"0 (cae.num_masked) or at least cae.min_block, {self.min_block}")  # fmt: skip
+        check(self.width % self.heads == 0, "cae.width", self.width, f"a multiple of cae.heads, {self.heads}")
+        check(self.width % 4 == 0, "cae.width", self.width, "a multiple of 4")
+        for key in ("layer_scale", "align_weight"):
+            check(getattr(self, key) >= 0, f"cae.{key}", getattr(self, key), "0 (off) or more")
+
+
+class CAE(Method):
+    """Encoder, regressor, decoder and their loss.
+
+    The tokenizer is opened when the first batch comes. It is no part of the state dict, for it never changes.
+
+    Attention over keys does not feel a bias of the keys, and the authors' has none; here the encoder's and decoder's
+    fused biases (timm's) hold zeros in that place, which never learn.
+
+    Args:
+        config: a configuration whose views and settings are this file's `Views` and `Settings`.
+    """
+
+    Views = Views
+    Settings = Settings
+    defaults: ClassVar[dict[str, object]] = {
+        "model.name": "vit_base",
+        "model.positions": "sincos_rows",
+        "model.layer_scale": 0.1,
+        "model.drop_path": 0.1,
+        "optim.name": "adamw",
+        "optim.lr": 1.5e-3,
+        "optim.lr_batch": 2048,
+        "optim.min_lr": 1e-5,
+        "optim.weight_decay": 0.05,
+        "optim.clip_grad": 3.0,
+        "schedule.epochs": 300,
+        "schedule.warmup_epochs": 10,
+        "monitor.mean_patch": True,  # the class token's output has no loss at all
+    }
+    backbone_prefix = "encoder."
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        s: Settings = config.settings
+        main, second = config.views.main, config.views.tokenizer
+        self.settings = s
+        for name, view in (("main", main), ("tokenizer", second)):
+            check(view.count == 1, f"views.{name}.count", view.count, "1 with method cae")
+        check(second.same_crop_as == "main", "views.tokenizer.same_crop_as", second.same_crop_as, "'main'")
+        check_image_size(config.model, "views.main.size", main.size)
+        self.encoder = build_backbone(config.model)
+        if not isinstance(self.encoder, ViT):
+            raise ConfigError(f"model.name is '{config.model.name}'; method cae needs a ViT")
+        self.side = main.size // self.encoder.patch_size
+        check(s.num_masked < self.side**2, "cae.num_masked", s.num_masked,
+              f"below the image's {self.side**2} patches")  # fmt: skip
+        self.tokenizer_side = second.size
+
+        drop_path = config.model.drop_path
+        self.project: nn.Module = nn.Identity()
+        if self.encoder.width != s.width:
+            self.project = nn.Sequential(nn.Linear(self.encoder.width, s.width), nn.LayerNorm(s.width, eps=1e-6))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, s.width))
+        self.register_buffer("pos_embed", sincos_positions(s.width, self.side, self.side, rows_first=True))
+        self.regressor = Regressor(s.width, s.regressor_depth, s.heads, drop_path, s.layer_scale)
+        self.decoder = Decoder(s.width, s.decoder_depth, s.heads, s.codes, drop_path, s.layer_scale)
+        init_(self, s.fix_init)
+        for name, values in (("mean", MEAN), ("std", STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
+        self._opened: list[Tokenizer] = []  # inside a list, it is not a submodule
+
+    def forward(self, batch: Batch, values: Values) -> Step:
+        s = self.settings
+        images = batch.views["main"][:, 0]  # [B, 3, S, S]
+        with part("masks"):
+            visible, masked = self.masks(batch, values)  # [B, V], [B, M]
+        with part("tokenizer"):
+            labels = self.tokenizer(images.device)(self.pixels(batch), masked)  # [B, M]
+        with part("encoder"):
+            seen = self.encoder.tokens(images, visible)[:, 1:]  # [B, V, C]
+        latent, tokens = self.complete(seen, visible, masked)  # [B, M, D] both
+        with part("alignment"):  # last: autocast keeps weights that it has cast, and without a gradient they have none
+            target = self.target(images, masked)  # [B, M, D]
+
+        with part("loss"):
+            head = self.decoder.head
+            if torch.is_autocast_enabled(tokens.device.type):
+                tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
+            named = token_cross_entropy(tokens.flatten(0, 1), head.weight, head.bias, labels.flatten())
+            alignment = s.align_weight * F.mse_loss(latent.float(), target.float())
+        metrics = {
+            "loss_codes": named.loss.detach(),
+            "loss_alignment": alignment.detach(),
+            "code_accuracy": named.accuracy,
+            "feature_std": feature_spread(seen.mean(dim=1)),
+        }
+        return Step(named.loss + alignment, metrics)
+
+    def masks(self, batch: Batch, values: Values) -> tuple[Tensor, Tensor]:
+        """Visible and masked patches of each image, int64 [B, V] and [B, M], ascending."""
+        s = self.settings
+        return block_mask(
+            batch.id,
+            (self.side, self.side),
+            num_masked=s.num_masked,
+            min_patches=s.min_block,
+            max_patches=s.max_block or None,
+            seed=values.seed,
+            epoch=batch.epoch,
+        )
+
+    @torch.no_grad()
+    def target(self, images: Tensor, masked: Tensor) -> Tensor:
+        """What the encoder itself makes of the masked patches, [B, M, D]."""
+        with self.whole_depth(not self.settings.target_drop_path):
+            return self.project(self.encoder.tokens(images, masked)[:, 1:])
+
+    @contextmanager
+    def whole_depth(self, on: bool) -> Iterator[None]:
+        """While it lasts and `on`, the encoder drops no path."""
+        training = self.encoder.training
+        if on:
+            self.encoder.eval()
+        try:
+            yield
+        finally:
+            if on:
+                self.encoder.train(training)
+
+    def complete(self, seen: Tensor, visible: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """The masked patches from the visible ones.
+
+        Args:
+            seen: the encoder's output for the visible patches, [B, V, C].
+            visible, masked: int64 [B, V] and [B, M].
+
+        Returns:
+            The regressor's estimate of the encoder's output, and the decoder's tokens, [B, M, D] both.
+        """
+        with part("regressor"):
+            table = self.pos_embed[0, 1:]
+            place = F.embedding(masked, table)  # [B, M, D]
+            query = self.mask_token.expand(*masked.shape, -1)
+            latent = self.regressor(query, place, self.project(seen), F.embedding(visible, table))
+        with part("decoder"):
+            return latent, self.decoder(latent + place)
+
+    def pixels(self, batch: Batch) -> Tensor:
+        """What the tokenizer sees, no longer normalised: [B, 3, S', S'] from 0 to 1."""
+        return (batch.views["tokenizer"][:, 0].float() * self.std + self.mean).clamp(0, 1)
+
+    def tokenizer(self, device: torch.device) -> Tokenizer:
+        """The tokenizer, opened and placed on `device` when it is first asked for.
+
+        Raises:
+            ConfigError: there is no such file, or it does not fit codes and views.
+        """
+        if not self._opened:
+            s = self.settings
+            if not s.tokenizer:
+                raise ConfigError(
+                    f"cae.tokenizer is empty; name the file of DALL-E's encoder ({PUBLISHED}) or of a stand-in "
+                    "(fastssl tokenizer DATA OUT.pt)"
+                )
+            opened = load_tokenizer(s.tokenizer, s.tokenizer_sha256)
+            check(s.codes == opened.codes, "cae.codes", s.codes, f"{opened.codes}, as {s.tokenizer} has them")
+            check(self.tokenizer_side == self.side * opened.cell, "views.tokenizer.size", self.tokenizer_side,
+                  f"{self.side * opened.cell}: {self.side} patches of the image times {opened.cell} pixels of a "
+                  f"cell of {s.tokenizer}")  # fmt: skip
+            self._opened.append(opened.place(device))
+        return self._opened[0]
+
+    def after_backward(self, values: Values) -> None:
+        """Takes the gradient off the keys' part of the fused biases (zero but for rounding)."""
+        biases = [block.attn.qkv.bias for block in [*self.encoder.blocks, *self.decoder.blocks]]
+        torch._foreach_zero_([bias.grad.chunk(3)[1] for bias in biases])
+
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+        """Per image: the image, what the encoder sees, its codes, and with those of masked patches predicted; then,
+        if the tokenizer can paint, both kinds of codes painted."""
+        images = batch.views["main"][:, 0]
+        visible, masked = self.masks(batch, values)
+        tokenizer = self.tokenizer(images.device)
+        codes = tokenizer(self.pixels(batch))  # [B, N]
+        _, tokens = self.complete(self.encoder.tokens(images, visible)[:, 1:], visible, masked)
+        predicted = codes.scatter(1, masked, self.decoder.head(tokens).argmax(dim=-1))
+        hidden = torch.zeros_like(codes, dtype=torch.bool).scatter(1, masked, True)
+
+        grid = (self.side, self.side)
+        picture, count = to_picture(images), self.settings.codes
+        maps = [map_.unflatten(1, grid) for map_ in (codes, predicted)]
+        columns = [picture, cover(picture, hidden.unflatten(1, grid))]
+        columns += [tint(picture, map_, count, strength=1.0) for map_ in maps]
+        painted = [tokenizer.paint(map_) for map_ in maps]
+        columns += [F.interpolate(pixels, picture.shape[-2:]) for pixels in painted if pixels is not None]
+        return {"codes": torch.stack(columns, dim=1)}
+
+    @staticmethod
+    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+        """The authors' file as our state dict.
+
+        Args:
+            checkpoint: a training file (`model` inside it) or its plain keys, of the current code (`regresser.`) or of
+                the one that made the released models (`pretext_neck.`); or the bare encoder.
+
+        Returns:
+            All keys of ours for a full file; only `encoder.` for a bare encoder. An unknown key keeps its name.
+
+        Raises:
+            ConfigError: the attention's inner width is not that of the tokens, which no model here has.
+        """
+        theirs = {key.removeprefix("module."): value for key, value in checkpoint.get("model", checkpoint).items()}
+        if not any(key.startswith("encoder.") for key in theirs):
+            theirs = {f"encoder.{key}": value for key, value in theirs.items()}
+        ours: dict[str, Tensor] = {}
+        for key, value in theirs.items():
+            if key.startswith(("alignment_encoder.", "teacher.")) or key.endswith(".attn.v_bias"):
+                continue  # a copy of the encoder; a part of the bias below
+            if key.endswith((".attn.qkv.weight", ".cross_attn.q.weight")) and len(value) % value.shape[1]:
+                raise ConfigError(
+                    f"{key} is {list(value.shape)}; an attention narrower than its tokens is not supported"
+                )
+            if key.endswith(".attn.q_bias"):
+                value = torch.cat([value, torch.zeros_like(value), theirs[key.replace("q_bias", "v_bias")]])
+                key = key.replace("q_bias", "qkv.bias")
+            ours[_our_name(key)] = value
+        if "mask_token" in ours and "pos_embed" not in ours:
+            side = math.isqrt(ours["encoder.pos_embed"].shape[1] - 1)
+            ours["pos_embed"] = sincos_positions(ours["mask_token"].shape[-1], side, side, rows_first=True)
+        return ours
+
+    @staticmethod
+    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
+        """Our state dict as the authors' current code saves it; `alignment_encoder` is the encoder once more."""
+        theirs: dict[str, Tensor] = {}
+        for key, value in state.items():
+            name = _their_name(key)
+            if key.endswith("attn.qkv.bias"):
+                q, _, v = value.chunk(3)
+                for part_name, bias in (("q_bias", q), ("v_bias", v)):
+                    theirs[name.replace("qkv.bias", part_name)] = bias
+            else:
+                theirs[name] = value
+        copies = {f"alignment_{key}": value for key, value in theirs.items() if key.startswith("encoder.")}
+        return {"model": {**theirs, **copies}}
+
+
+class Regressor(nn.Module):
+    """The latent contextual regressor (section 3.2): masked queries ask the visible tokens, and one another.
+
+        for block in blocks:
+            keys, values = [visible; u] + positions, [visible; u]     # visible tokens first, then the estimates so far
+            y = u + gamma1 * attention(norm_q(u + place), norm_k(keys), norm_v(values))
+            y = norm2(y)
+            u = y + gamma2 * mlp(y)                                   # the normalised y is carried on
+        return norm(u)
+
+    The norms of the visible tokens are the same in all blocks but for their gains, and queries and keys share those of
+    the masked ones: each is taken once, and the gains are multiplied into the projections' weights.
+
+    Args:
+        width: channels (D).
+        depth, heads: blocks, attention heads.
+        drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
+        layer_scale: start value of gamma. 0: gamma is one and does not learn.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, drop_path: float, layer_scale: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            RegressorBlock(width, heads, drop_path * i / max(depth - 1, 1), layer_scale) for i in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, u: Tensor, place: Tensor, visible: Tensor, visible_place: Tensor) -> Tensor:
+        """Masked queries [B, M, D] and visible tokens [B, V, D], each with its positions -> estimates [B, M, D]."""
+        visible_key, visible_value = _normalise(visible + visible_place), _normalise(visible)
+        for block in self.blocks:
+            u = block(u, place, visible_key, visible_value)
+        return self.norm(u)
+
+
+class RegressorBlock(nn.Module):
+    """One round of questions; see `Regressor`."""
+
+    def __init__(self, width: int, heads: int, drop_path: float, layer_scale: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_q, self.norm_k, self.norm_v, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(4))
+        self.query, self.value, self.proj = (nn.Linear(width, width) for _ in range(3))
+        self.key = nn.Linear(width, width, bias=False)
+        self.mlp = Mlp(width, 4 * width)
+        self.drop_path = DropPath(drop_path)
+        start = torch.full((width,), layer_scale or 1.0)
+        self.gamma1, self.gamma2 = (nn.Parameter(start.clone(), requires_grad=layer_scale > 0) for _ in range(2))
+
+    def forward(self, u: Tensor, place: Tensor, visible_key: Tensor, visible_value: Tensor) -> Tensor:
+        """One block.
+
+        Args:
+            u: the estimates so far, [B, M, D].
+            place: their positions, [B, M, D].
+            visible_key, visible_value: visible tokens with and without positions, normalised, [B, V, D].
+
+        Returns:
+            [B, M, D].
+        """
+        here, bare = _normalise(u + place), _normalise(u)
+        q = _project(here, self.norm_q, self.query)
+        k = torch.cat([_project(x, self.norm_k, self.key) for x in (visible_key, here)], dim=1)  # [B, V+M, D]
+        v = torch.cat([_project(x, self.norm_v, self.value) for x in (visible_value, bare)], dim=1)
+        q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
+        answer = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        y = self.norm2(u + self.drop_path(self.gamma1 * self.proj(answer)))
+        return y + self.drop_path(self.gamma2 * self.mlp(y))
+
+
+def _normalise(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
+
+
+def _project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
+    """linear(gain x + shift) for the norm's gain and shift, as one product."""
+    bias = (linear.weight * norm.bias).sum(dim=1)
+    return F.linear(x, linear.weight * norm.weight, bias if linear.bias is None else bias + linear.bias)
+
+
+class Decoder(nn.Module):
+    """Names the codes of the masked patches from the regressor's estimates alone (section 3.2).
+
+    Args:
+        width, depth, heads: channels (D), blocks, attention heads.
+        codes: outputs (K).
+        drop_path, layer_scale: of the blocks; see `transformer_blocks`.
+    """
+
+    def __init__(self, width: int, depth: int, heads: int, codes: int, drop_path: float, layer_scale: float) -> None:
+        super().__init__()
+        self.blocks = transformer_blocks(width, depth, heads, drop_path, layer_scale)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, codes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, M, D] -> the tokens that `head` takes, [B, M, D]."""
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+@torch.no_grad()
+def init_(method: CAE, fix_init: bool) -> None:
+    """Start values: patch projection, class and mask token normal with standard deviation 0.02, cut off at one of it;
+    biases 0; linear layers as `Settings.fix_init` says."""
+
+    def cut_normal_(weight: Tensor) -> None:
+        nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
+
+    for module in method.modules():
+        if isinstance(module, nn.Linear):
+            cut_normal_(module.weight) if fix_init else nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    patches = method.encoder.patch_embed["proj"]
+    for weight in (patches.weight, method.encoder.cls_token, method.mask_token):
+        cut_normal_(weight)
+    nn.init.zeros_(patches.bias)
+    for blocks in (method.encoder.blocks, method.regressor.blocks, method.decoder.blocks) if fix_init else ():
+        for number, block in enumerate(blocks, 1):
+            attention = block.proj if isinstance(block, RegressorBlock) else block.attn.proj
+            for last in (attention, block.mlp.fc2):
+                last.weight.div_(math.sqrt(2 * number))
+
+
+# Names in the authors' files and here: where a part stands, in their current code and in the one before it ...
+PLACES = [
+    ("encoder_to_regresser_norm.", "project.1."),
+    ("encoder_to_regresser.", "project.0."),
+    ("rd_pos_embed", "pos_embed"),
+    ("regresser.regressor_blocks.", "regressor.blocks."),
+    ("regresser.norm.", "regressor.norm."),
+    ("decoder.decoder_blocks.", "decoder.blocks."),
+]
+OLD_PLACES = [
+    ("encoder_to_decoder_norm.", "project.1."),
+    ("encoder_to_decoder.", "project.0."),
+    ("pretext_neck.regressor_blocks.", "regressor.blocks."),
+    ("pretext_neck.decoder_blocks.", "decoder.blocks."),
+    ("pretext_neck.norm.", "regressor.norm."),
+    ("pretext_neck.norm2.", "decoder.norm."),
+    ("pretext_neck.head.", "decoder.head."),
+]
+# ... and what it is called inside a block, of the encoder or decoder, and of the regressor.
+BLOCK = [(".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma")]
+CROSS_BLOCK = [
+    (".gamma_1_cross", ".gamma1"),
+    (".gamma_2_cross", ".gamma2"),
+    (".norm1_q.", ".norm_q."),
+    (".norm1_k.", ".norm_k."),
+    (".norm1_v.", ".norm_v."),
+    (".norm2_cross.", ".norm2."),
+    (".cross_attn.q_bias", ".query.bias"),
+    (".cross_attn.v_bias", ".value.bias"),
+    (".cross_attn.q.", ".query."),
+    (".cross_attn.k.", ".key."),
+    (".cross_attn.v.", ".value."),
+    (".cross_attn.proj.", ".proj."),
+    (".mlp_cross.", ".mlp."),
+]
+
+
+def _our_name(key: str) -> str:
+    for theirs, ours in [*PLACES, *OLD_PLACES]:
+        if key.startswith(theirs):
+            key = ours + key.removeprefix(theirs)
+            break
+    for theirs, ours in CROSS_BLOCK if key.startswith("regressor.") else BLOCK:
+        if theirs in key:
+            return key.replace(theirs, ours)
+    return key
+
+
+def _their_name(key: str) -> str:
+    for theirs, ours in CROSS_BLOCK if key.startswith("regressor.blocks.") else BLOCK:
+        if ours in key:
+            key = key.replace(ours, theirs)
+            break
+    for theirs, ours in PLACES:
+        if key.startswith(ours):
+            return theirs + key.removeprefix(ours)
+    return key

@@ -1,0 +1,411 @@
+"""SAAE: semantic-aware auto-encoders (Wang, Tang, Lin, Torr, CVPR 2022), as in the authors' released code.
+
+Auto-encoding across views: a crop goes in, the whole image shall come out. The crop's patch codes are pasted back to
+where the crop lay in the image; the cells it did not see hold one learned mask code. A light decoder fills them in, and
+only their pixels count: nothing can be copied. A semantic aligner makes two crops of one image agree, as a whole (their
+class codes against those of all other images) and cell by cell where both saw the image.
+
+"The image" is squashed to a square first, without regard to its shape. No teacher takes part.
+
+Letters: B images, V = 2 B views (all first crops, then all second ones), G cells along a side of the image, N = G x G
+cells, p side of a cell (a patch) in pixels, D width of the encoder, C width of a code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import distributed
+from fastssl.batch import Batch
+from fastssl.config import Config, ConfigError, View, check
+from fastssl.ema import ema_update
+from fastssl.kernels.masked_attention_gather import gather_tokens
+from fastssl.kernels.patch_contrast import patch_contrast
+from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
+from fastssl.kernels.uncrop import cells, uncrop, unseen
+from fastssl.methods.method import Method
+from fastssl.models import build_backbone, check_image_size
+from fastssl.models.vit import ViT, sincos_positions, transformer_blocks
+from fastssl.pictures import cover, to_picture
+from fastssl.schedule import cosine
+from fastssl.step import Step, Values, feature_spread
+from fastssl.timing import part
+
+_CROP: dict[str, Any] = {
+    "size": 224, "scale": (0.14, 1.0), "squash": 224, "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2,
+}  # fmt: skip
+
+
+@dataclass
+class Views:
+    """Two crops to encode, and the whole image to paint; all three are cut from the squashed image."""
+
+    crop1: View = field(default_factory=lambda: View(blur=1.0, **_CROP))
+    """First crop: always blurred."""
+    crop2: View = field(default_factory=lambda: View(blur=0.1, solarize=0.2, **_CROP))
+    """Second crop: seldom blurred, sometimes solarized."""
+    reference: View = field(
+        default_factory=lambda: View(
+            size=224, scale=(1.0, 1.0), ratio=(1.0, 1.0), squash=224, flip=0.0, interpolation="bilinear"
+        )
+    )
+    """The squashed image as it is: what the decoder paints."""
+
+
+@dataclass
+class Settings:
+    """SAAE's own numbers."""
+
+    cls_weight: float = 10 / 8
+    """Weight of the class codes' contrast; the pixel term has weight 1. The authors write 10, but their gradients of
+    both contrasts come out divided by the number of processes, and their recipe has 8."""
+    patch_weight: float = 1 / 8
+    """Weight of the cells' contrast. The authors write 1; see cls_weight."""
+    aligner_gradient: Literal["exact", "authors"] = "exact"
+    """exact: the same for any number of processes. authors: both contrasts' gradients divided by that number (with
+    cls_weight 10 and patch_weight 1: their runs)."""
+    temperature: float = 0.2
+    """Temperature of both contrasts."""
+    uncrop_flip: Literal["width", "channel"] = "width"
+    """How the map of a mirrored crop is turned back before it is pasted: along its width, or, as in the authors' code,
+    by reversing its channels, which leaves the map mirrored."""
+    code_width: int = 256
+    """Width of codes and decoder (C)."""
+    head_hidden: int = 2048
+    """Width of the projector's inner layers."""
+    head_batch_norm: bool = True
+    """Batch normalisation after the projector's inner layers; behind its last layer it always stands."""
+    decoder_depth: int = 4
+    """Blocks of the decoder."""
+    decoder_heads: int = 8
+    """Attention heads of the decoder."""
+    teacher: bool = False
+    """Keep a moving average of the encoder, for evaluation and export only: nothing is learned from it."""
+    momentum_teacher: float = 0.996
+    """Decay of that average at the start; it rises to 1 over the run, as a cosine."""
+
+    def __post_init__(self) -> None:
+        for key in ("cls_weight", "patch_weight"):
+            check(getattr(self, key) >= 0, f"saae.{key}", getattr(self, key), "0 or more")
+        check(self.temperature > 0, "saae.temperature", self.temperature, "positive")
+        for key in ("head_hidden", "decoder_depth", "decoder_heads"):
+            check(getattr(self, key) >= 1, f"saae.{key}", getattr(self, key), "1 or more")
+        check(4 <= self.code_width <= 512 and self.code_width % 4 == 0, "saae.code_width", self.code_width,
+              "a multiple of 4, from 4 to 512")  # fmt: skip
+        check(self.code_width % self.decoder_heads == 0, "saae.code_width", self.code_width,
+              f"a multiple of saae.decoder_heads, {self.decoder_heads}")  # fmt: skip
+        check(0 <= self.momentum_teacher <= 1, "saae.momentum_teacher", self.momentum_teacher, "from 0 to 1")
+
+
+class SAAE(Method):
+    """Encoder, projector, decoder and their losses.
+
+    Args:
+        config: a configuration whose views and settings are this file's `Views` and `Settings`.
+    """
+
+    Views = Views
+    Settings = Settings
+    defaults: ClassVar[dict[str, object]] = {
+        "data.batch_size": 120,
+        "model.name": "vit_base",
+        "model.drop_path": 0.1,
+        "optim.name": "adamw",
+        "optim.lr": 2.4e-4,
+        "optim.min_lr": 1e-6,
+        "optim.weight_decay": 0.1,
+        "optim.clip_grad": 3.0,
+        "optim.clip_each": True,
+        "schedule.epochs": 400,
+        "schedule.warmup_epochs": 10,
+    }
+    backbone_prefix = "encoder."
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        s: Settings = config.settings
+        self.settings = s
+        self.encoder = build_backbone(config.model)
+        if not isinstance(self.encoder, ViT):
+            raise ConfigError(f"model.name is '{config.model.name}'; method saae needs a ViT")
+        self.encoder.patch_embed.requires_grad_(False)  # stays at its random start
+        self.grid, self.squash = check_views(config)
+        self.projector = projector(self.encoder.width, s.head_hidden, s.code_width, s.head_batch_norm)
+        self.mask_code = nn.Parameter(torch.empty(1, 1, s.code_width))
+        nn.init.trunc_normal_(self.mask_code, std=0.02)
+        self.decoder = Decoder(s.code_width, self.grid, self.encoder.patch_size, s.decoder_depth, s.decoder_heads)
+        if s.teacher:
+            self.teacher = build_backbone(config.model, drop_path=0.0)
+            self.teacher.load_state_dict(self.encoder.state_dict())
+            self.teacher.requires_grad_(False)
+            self.backbone_prefix = "teacher."
+
+    def forward(self, batch: Batch, values: Values) -> Step:
+        s = self.settings
+        target = batch.views["reference"][:, 0]  # [B, 3, S, S]
+        box, flip = self.place(batch)
+        tokens, cls, canvas = self.encode(batch, box, flip)  # [V, 1+N, D], [V, C], [V, N, C]
+
+        hidden = unseen(box, grid=self.grid)  # [V, N]
+        ids, count = hidden_first(hidden)  # [V, N], [V]
+        filled = self.decode(cls, canvas)  # [V, N, C]
+        with part("paint"):
+            painted = self.decoder.paint(gather_tokens(filled, ids, count=count))  # [V, N, 3 p p]
+
+        with part("loss"):
+            shared = ~hidden.unflatten(0, (2, -1)).any(dim=0)  # [B, N], seen by both crops
+            own = torch.stack([*count.view(2, -1).sum(dim=1), shared.sum()])
+            share = own * distributed.world() / distributed.all_reduce_sum(own.clone()).clamp_min(1)
+            pixel = 0.0
+            for k, half in enumerate(zip(painted.chunk(2), ids.chunk(2), count.chunk(2), strict=True)):
+                pixel = pixel + share[k] * self.pixel_loss(*half, target)
+            contrast = nt_xent(*cls.chunk(2), s.temperature)
+            summed = patch_contrast(*canvas.chunk(2), shared, s.temperature)
+            agreement = share[2] * summed.total / summed.count.clamp_min(1)
+            aligner = s.cls_weight * contrast + s.patch_weight * agreement
+            if s.aligner_gradient == "authors":
+                aligner = scale_gradient(aligner, 1 / distributed.world())
+        metrics = {
+            "pixel_loss": pixel.detach(),
+            "cls_loss": contrast.detach(),
+            "patch_loss": agreement.detach(),
+            "unseen": hidden.float().mean(),
+            "feature_std": feature_spread(tokens.chunk(2)[0][:, 0]),
+        }
+        return Step(pixel + aligner, metrics)
+
+    def place(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Where the crops lie in the image, in whole cells: int64 [V, 4] (top, left, height, width); flips [V].
+
+        The boxes come as fractions of the squashed image; rounding gives its pixels back exactly.
+        """
+        box, flip = (torch.cat([of[name][:, 0] for name in ("crop1", "crop2")]) for of in (batch.box, batch.flip))
+        return cells((box * self.squash).round().long(), self.squash // self.grid), flip
+
+    def encode(self, batch: Batch, box: Tensor, flip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [V, 1+N, D], class codes [V, C] and canvases [V, N, C]: patch codes where the crops lie, mask code
+        elsewhere."""
+        images = torch.cat([batch.views[name][:, 0] for name in ("crop1", "crop2")])  # [V, 3, S, S]
+        with part("encoder"):
+            tokens = self.encoder.tokens(images)
+        with part("projector"):
+            codes = self.projector(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])  # [V, 1+N, C]
+        with part("uncrop"):
+            canvas = uncrop(codes[:, 1:], self.mask_code.flatten(), box, flip, grid=self.grid,
+                            flip_axis=self.settings.uncrop_flip)  # fmt: skip
+        return tokens, codes[:, 0], canvas
+
+    def decode(self, cls: Tensor, canvas: Tensor) -> Tensor:
+        """Class codes and canvases -> cells that are ready to be painted, [V, N, C]."""
+        with part("decoder"):
+            return self.decoder(torch.cat([cls[:, None], canvas], dim=1))
+
+    def pixel_loss(self, painted: Tensor, ids: Tensor, count: Tensor, target: Tensor) -> Tensor:
+        """Mean squared error over the pixels that this process's crops did not see; 0 if they saw everything."""
+        return patch_pixel_loss(
+            painted, target, ids, count=count, patch_size=self.encoder.patch_size, norm_pixels=False,
+            channels_last=False,
+        )  # fmt: skip
+
+    def after_step(self, values: Values) -> None:
+        """Moves the teacher, if there is one, towards the encoder."""
+        if self.settings.teacher:
+            momentum = cosine(values.step, values.total_steps, self.settings.momentum_teacher, 1.0)
+            ema_update(self.teacher, self.encoder, momentum)
+
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+        """Per crop: what goes in, which cells of the image it saw, and the image with the others painted; last the
+        image."""
+        box, flip = self.place(batch)
+        _, cls, canvas = self.encode(batch, box, flip)
+        p, side = self.encoder.patch_size, (self.grid, self.grid)
+        painted = self.decoder.paint(self.decode(cls, canvas)).unflatten(2, (3, p, p)).unflatten(1, side)
+        painted = painted.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [V, 3, S, S]
+        hidden = unseen(box, grid=self.grid).unflatten(1, side)  # [V, G, G]
+        image = to_picture(batch.views["reference"][:, 0])
+        columns = []
+        for name, cells_hidden, own in zip(("crop1", "crop2"), hidden.chunk(2), painted.chunk(2), strict=True):
+            seen = cover(image, cells_hidden)
+            filling = cover(to_picture(own), ~cells_hidden, colour=0.0)
+            columns += [to_picture(batch.views[name][:, 0]), seen, cover(image, cells_hidden, colour=0.0) + filling]
+        return {"reconstruction": torch.stack([*columns, image], dim=1)}
+
+    @staticmethod
+    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+        """The authors' file as our state dict.
+
+        Args:
+            checkpoint: a training file, of which the student is taken (their teacher is never run, nor evaluated by
+                their own recipe), or a file with the bare backbone.
+
+        Returns:
+            All keys of ours for a training file; only `encoder.` for a bare backbone.
+        """
+        if "student" not in checkpoint:
+            return {f"encoder.{key}": value for key, value in checkpoint.items()}
+        return {_renamed(key.removeprefix("module."), NAMES): value for key, value in checkpoint["student"].items()}
+
+    @staticmethod
+    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
+        """Our state dict as the authors' training file.
+
+        Returns:
+            `student` and `teacher`. The teacher's backbone is ours if there is one, else the student's; its head is
+            the student's.
+        """
+        back = {ours: theirs for theirs, ours in NAMES.items()}
+        student = {
+            f"module.{_renamed(key, back)}": value for key, value in state.items() if not key.startswith("teacher.")
+        }
+        average = {
+            f"module.backbone.{key.removeprefix('teacher.')}": value
+            for key, value in state.items()
+            if key.startswith("teacher.")
+        }
+        return {"student": student, "teacher": student | average}
+
+
+NAMES = {
+    "backbone.": "encoder.",
+    "head.mask_feat": "mask_code",
+    "head.mlp.": "projector.",
+    "head.decoder_pos_embed_": "decoder.pos_embed",
+    "head._blocks_.": "decoder.blocks.",
+    "head._norm_.": "decoder.norm.",
+    "head.slp.": "decoder.linear.",
+    "head._norm1_.": "decoder.last_norm.",
+    "head.unconv.": "decoder.unconv.",
+}
+"""Beginnings of the authors' keys, and of ours."""
+
+
+def _renamed(key: str, names: dict[str, str]) -> str:
+    """`key` with its beginning replaced; raises KeyError if none of the names fits."""
+    for old, new in names.items():
+        if key.startswith(old):
+            return new + key.removeprefix(old)
+    raise KeyError(key)
+
+
+def check_views(config: Config) -> tuple[int, int]:
+    """Cells along a side of the image (G) and the squashed image's side in pixels.
+
+    Raises:
+        ConfigError: the view groups do not fit together, the model, or the method.
+    """
+    size, squash, p = config.views.reference.size, config.views.reference.squash, config.model.patch_size
+    check_image_size(config.model, "views.reference.size", size)
+    grid = size // p
+    check(grid * grid <= 1024, "model.patch_size", p, f"large enough that {size} pixels hold at most 32 patches")
+    check(squash > 0 and squash % grid == 0, "views.reference.squash", squash, f"a positive multiple of {grid} "
+          "(patches along the image)")  # fmt: skip
+    for name, view in vars(config.views).items():
+        check(view.count == 1, f"views.{name}.count", view.count, "1 with method saae")
+        check(view.size == size, f"views.{name}.size", view.size, f"views.reference.size, {size}")
+        check(view.squash == squash, f"views.{name}.squash", view.squash, f"views.reference.squash, {squash}")
+    whole = {"scale": (1, 1), "ratio": (1, 1), "flip": 0, "jitter_p": 0, "gray": 0, "blur": 0, "solarize": 0}
+    for key, value in {**whole, "same_crop_as": None}.items():
+        found = getattr(config.views.reference, key)
+        found = tuple(found) if isinstance(value, tuple) else found
+        check(found == value, f"views.reference.{key}", found, f"{value}: the image as it is")
+    return grid, squash
+
+
+def projector(width: int, hidden: int, outputs: int, batch_norm: bool) -> nn.Sequential:
+    """Four linear layers with ReLU between them, for class and patch tokens alike: [T, D] -> [T, C].
+
+    Batch normalisation (of all tokens of the batch together) closes it, without gain and bias; after the inner layers
+    it is optional.
+    """
+    sizes = [width, hidden, hidden, hidden, outputs]
+    layers: list[nn.Module] = []
+    for i in range(4):
+        layers.append(nn.Linear(sizes[i], sizes[i + 1], bias=i == 0))
+        nn.init.trunc_normal_(layers[-1].weight, std=0.02)
+        if i < 3:
+            layers += [nn.BatchNorm1d(hidden), nn.ReLU()] if batch_norm else [nn.ReLU()]
+    nn.init.zeros_(layers[0].bias)
+    return nn.Sequential(*layers, nn.BatchNorm1d(outputs, affine=False))
+
+
+class Decoder(nn.Module):
+    """A light transformer over the canvas; its cells are painted one by one.
+
+    Args:
+        width: of a code (C).
+        grid: cells along a side (G).
+        patch_size: side of a cell, in pixels (p).
+        depth, heads: blocks and attention heads.
+    """
+
+    def __init__(self, width: int, grid: int, patch_size: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(sincos_positions(width, grid, grid), requires_grad=False)
+        self.blocks = transformer_blocks(width, depth, heads)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.linear = nn.Linear(width, width)
+        self.last_norm = nn.LayerNorm(width, eps=1e-6)
+        # A transposed convolution only in name: it holds the authors' keys, `paint` applies it as a matrix product.
+        self.unconv = nn.ConvTranspose2d(width, 3, patch_size, patch_size)
+        nn.init.trunc_normal_(self.linear.weight, std=0.02)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Class code and canvas [V, 1+N, C] -> cells [V, N, C], ready to be painted."""
+        x = codes + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.last_norm(self.linear(self.norm(x[:, 1:])))
+
+    def paint(self, x: Tensor) -> Tensor:
+        """Cells [.., C] -> their pixels [.., 3 p p], in the order channel, row, column."""
+        weight = self.unconv.weight.flatten(1)  # [C, 3 p p]
+        return F.linear(x, weight.t(), self.unconv.bias.repeat_interleave(weight.shape[1] // 3))
+
+
+def hidden_first(hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's cell ids with the hidden cells first, int64 [V, N], and how many those are, int64 [V].
+
+    How many cells a batch has to paint is known on the device alone. Rows of full length, of which only the beginning
+    counts, spare the wait for that number.
+    """
+    return hidden.to(torch.uint8).argsort(dim=1, descending=True, stable=True), hidden.sum(dim=1)
+
+
+def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Contrast of two crops' class codes over all processes' images (NT-Xent: Chen et al. 2020, arXiv 2002.05709).
+
+        z = the 2 N codes of all processes, at length 1
+        for a in this process's codes:  # p: the other crop of a's image
+            total += -log(exp(z[a] . z[p] / t) / sum(exp(z[a] . z[b] / t) for b in all codes, b != a))
+        loss = total / how many
+
+    The mean of the processes' losses is the loss of the whole batch, and the mean of their gradients its gradient.
+
+    Args:
+        first, second: [B, C], as many on every process; arithmetic is float32 (or float64) even under autocast.
+        temperature: t.
+
+    Returns:
+        Scalar; 0 for a single image.
+    """
+    with torch.autocast(first.device.type, enabled=False):
+        z = torch.stack([first, second], dim=1)  # [B, 2, C]
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        z = z / (z.norm(dim=2, keepdim=True) + 1e-10)
+        own, everyone = z.flatten(0, 1), distributed.gather(z).flatten(0, 1)  # [2 B, C], [2 N, C]
+        places = torch.arange(len(everyone), device=z.device)
+        mine = places[: len(own)] + distributed.rank() * len(own)
+        logits = (own @ everyone.t() / temperature).masked_fill(mine[:, None] == places, -torch.inf)
+        return F.cross_entropy(logits, mine ^ 1)
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x, with its gradient multiplied by `factor`."""
+    still = x.detach()
+    return still + factor * (x - still)

@@ -1,0 +1,451 @@
+"""SCFS: semantics-consistent feature search (Song et al., ICCV 2023, arXiv 2212.06486).
+
+DINO with a second lesson at three stages of the backbone. What a small crop shows is searched in the teacher's map of
+the large crop, and the small crop's target is what was found: the crop of the grass learns from the grass of the image,
+not from its dog. DINO's own loss stays as it is (`fastssl.methods.dino`).
+
+Letters: B images, M small crops per image, V crops in all, K prototypes, E outputs of a stage head; per stage C
+channels and H x W positions of its map, I channels inside its head.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastssl import distributed
+from fastssl.batch import Batch
+from fastssl.config import Config, View, check
+from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
+from fastssl.kernels.feature_search import residual_pool, scale_norm_relu, scaled_moments, search_maps
+from fastssl.methods import dino
+from fastssl.methods.dino import DINO, beneath, update_center
+from fastssl.models.resnet import ResNet
+from fastssl.models.vit import ViT, patch_grid
+from fastssl.pictures import heat, to_picture
+from fastssl.step import Step, Values, feature_spread
+from fastssl.sync_batch_norm import SyncBatchNorm, update_running
+from fastssl.timing import part
+
+DRAWN_CROPS = 3  # small crops per image in the pictures
+
+
+@dataclass
+class Views(dino.Views):
+    """DINO's crops, from other ranges of the image's area."""
+
+    global1: View = field(default_factory=lambda: replace(dino.Views().global1, scale=(0.25, 1.0)))
+    """First large crop: always blurred. The small crops are searched in it."""
+    global2: View = field(default_factory=lambda: replace(dino.Views().global2, scale=(0.25, 1.0)))
+    """Second large crop: seldom blurred, sometimes solarized."""
+    local: View = field(default_factory=lambda: replace(dino.Views().local, scale=(0.05, 0.25)))
+    """Small crops."""
+
+    optional: ClassVar[tuple[str, ...]] = ()
+
+
+@dataclass
+class Settings(dino.Settings):
+    """DINO's numbers, and those of the search."""
+
+    section: ClassVar[str] = "scfs"
+
+    warmup_teacher_temp_epochs: int = 50
+    """Epochs over which the teacher's temperature rises, epoch by epoch. 0: constant."""
+    taps: tuple[int, ...] | None = None
+    """Stages of a ResNet (1 to 4) after which maps are taken; or blocks of a ViT, whose patch tokens then are the map:
+    an extension of this project, not of the paper. None: stages 2, 3, 4; blocks at 1/2, 3/4 and the end of a ViT."""
+    stage_weights: tuple[float, ...] | None = None
+    """Weight of each tap's loss beside DINO's. None: 1 each."""
+    cross_weight: float = 0.5
+    """Within a tap: weight of the loss between the two large crops."""
+    searched_weight: float = 0.5
+    """Within a tap: weight of the loss between small crops and what the search found for them."""
+    search: Literal["first", "both"] = "first"
+    """Large crops in which small ones are searched: the first, as the authors do, or both (mean of two losses)."""
+    stage_inner: int = 256
+    """Channels inside a stage head's block (I)."""
+    stage_hidden: int = 2048
+    """Width of the inner layer of a stage head's MLP."""
+    stage_out: int = 256
+    """Outputs of a stage head (E)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("stage_inner", "stage_hidden", "stage_out"):
+            check(getattr(self, key) >= 1, f"scfs.{key}", getattr(self, key), "1 or more")
+        for key in ("cross_weight", "searched_weight"):
+            check(getattr(self, key) >= 0, f"scfs.{key}", getattr(self, key), "0 or more")
+        if self.taps is not None:
+            ascending = all(a < b for a, b in zip((0, *self.taps), self.taps, strict=False))
+            check(ascending, "scfs.taps", self.taps, "stages or blocks in ascending order, from 1 on")
+        if self.stage_weights is not None:
+            count = 3 if self.taps is None else len(self.taps)
+            ok = len(self.stage_weights) == count and all(weight > 0 for weight in self.stage_weights)
+            check(ok, "scfs.stage_weights", self.stage_weights, f"{count} positive numbers, one per tap")
+
+
+class SCFS(DINO):
+    """Student, teacher and their losses; the teacher's update and the freezing of prototypes are DINO's.
+
+    The teacher stays in train mode: it normalises with its own batches and keeps its own running statistics.
+
+    Args:
+        config: a configuration whose views and settings are this file's `Views` and `Settings`.
+    """
+
+    Views = Views
+    Settings = Settings
+    defaults: ClassVar[dict[str, object]] = {
+        "model.name": "resnet50",
+        "optim.name": "sgd",
+        "optim.lr": 0.1,
+        "optim.min_lr": 0.0048,
+        "optim.weight_decay": 1e-4,
+        "optim.clip_grad": 3.0,
+        "optim.clip_each": True,
+        "schedule.epochs": 200,
+        "schedule.warmup_epochs": 10,
+    }
+
+    @staticmethod
+    def network(config: Config, drop_path: float | None = None) -> Network:
+        return Network(config, drop_path)
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        views = config.views
+        for name in ("global1", "global2"):
+            check(getattr(views, name).count == 1, f"views.{name}.count", getattr(views, name).count,
+                  "1 with method scfs")  # fmt: skip
+        check(views.global2.size == views.global1.size, "views.global2.size", views.global2.size,
+              f"views.global1.size, {views.global1.size}")  # fmt: skip
+        self.taps = self.student.taps
+        self.stage_weights = self.settings.stage_weights or (1.0,) * len(self.taps)
+        for tap in self.taps:
+            self.register_buffer(f"center_{tap}", torch.zeros(self.settings.stage_out))
+
+    @property
+    def chance_loss(self) -> float:
+        """The loss when the student gives all outputs the same value, whatever the teacher says."""
+        s = self.settings
+        stages = sum(self.stage_weights) * (s.cross_weight + s.searched_weight)
+        return math.log(s.out_dim) + stages * math.log(s.stage_out)
+
+    def forward(self, batch: Batch, values: Values) -> Step:
+        s = self.settings
+        large, small = crops(batch)
+        with part("student"):
+            student = self.student([large, small])
+        with part("teacher"), torch.no_grad():
+            teacher = self.teacher([large])
+        with part("search"):
+            targets = [self.targets(i, student, teacher) for i in range(len(self.taps))]
+
+        with part("loss"):
+            temps = s.student_temp, self.teacher_temp(values)
+            final = centering_softmax_loss(student.logits, teacher.logits, self.center, *temps)
+            centers = [(self.center, final.column_sum)]
+            loss, metrics = final.loss, {"loss_dino": final.loss.detach()}
+            for i, (tap, weight) in enumerate(zip(self.taps, self.stage_weights, strict=True)):
+                seen, local, center = student.stages[0][i], student.stages[1][i], getattr(self, f"center_{tap}")
+                cross = centering_softmax_loss(seen.out, teacher.stages[0][i].out, center, *temps)
+                found = [centering_softmax_loss(local.out, t, None, *temps, pairs="matching") for t in targets[i]]
+                searched = sum(f.loss for f in found) / len(found)
+                loss = loss + weight * (s.cross_weight * cross.loss + s.searched_weight * searched)
+                centers.append((center, cross.column_sum))
+                metrics |= {
+                    f"loss_cross_{tap}": cross.loss.detach(),
+                    f"loss_searched_{tap}": searched.detach(),
+                    f"searched_entropy_{tap}": sum(f.entropy for f in found) / len(found) / math.log(s.stage_out),
+                    f"searched_std_{tap}": feature_spread(targets[i][0].flatten(0, 1)),
+                }
+            if self.training:
+                for center, column_sum in centers:
+                    update_center(center, column_sum, 2 * len(batch), s.center_momentum)
+        metrics |= {
+            "teacher_entropy": final.entropy / math.log(s.out_dim),
+            "teacher_student_kl": final.divergence,
+            "feature_std": feature_spread(teacher.features[0]),
+            "center_norm": self.center.norm(),
+        }
+        return Step(loss, metrics)
+
+    @torch.no_grad()
+    def targets(self, tap: int, student: Seen, teacher: Seen) -> list[Tensor]:
+        """What the teacher's stage head says of the searched maps: per searched large crop [M, B, E].
+
+        Args:
+            tap: position in `taps`.
+            student: of the large and the small crops.
+            teacher: of the large crops.
+        """
+        name, local, seen = str(self.taps[tap]), student.stages[1][tap], teacher.stages[0][tap]
+        targets = []
+        for view in range(1 if self.settings.search == "first" else 2):
+            maps = search(local.map, seen.map[view])
+            out = self.teacher.stage_heads[name].searched(seen.inner[view], seen.map[view], maps)
+            targets.append(out.unflatten(0, maps.shape[:2]))
+        return targets
+
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+        """Per image: the first large crop, then some small crops, each followed by its search map at every tap."""
+        large, small = crops(batch)
+        small = small[:DRAWN_CROPS]
+        student, teacher = self.student([small]), self.teacher([large[:1]])
+        picture = to_picture(large[0])
+        columns = [picture]
+        for m, crop in enumerate(small):
+            columns.append(F.interpolate(to_picture(crop), size=picture.shape[-2:], mode="bilinear"))
+            for local, seen in zip(student.stages[0], teacher.stages[0], strict=True):
+                columns.append(heat(picture, search(local.map, seen.map[0])[m]))
+        return {"search": torch.stack(columns, dim=1)}
+
+    @staticmethod
+    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+        """The authors' file as our state dict (their networks are ResNets with taps 2, 3 and 4).
+
+        Args:
+            checkpoint: a full training file (`student`, `teacher`, `dino_loss_fn`, `dino_loss_l2_fn`, ..), or a bare
+                backbone with torchvision's keys.
+
+        Returns:
+            All keys of ours for a full file; only `teacher.backbone.` for a bare backbone.
+        """
+        if "teacher" not in checkpoint:
+            return {f"{SCFS.backbone_prefix}{key}": value for key, value in checkpoint.items()}
+        ours = {
+            f"{name}.{_renamed(key, FROM_OFFICIAL)}": value
+            for name in ("student", "teacher")
+            for key, value in checkpoint[name].items()
+        }
+        for name, key in CENTERS.items():
+            if name in checkpoint:
+                ours[key] = checkpoint[name]["center"].flatten()
+        return ours
+
+    @staticmethod
+    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
+        """Our state dict as the weights of the authors' training file."""
+        networks = {
+            name: {_renamed(key, TO_OFFICIAL): value for key, value in beneath(f"{name}.", state).items()}
+            for name in ("student", "teacher")
+        }
+        return networks | {name: {"center": state[key][None]} for name, key in CENTERS.items() if key in state}
+
+
+CENTERS = {"dino_loss_fn": "center", **{f"dino_loss_l{tap}_fn": f"center_{tap}" for tap in (2, 3, 4)}}
+TO_OFFICIAL = {"backbone.": "module.backbone.model.", "head.": "module.head."}
+TO_OFFICIAL |= {f"stage_heads.{tap}.": f"module.layer{tap}_head." for tap in (2, 3, 4)}
+FROM_OFFICIAL = {theirs: ours for ours, theirs in TO_OFFICIAL.items()} | {
+    "module.head.last_layer.parametrizations.weight.original0": "head.last_layer.weight_g",
+    "module.head.last_layer.parametrizations.weight.original1": "head.last_layer.weight_v",
+}
+
+
+def _renamed(key: str, prefixes: dict[str, str]) -> str:
+    """The key with the longest prefix that fits replaced."""
+    old = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default="")
+    return prefixes.get(old, "") + key.removeprefix(old)
+
+
+# -- networks ---------------------------------------------------------------------------------------------------------
+
+
+class Stage(NamedTuple):
+    """What a network makes of a group of crops at one tap.
+
+    Attributes:
+        map: [V, B, C, H, W], the backbone's feature map.
+        inner: [V, B, I, H, W], the first convolution of the stage head on it.
+        out: [V, B, E], the stage head's output, float32.
+    """
+
+    map: Tensor
+    inner: Tensor
+    out: Tensor
+
+
+class Seen(NamedTuple):
+    """What a network makes of the crops it is shown.
+
+    Attributes:
+        features: [V, B, D], the backbone's.
+        logits: [V, B, K], the final head's.
+        stages: by group of crops and tap.
+    """
+
+    features: Tensor
+    logits: Tensor
+    stages: list[list[Stage]]
+
+
+class Network(dino.Network):
+    """A backbone, DINO's head on its end and a stage head on each tap.
+
+    Attributes:
+        taps: stages or blocks, ascending.
+    """
+
+    def __init__(self, config: Config, drop_path: float | None = None) -> None:
+        super().__init__(config, drop_path)
+        s: Settings = config.settings
+        self.taps, widths = tapped(self.backbone, s.taps)
+        self.stage_heads = nn.ModuleDict(
+            {
+                str(tap): StageHead(width, inner=s.stage_inner, hidden=s.stage_hidden, out=s.stage_out)
+                for tap, width in zip(self.taps, widths, strict=True)
+            }
+        )
+
+    def forward(self, groups: list[Tensor]) -> Seen:
+        """Groups of crops, each [V, B, 3, S, S]. Every group passes backbone and stage heads by itself, with its own
+        batch statistics; the final head sees all crops at once."""
+        features, stages = [], []
+        for group in groups:
+            feature, maps = feature_and_maps(self.backbone, self.taps, group.flatten(0, 1))
+            features.append(feature.unflatten(0, group.shape[:2]))
+            stages.append([])
+            for x, head in zip(maps, self.stage_heads.values(), strict=True):
+                inner = head.conv1(x)
+                each = (x, inner, head(x, inner))
+                stages[-1].append(Stage(*(value.unflatten(0, group.shape[:2]) for value in each)))
+        joined = torch.cat(features)
+        return Seen(joined, self.head(joined), stages)
+
+
+class StageHead(nn.Module):
+    """A residual bottleneck block, global average pooling, an MLP, L2 normalisation; the output is used as logits.
+
+    Args:
+        channels: of the map (C).
+        inner: channels inside the block (I).
+        hidden, out: widths of the MLP's inner layer and of its output (E).
+    """
+
+    def __init__(self, channels: int, *, inner: int = 256, hidden: int = 2048, out: int = 256) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, inner, kernel_size=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, channels, kernel_size=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, out),
+            nn.BatchNorm1d(out),
+        )
+
+    def forward(self, x: Tensor, inner: Tensor) -> Tensor:
+        """The head on a map.
+
+        Args:
+            x: [n, C, H, W].
+            inner: [n, I, H, W], conv1 of x.
+
+        Returns:
+            [n, E], rows of length 1, float32 also under autocast.
+        """
+        return self._project((self.bn3(self._inside(self.bn1(inner).relu_())) + x).relu_().mean((2, 3)))
+
+    @torch.no_grad()
+    def searched(self, inner: Tensor, x: Tensor, maps: Tensor) -> Tensor:
+        """The head on maps[m, b] * x[b], which is never made: conv1 is linear and 1x1, so conv1(A x) = A conv1(x).
+
+        Args:
+            inner: [B, I, H, W], conv1 of x.
+            x: [B, C, H, W].
+            maps: [M, B, H, W].
+
+        Returns:
+            [M B, E], crop-major, rows of length 1, float32 also under autocast.
+        """
+        mean, var = batch_statistics(self.bn1, inner, maps)
+        y = scale_norm_relu(inner, maps, self.bn1.weight, self.bn1.bias, self.bn1.eps, mean, var).out
+        z = self._inside(y)
+        mean, var = batch_statistics(self.bn3, z, maps.new_ones(1, len(z), *z.shape[2:]))
+        scale = self.bn3.weight * (var + self.bn3.eps).rsqrt()
+        return self._project(residual_pool(z, scale, self.bn3.bias - mean * scale, maps, x))
+
+    def _inside(self, x: Tensor) -> Tensor:
+        return self.conv3(self.bn2(self.conv2(x)).relu_())
+
+    def _project(self, pooled: Tensor) -> Tensor:
+        out = self.mlp(pooled)
+        return F.normalize(out.to(torch.promote_types(out.dtype, torch.float32)), dim=-1)
+
+
+@torch.no_grad()
+def batch_statistics(norm: _BatchNorm, y: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance [C] with which a batch norm normalises maps[m, b] * y[b]: over all processes if it is a
+    synchronised one. In train mode its running statistics move."""
+    if not norm.training:
+        return norm.running_mean, norm.running_var
+    count, mean, m2 = scaled_moments(y, maps)
+    if isinstance(norm, (nn.SyncBatchNorm, SyncBatchNorm)):
+        count, mean, m2 = distributed.merge_moments(count, mean, m2)
+    update_running(norm, mean, m2 / count, count)
+    return mean, m2 / count
+
+
+def search(local: Tensor, feature: Tensor) -> Tensor:
+    """Where in a large crop's map small crops are found: the cosine of a small crop's mean feature with each position.
+
+    Below 0, which occurs without a ReLU before the tap (ViT), nothing is found: 0.
+
+    Args:
+        local: [M, B, C, h, w], the student's maps of the small crops.
+        feature: [B, C, H, W], the teacher's map of the large crop.
+
+    Returns:
+        [M, B, H, W], float32 (float64 for a float64 feature), from 0 to 1.
+    """
+    queries = local.mean((3, 4), dtype=torch.promote_types(local.dtype, torch.float32))
+    return search_maps(queries, feature).clamp_min(0)
+
+
+def tapped(backbone: ViT | ResNet, taps: tuple[int, ...] | None) -> tuple[tuple[int, ...], list[int]]:
+    """The taps (`Settings.taps`) and the channels of their maps.
+
+    Raises:
+        ConfigError: a tap that the backbone does not have.
+    """
+    if isinstance(backbone, ResNet):
+        taps, last, kind = (2, 3, 4) if taps is None else tuple(taps), 4, "stages"
+        widths = [backbone.width // 2 ** (4 - tap) for tap in taps]
+    else:
+        last, kind = backbone.num_blocks, "blocks"
+        taps = (last // 2, 3 * last // 4, last) if taps is None else tuple(taps)
+        widths = [backbone.width] * len(taps)
+    fits = all(0 < a <= last for a in taps) and len(set(taps)) == len(taps)
+    check(fits, "scfs.taps", taps, f"different numbers from 1 to {last}, the backbone's {kind}")
+    return taps, widths
+
+
+def feature_and_maps(backbone: ViT | ResNet, taps: tuple[int, ...], images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The backbone's feature [n, D] and its maps [n, C, H, W] after the taps; a ViT's are its patch tokens after the
+    final norm."""
+    if isinstance(backbone, ResNet):
+        maps = backbone.stages(images)
+        return backbone.avgpool(maps[-1]).flatten(1), [maps[tap - 1] for tap in taps]
+    first = min((backbone.num_blocks, *taps))
+    tokens = backbone.intermediate(images, backbone.num_blocks - first + 1)  # from block `first` on: [n, 1+N, D] each
+    grid = patch_grid(images, backbone.patch_size)
+    maps = [tokens[tap - first][:, 1:].transpose(1, 2).unflatten(2, grid) for tap in taps]
+    return tokens[-1][:, 0], maps
+
+
+def crops(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The two large crops [2, B, 3, S, S] and the small ones [M, B, 3, s, s]."""
+    views = batch.views
+    large = torch.cat([views["global1"], views["global2"]], dim=1)
+    return large.transpose(0, 1), views["local"].transpose(0, 1)

@@ -1,0 +1,96 @@
+"""SemMAE: semantic-guided masking for masked autoencoders (Li et al. 2022, arXiv 2206.10207).
+
+MAE with another mask. Every patch belongs to a part of what the image shows. Early in training three quarters of each
+part are hidden, which can be painted from the rest of the same part; towards the end whole parts are hidden, which asks
+for what goes with what. The number of hidden patches per image is always MAE's.
+
+The parts come with the data, as maps over the whole image that are cropped and flipped with it: `fastssl parts` learns
+and writes them (the paper's first stage).
+
+Letters: B images, N patches, K visible, M masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastssl.batch import Batch
+from fastssl.config import Config, check
+from fastssl.masks import semantic_mask, semantic_schedule
+from fastssl.methods import mae
+from fastssl.pictures import tint
+from fastssl.step import Step, Values
+
+Views = mae.Views
+
+MAX_PARTS = 64  # more parts than part maps have; parts that an image does not show change nothing
+
+
+@dataclass
+class Settings(mae.Settings):
+    """SemMAE's own numbers; all but the last two are MAE's."""
+
+    section: ClassVar[str] = "semmae"
+
+    gamma: float = 2.0
+    """Power of the curriculum: in epoch e, counted from 1, the share of whole-part masking is (e / epochs) ^ gamma."""
+    curriculum_epochs: int = 0
+    """Epochs over which the curriculum runs. 0: the run's. The authors' code has 800, however long the run."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.gamma > 0, "semmae.gamma", self.gamma, "positive")
+        check(self.curriculum_epochs >= 0, "semmae.curriculum_epochs", self.curriculum_epochs,
+              "0 (the run's) or a number of epochs")  # fmt: skip
+
+
+class SemMAE(mae.MAE):
+    """MAE's encoder, decoder and loss under a mask that follows the parts.
+
+    Args:
+        config: a configuration whose views and settings are this file's `Views` and `Settings`.
+    """
+
+    Views = Views
+    Settings = Settings
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.curriculum_epochs = config.settings.curriculum_epochs or config.schedule.epochs
+
+    @staticmethod
+    def part_grid(config: Config) -> dict[str, int]:
+        """One label per patch."""
+        return {"main": config.views.main.size // config.model.patch_size}
+
+    def forward(self, batch: Batch, values: Values) -> Step:
+        step = super().forward(batch, values)
+        step.metrics["whole_parts"] = torch.full_like(step.loss.detach(), self.whole_parts(values))
+        return step
+
+    def whole_parts(self, values: Values) -> float:
+        """The share of whole-part masking in the present epoch: the paper's alpha."""
+        return semantic_schedule(values.epoch, self.curriculum_epochs, self.settings.gamma)
+
+    def masks(self, batch: Batch, values: Values) -> tuple[Tensor, Tensor]:
+        """Visible and masked patches of each image, int64 [B, K] and [B, M], ascending."""
+        return semantic_mask(
+            batch.parts["main"][:, 0].flatten(1),
+            batch.id,
+            ratio=self.settings.mask_ratio,
+            inter=self.whole_parts(values),
+            num_parts=MAX_PARTS,
+            seed=values.seed,
+            epoch=batch.epoch,
+        )
+
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+        """As MAE's, with the parts tinted beside the crop."""
+        columns = super().pictures(batch, values)["reconstruction"]  # [B, 3, 3, S, S]
+        labels = batch.parts["main"][:, 0]
+        parts = tint(columns[:, 0], labels, int(labels.max()) + 1)
+        return {"reconstruction": torch.cat([columns[:, :1], parts[:, None], columns[:, 1:]], dim=1)}

@@ -1,0 +1,394 @@
+"""SiT: self-supervised vision transformer (Atito, Awais, Kittler 2021, arXiv 2104.03602), the authors' code of 2022.
+
+Blocks of both views of an image are blanked or show another image. The student sees the damaged views, paints them back
+(a very light decoder, L1 on the damaged pixels) and gives each view a code; a teacher (the student's moving average)
+sees the clean views. A student's code must pick the teacher's code of the image's other view among those of all images.
+The first version of the paper, with its rotation task, is `fastssl.methods.sit_v1`.
+
+Letters: B images per process, N = B x processes, S side of a view in pixels, D width, K numbers per code, R blocks.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import distributed
+from fastssl.batch import Batch
+from fastssl.config import Config, ConfigError, View, check, check_probability
+from fastssl.ema import ema_update
+from fastssl.kernels.corrupt import ALIEN, NOISE, ZERO, corrupt, draw_blocks
+from fastssl.masks import philox
+from fastssl.methods.method import Method
+from fastssl.models import RESNETS, build_backbone, check_image_size
+from fastssl.models.decoders import PixelDecoder
+from fastssl.models.vit import patch_grid
+from fastssl.pictures import to_picture
+from fastssl.schedule import cosine
+from fastssl.step import Step, Values, feature_spread
+from fastssl.timing import part
+
+NAMES = ("view1", "view2")
+_CROP: dict[str, Any] = {"size": 224, "scale": (0.2, 1.0), "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2}
+
+
+@dataclass
+class Views:
+    """SiT's two crops."""
+
+    view1: View = field(default_factory=lambda: View(**_CROP, blur=1.0))
+    """First crop: always blurred."""
+    view2: View = field(default_factory=lambda: View(**_CROP, blur=0.1, solarize=0.2))
+    """Second crop: seldom blurred, sometimes solarized."""
+
+
+@dataclass
+class Settings:
+    """SiT's own numbers."""
+
+    drop: float = 0.5
+    """Share of a view that is blanked; above 0.5 it is the upper end of a range from 0.5."""
+    replace: float = 0.3
+    """Share of a view that shows another image, likewise. A view is either blanked or mixed, never both."""
+    alien: float = 0.5
+    """Probability that a view is mixed with another image."""
+    fill: Literal["zero", "noise", "zero-noise"] = "zero"
+    """What blanked blocks show: the mean colour, normal noise, or one of the two, drawn per view."""
+    max_side: float = 0.3
+    """Bound on the sides of a block, as a share of the view's side."""
+    align: int = 1
+    """Blocks start and end at multiples of this many pixels; the side of a patch hides whole patches only."""
+    uniform_rate: bool = True
+    """Every pixel is damaged equally often. False, as the authors: the top and left margins hardly ever are."""
+    alien_group: int = 8
+    """The other image is another one of so many consecutive images of the batch (a random order), so that it does not
+    depend on the number of processes. 0, as the authors: any image of the process's batch, itself included."""
+    rec_region: Literal["damaged", "all"] = "damaged"
+    """Pixels that the reconstruction is judged by."""
+    rec_weight: float = 1.0
+    """Weight of the reconstruction loss; the authors advise 5 for small data sets."""
+    out_dim: int = 256
+    """Numbers per code (K)."""
+    head_hidden: int = 4096
+    """Width of the contrastive head's inner layers."""
+    temperature: float = 0.2
+    """Temperature of the contrastive loss, whose gradient is scaled by twice its value."""
+    momentum_teacher: float = 0.996
+    """Decay of the teacher's weights at the start; it rises to 1 over the run, as a cosine."""
+
+    def __post_init__(self) -> None:
+        for key in ("drop", "replace"):
+            check(0 <= getattr(self, key) < 1, f"sit.{key}", getattr(self, key), "from 0 to less than 1")
+        check_probability("sit.alien", self.alien)
+        check(0 < self.max_side <= 1, "sit.max_side", self.max_side, "above 0 and at most 1")
+        check(self.align >= 1, "sit.align", self.align, "1 pixel or more")
+        check_group("sit.alien_group", self.alien_group)
+        check(self.rec_weight >= 0, "sit.rec_weight", self.rec_weight, "0 or more")
+        for key in ("out_dim", "head_hidden"):
+            check(getattr(self, key) >= 1, f"sit.{key}", getattr(self, key), "1 or more")
+        check(self.temperature > 0, "sit.temperature", self.temperature, "positive")
+        check(0 <= self.momentum_teacher <= 1, "sit.momentum_teacher", self.momentum_teacher, "from 0 to 1")
+
+
+class SiT(Method):
+    """Student, teacher, damage and the two losses.
+
+    Args:
+        config: a configuration whose views and settings are this file's `Views` and `Settings`.
+    """
+
+    Views = Views
+    Settings = Settings
+    defaults: ClassVar[dict[str, object]] = {
+        "model.name": "vit_small",
+        "model.drop_path": 0.1,
+        "optim.name": "adamw",
+        "optim.lr": 5e-4,
+        "optim.min_lr": 1e-6,
+        "optim.weight_decay": 0.04,
+        "optim.weight_decay_end": 0.1,
+        "optim.clip_grad": 3.0,
+        "optim.clip_each": True,
+        "schedule.epochs": 800,
+        "schedule.warmup_epochs": 10,
+    }
+    backbone_prefix = "teacher.backbone."
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        s = self.settings = config.settings
+        side = check_views("sit", config)
+        check(s.align < int(s.max_side * side), "sit.align", s.align,
+              f"less than the largest block's side, {int(s.max_side * side)} pixels")  # fmt: skip
+        self.student = Network(config)
+        self.teacher = Network(config, drop_path=0.0)
+        self.teacher.load_state_dict(self.student.state_dict())
+        self.teacher.requires_grad_(False)
+
+    def forward(self, batch: Batch, values: Values) -> Step:
+        s = self.settings
+        clean = torch.cat([batch.views[name][:, 0] for name in NAMES])  # [2B, 3, S, S]
+        with part("damage"):
+            damaged, mask = self.damage(batch, values.seed)  # [2B, 3, S, S], [2B, S, S]
+        with part("teacher"), torch.no_grad():
+            tokens = self.teacher.backbone.tokens(clean)  # [2B, 1+patches, D]
+            keys = self.teacher.head(tokens[:, 0]).unflatten(0, (2, -1))  # [2, B, K]
+        with part("student"):
+            seen = self.student.backbone.tokens(damaged)
+            codes = self.student.head(seen[:, 0]).unflatten(0, (2, -1))
+        with part("decoder"):
+            painted = self.student.reconstruct(seen, damaged)
+        with part("loss"):
+            contrastive, right = contrastive_loss(codes, keys, s.temperature)
+            reconstruction = pixel_loss(painted, clean, mask if s.rec_region == "damaged" else None)
+        metrics = {
+            "contrastive": contrastive.detach(),
+            "reconstruction": reconstruction.detach(),
+            "contrastive_top1": right,
+            "feature_std": feature_spread(tokens[: len(batch), 0]),
+        }
+        if not self.training:
+            chance = 4 * s.temperature * math.log(len(batch) * distributed.world())
+            metrics["contrastive_chance"] = torch.full_like(contrastive.detach(), chance)
+        return Step(contrastive + s.rec_weight * reconstruction, metrics)
+
+    def damage(self, batch: Batch, seed: int) -> Damaged:
+        """Both views, blanked or mixed with another image; a function of (seed, epoch, id, view) and the other image.
+
+        Returns:
+            Views [2B, 3, S, S] (first views first), and where they are damaged, bool [2B, S, S].
+        """
+        s, both = self.settings, []
+        for view, name in enumerate(NAMES):
+            images = batch.views[name][:, 0]
+            side = images.shape[-1]
+            draw = {"height": side, "width": side, "seed": seed, "epoch": batch.epoch}
+            draw |= {"view": view, "max_side": s.max_side, "align": s.align, "uniform_rate": s.uniform_rate}
+            blank, mixed = (
+                draw_blocks(batch.id, fraction=share, kind=kind, max_blocks=self.most_blocks(share, side), **draw)
+                for share, kind in ((s.drop, ZERO), (s.replace, ALIEN))
+            )  # [B, R, 4] each
+            most = max(blank.shape[1], mixed.shape[1])
+            blank, mixed = (F.pad(boxes, (0, 0, 0, most - boxes.shape[1])) for boxes in (blank, mixed))
+            path, fill, other, _ = philox((batch.id, batch.epoch, view, 0), (seed, zlib.crc32(b"sit/damage")))
+            alien = path < int(s.alien * 2**32)  # [B]
+            noisy = fill < {"zero": 0, "zero-noise": 2**31, "noise": 2**32}[s.fill]
+            kind = torch.where(alien, ALIEN, torch.where(noisy, NOISE, ZERO)).int()
+            boxes = torch.where(alien[:, None, None], mixed, blank)
+            both.append(
+                corrupt(
+                    images,
+                    boxes,
+                    kind[:, None].expand(-1, most).contiguous(),
+                    alien_source(other, s.alien_group),
+                    ids=batch.id,
+                    seed=seed,
+                    epoch=batch.epoch,
+                    view=view,
+                )
+            )
+        return Damaged(*(torch.cat(pair) for pair in zip(*both, strict=True)))
+
+    def most_blocks(self, share: float, side: int) -> int:
+        """A number of blocks that suffices to cover `share` of a view but once in thousands of views: 1.75 times the
+        usual number, which is ln(1 / (1 - share)) over the share that a block of middling size covers."""
+        middling = (self.settings.align + int(self.settings.max_side * side) - 1) / 2
+        return 8 + math.ceil(1.75 * -math.log(1 - share) * ((side + middling) / middling) ** 2)
+
+    def after_step(self, values: Values) -> None:
+        """Moves the teacher towards the student."""
+        ema_update(self.teacher, self.student, self.momentum(values))
+
+    def momentum(self, values: Values) -> float:
+        """Decay of the teacher's weights at this step."""
+        return cosine(values.step, values.total_steps, self.settings.momentum_teacher, 1.0)
+
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+        """One row per image and, for each view, the columns of `picture_rows`."""
+        damaged = self.damage(batch, values.seed)
+        painted = self.student.reconstruct(self.student.backbone.tokens(damaged.views), damaged.views)
+        clean = torch.cat([batch.views[name][:, 0] for name in NAMES])
+        return {"reconstruction": picture_rows(clean, damaged, painted)}
+
+    @staticmethod
+    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+        """The authors' file as our state dict.
+
+        Args:
+            checkpoint: a full training file (`student`, `teacher`), or a file with the bare backbone.
+
+        Returns:
+            All keys of ours for a full file; only `teacher.backbone.` for a bare backbone.
+        """
+        if "teacher" not in checkpoint:
+            return {f"{SiT.backbone_prefix}{key}": value for key, value in checkpoint.items()}
+        ours = {}
+        for name in ("student", "teacher"):
+            for key, value in checkpoint[name].items():
+                key = key.removeprefix("module.").replace("head.mlp.", "head.").replace("head_recons.", "decoder.")
+                ours[f"{name}.{key}"] = value
+        return ours
+
+    @staticmethod
+    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
+        """Our state dict as the authors' `student` and `teacher`."""
+        official: dict[str, Any] = {"student": {}, "teacher": {}}
+        for key, value in state.items():
+            name, _, key = key.partition(".")
+            if key.startswith("head."):
+                key = key.replace("head.", "head.mlp.", 1)
+            official[name][f"module.{key.replace('decoder.', 'head_recons.', 1)}"] = value
+        return official
+
+
+class Network(nn.Module):
+    """A backbone with SiT's contrastive head and its decoder."""
+
+    def __init__(self, config: Config, drop_path: float | None = None) -> None:
+        super().__init__()
+        s: Settings = config.settings
+        self.backbone = build_backbone(config.model, drop_path)
+        self.head = contrastive_head(self.backbone.width, s.head_hidden, s.out_dim)
+        self.decoder = PixelDecoder(self.backbone.width, self.backbone.patch_size, layers=3)
+
+    def reconstruct(self, tokens: Tensor, images: Tensor) -> Tensor:
+        """Output tokens [B, 1+patches, D] of `images` -> painted images [B, 3, S, S]."""
+        return self.decoder(tokens[:, 1:], patch_grid(images, self.backbone.patch_size))
+
+
+def contrastive_head(width: int, hidden: int, out: int) -> nn.Sequential:
+    """[B, D] -> [B, K]: three linear layers with batch norm, the last norm without parameters (the authors' mixture of
+    ReLU and GELU, and biases before norms, are kept for their weights)."""
+    head = nn.Sequential(
+        nn.Linear(width, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden),
+        nn.BatchNorm1d(hidden),
+        nn.GELU(),
+        nn.Linear(hidden, out),
+        nn.BatchNorm1d(out, affine=False),
+    )
+    for module in head:
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.zeros_(module.bias)
+    return head
+
+
+def contrastive_loss(codes: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """A student's view against the teacher's other view, among the images of all processes.
+
+        loss = 0
+        for a, b in ((0, 1), (1, 0)):
+            for i in range(B):
+                p = softmax([cos(codes[a, i], keys[b, n]) / temperature for n in range(N)])
+                loss -= 2 * temperature * log(p[i]) / B
+
+    The factor 2 x temperature holds the gradient's size as in MoCo v3. Logits are float32 also under autocast. No
+    gradient flows to the keys.
+
+    Args:
+        codes, keys: [2, B, K] by view.
+        temperature: of the softmax.
+
+    Returns:
+        The loss, 4 x temperature x ln N where all codes are equal, and the share of codes whose nearest key is the
+        right one, detached.
+    """
+    with torch.autocast(codes.device.type, enabled=False):
+        images = codes.shape[1]
+        query, own = (F.normalize(wide(x), dim=-1) for x in (codes, keys.detach()))
+        every = distributed.gather(own.transpose(0, 1).contiguous()).transpose(0, 1)  # [2, N, K]
+        logits = query @ every.flip(0).transpose(1, 2) / temperature  # [2, B, N]
+        target = torch.arange(images, device=codes.device) + images * distributed.rank()
+        loss = F.cross_entropy(logits.flatten(0, 1), target.repeat(2))  # mean over 2B
+        right = (logits.detach().argmax(-1) == target).float().mean()
+        return 4 * temperature * loss, right
+
+
+def pixel_loss(painted: Tensor, clean: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of |painted - clean|, over the damaged pixels or over all.
+
+    The mean is over the damaged pixels of all processes together: their losses average to it. (The authors' is over
+    each process's own pixels, so that a pixel's weight depends on the process it fell to.)
+
+    Args:
+        painted, clean: [B, 3, S, S].
+        mask: bool [B, S, S], the pixels that count; None: all.
+    """
+    error = (wide(painted) - wide(clean)).abs().mean(dim=1)  # [B, S, S]
+    if mask is None:
+        return error.mean()
+    count = distributed.all_reduce_mean(mask.sum().to(error.dtype))  # per process
+    return (error * mask).sum() / count.clamp_min(1)
+
+
+class Damaged(NamedTuple):
+    """Damaged views [.., 3, S, S], and where they are damaged, bool [.., S, S]."""
+
+    views: Tensor
+    mask: Tensor
+
+
+def alien_source(words: Tensor, group: int) -> Tensor:
+    """The image that another one's alien blocks show, int64 [B], as an index into the batch.
+
+    Args:
+        words: int64 [B], one random 32-bit number per image.
+        group: another image of so many consecutive ones; 0: any image of the batch, itself included.
+    """
+    count = len(words)
+    here = torch.arange(count, device=words.device)
+    if group == 0:
+        return words * count >> 32
+    begin = here // group * group
+    size = (count - begin).clamp_max(group)
+    return begin + (here - begin + 1 + (words * (size - 1) >> 32)) % size
+
+
+def picture_rows(clean: Tensor, damaged: Damaged, painted: Tensor) -> Tensor:
+    """For both views: clean, damaged, painted, and painted where it was damaged (clean elsewhere).
+
+    Args:
+        clean, damaged, painted: [2B, 3, S, S], first views first.
+
+    Returns:
+        Pictures [B, 8, 3, S, S].
+    """
+    restored = torch.where(damaged.mask[:, None], painted.to(clean.dtype), clean)
+    kinds = [to_picture(kind) for kind in (clean, damaged.views, painted, restored)]
+    return torch.stack([view for pair in zip(*(kind.chunk(2) for kind in kinds), strict=True) for view in pair], dim=1)
+
+
+def check_views(method: str, config: Config) -> int:
+    """The side of the two views of a SiT, once it is sure that its networks can take them.
+
+    Raises:
+        ConfigError: several crops per view, different sides, a side that the patch does not divide, or no ViT.
+    """
+    for name in NAMES:
+        view: View = getattr(config.views, name)
+        check(view.count == 1, f"views.{name}.count", view.count, f"1 with method {method}")
+        check_image_size(config.model, f"views.{name}.size", view.size)
+    side = config.views.view1.size
+    check(config.views.view2.size == side, "views.view2.size", config.views.view2.size, f"that of view1, {side}")
+    if config.model.name in RESNETS:
+        raise ConfigError(f"model.name is '{config.model.name}'; method {method} needs a ViT")
+    return side
+
+
+def check_group(key: str, group: int) -> None:
+    """Raises ConfigError unless `group` is 0 or at least 2."""
+    check(group == 0 or group >= 2, key, group, "0 (the whole batch) or 2 or more")
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
