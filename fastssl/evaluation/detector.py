@@ -57,7 +57,7 @@ def build_detector(
         categories: K, without the background.
         channels: C, of the pyramid and of the heads' convolutions.
         rois: boxes per image from which the heads learn, a quarter of them on objects.
-        short_side, long_side: of images in eval mode, in pixels (`coco.scaled`).
+        short_side, long_side: of images in eval mode, in pixels (`coco_views.scaled`).
         drop_path, checkpointing: of a ViT, as in `Pyramid`.
         dtype: of autocast in backbone and heads; boxes, proposals and losses stay float32.
 

@@ -143,7 +143,7 @@ class FinetuneOptions(EvaluateOptions):
                f"from 0 to epochs ({self.epochs})")  # fmt: skip
         check(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "a range inside (0, 1]")
         check(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
-        check(not (self.mixes and self.batch_size % 2), "batch_size", self.batch_size,
+        check(self.eval or not (self.mixes and self.batch_size % 2), "batch_size", self.batch_size,
                "even: mixup and cutmix work on pairs (--mixup 0 --cutmix 0 turns them off)")  # fmt: skip
 
     @property

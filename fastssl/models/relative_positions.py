@@ -39,10 +39,10 @@ def add_relative_positions(vit: ViT, rows: int, columns: int) -> Tensor:
     Returns:
         `relative_index(rows, columns)`, for `attention_bias`.
     """
-    index = relative_index(rows, columns)
+    entries = (2 * rows - 1) * (2 * columns - 1) + 3
     for block in vit.blocks:
-        block.attn.register_parameter(KEY, nn.Parameter(torch.zeros(int(index.max()) + 1, block.attn.num_heads)))
-    return index
+        block.attn.register_parameter(KEY, nn.Parameter(torch.zeros(entries, block.attn.num_heads)))
+    return relative_index(rows, columns)
 
 
 def attention_bias(block: nn.Module, index: Tensor) -> Tensor:

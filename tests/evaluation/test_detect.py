@@ -347,6 +347,23 @@ def test_boxes_masks_and_pixels_stay_together_through_resizes_and_crops(tmp_path
     assert 5 < flipped < 45
 
 
+def test_an_object_of_which_a_crop_leaves_no_pixel_is_dropped(tmp_path):
+    path = write_set(tmp_path, [[(3, (0, 0, 72, 64))]])
+    content = json.loads(path.read_text())
+    content["annotations"][0]["segmentation"] = rectangle(0, 0, 10, 10)  # a small part of its box
+    path.write_text(json.dumps(content))
+    data = opened(path)
+    [image] = data.images
+    left = []
+    for epoch in range(30):
+        cuts = Cuts((64,), 200, (64,), (20, 30))
+        _, target = cut(data.picture(image), data.target(image), cuts, seed=0, epoch=epoch, number=1)
+        assert target["masks"].flatten(1).sum(1).all()
+        left.append(len(target["boxes"]))
+    assert 0 in left
+    assert 1 in left
+
+
 def test_views_are_a_function_of_seed_epoch_and_image(tmp_path):
     data = opened(write_set(tmp_path))
     cuts = Cuts((48, 80), 110, (56, 72), (30, 50))
@@ -356,6 +373,9 @@ def test_views_are_a_function_of_seed_epoch_and_image(tmp_path):
     others = [checked_view(data, data.images[2], cuts, *key)[0] for key in ((1, 0), (2, 0), (0, 1), (0, 2))]
     assert any(o.shape != first[0].shape or not torch.equal(o, first[0]) for o in others[:2])
     assert any(o.shape != first[0].shape or not torch.equal(o, first[0]) for o in others[2:])
+    same = data.picture(data.images[2]), data.target(data.images[2]), cuts
+    images = [cut(*same, seed=0, epoch=0, number=number)[0] for number in range(4)]
+    assert any(o.shape != images[0].shape or not torch.equal(o, images[0]) for o in images[1:])
 
 
 def test_published_sizes():
@@ -465,6 +485,20 @@ def test_bf16_reaches_backbone_and_heads_but_not_the_boxes(tmp_path):
     with torch.no_grad():
         out = detector([torch.rand(3, 100, 130)])[0]
     assert out["boxes"].dtype == out["masks"].dtype == torch.float32
+
+
+def test_training_images_are_not_resized_and_padded_with_the_mean():
+    detector = small_detector()
+    seen = []
+    detector.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    views = [torch.rand(3, 40, 50), torch.rand(3, 80, 33)]
+    target = {"boxes": torch.tensor([[4.0, 4, 30, 30]]), "labels": torch.tensor([1])}
+    targets = [{**target, "masks": torch.ones(1, *view.shape[1:], dtype=torch.uint8)} for view in views]
+    detector.train()(views, targets)
+    assert seen[0].shape == (2, 3, 96, 64)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    assert torch.allclose(seen[0][0, :, :40, :50], (views[0] - mean) / std, atol=1e-5)
+    assert seen[0][0, :, 40:].abs().max() == 0
 
 
 def test_detections_are_in_pixels_of_the_image_that_went_in():

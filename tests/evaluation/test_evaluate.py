@@ -111,6 +111,16 @@ def test_linear_with_drawn_crops(given):
     assert evaluate_linear(LinearOptions(**options, seed=1)).result != evaluation.result
 
 
+@pytest.mark.parametrize("augment", [False, True])
+def test_linear_as_mae(given, augment):
+    evaluation = evaluate_linear(
+        LinearOptions(**given, protocol="mae", epochs=9, step_size=16, lrs=(10.0, 100.0), augment=augment)
+    )
+    assert evaluation.measured.width == 24  # the class token of the last block
+    assert evaluation.top1 > 60
+    assert LinearOptions(**given, protocol="mae").lrs == (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
 def test_linear_layers_of_wide_vits_and_resnets(given, tmp_path):
     wide = Model(name="vit_base", image_size=16, patch_size=8, depth=1)
     path = save_checkpoint(tmp_path / "wide.pt", wide)

@@ -8,6 +8,8 @@ from fastssl.config import ConfigError
 from fastssl.evaluation import probe
 from fastssl.evaluation.features import EvaluationError, Features
 from fastssl.evaluation.probe import linear_probe
+from fastssl.optim import LARS, set_hyperparameters
+from fastssl.schedule import warmup_cosine
 
 
 def clusters(images, seed, classes=5, width=12, noise=1.0):
@@ -161,3 +163,81 @@ def test_unusable_numbers(change, message):
 def test_different_widths():
     with pytest.raises(EvaluationError, match="training features have 12 numbers, validation features 8"):
         linear_probe(clusters(20, 0), clusters(10, 1, width=8))
+
+
+def plain_mae_probe(train, val, lr, epochs, batch_size, seed):
+    """The same by PyTorch's batch norm and linear layer, and the optimizer of pretraining."""
+    width, classes = train.values.shape[1], int(train.labels.max()) + 1
+    network = nn.Sequential(nn.BatchNorm1d(width, eps=1e-6, affine=False), nn.Linear(width, classes))
+    with torch.no_grad():
+        start = torch.randn(width, 1, classes, generator=torch.Generator().manual_seed(seed)) * 0.01
+        network[1].weight.copy_(start[:, 0].T)
+        network[1].bias.zero_()
+    groups = [{"params": [network[1].weight], "decay": True}, {"params": [network[1].bias], "decay": False}]
+    optimizer = LARS(groups, lr)
+    steps = math.ceil(len(train) / batch_size)
+    for epoch in range(epochs):
+        order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + epoch))
+        for step, rows in enumerate(order.tensor_split(steps)):
+            rate = warmup_cosine(epoch * steps + step, epochs * steps, epochs * steps / 9, lr * batch_size / 256, 0.0)
+            set_hyperparameters(optimizer, rate, 0.0)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(train.values[rows]), train.labels[rows]).backward()
+            optimizer.step()
+    with torch.no_grad():
+        logits = network.eval()(val.values)
+    top5 = (logits.topk(5).indices == val.labels[:, None]).any(1)
+    return 100 * (logits.argmax(1) == val.labels).double().mean().item(), 100 * top5.double().mean().item()
+
+
+@pytest.mark.parametrize("lr", [2.0, 50.0])
+def test_mae_agrees_with_pytorchs_batch_norm_and_our_lars(lr):
+    train, val = clusters(230, 0, classes=9, noise=2.0), clusters(400, 1, classes=9, noise=2.0)
+    result = linear_probe(train, val, lrs=(lr,), epochs=9, batch_size=50, seed=3, protocol="mae")
+    assert (result.top1, result.top5) == pytest.approx(plain_mae_probe(train, val, lr, 9, 50, 3))
+    assert result.top1 > 25  # chance: 11
+    assert result.top1 != linear_probe(train, val, lrs=(lr,), epochs=9, batch_size=50, seed=3).top1
+
+
+def test_mae_does_not_feel_the_scale_of_the_features():
+    train, val = clusters(200, 0), clusters(300, 1)
+    scaled = [Features(1000.0 * data.values + 50.0, data.labels, data.ids) for data in (train, val)]
+    how = {"lrs": (1.0, 10.0), "epochs": 9, "batch_size": 50, "protocol": "mae"}
+    result = linear_probe(train, val, **how)
+    assert linear_probe(*scaled, **how).top1 == pytest.approx(result.top1, abs=1.0)
+    assert set(result.held_out) == {1.0, 10.0}
+
+
+def test_mae_layers_side_by_side_do_not_feel_each_other():
+    train, val = clusters(200, 0), clusters(300, 1)
+    how = {"epochs": 5, "batch_size": 64, "protocol": "mae"}
+    alone = linear_probe(train, val, lrs=(5.0,), **how)
+    both = linear_probe(train, val, lrs=(5.0, 1e30), **how)
+    assert both.lr == 5.0
+    assert (both.top1, both.top5) == pytest.approx((alone.top1, alone.top5))
+
+
+def test_mae_rate():
+    """16384 images, 90 epochs, learning rate 0.1 for 256."""
+    peak = 0.1 * 16384 / 256
+    rates = {0: 0.0, 5: 3.2, 10: 6.4, 50: 3.2, 90: 0.0}
+    assert [peak * probe._mae_rate(epoch, 90) for epoch in rates] == pytest.approx(list(rates.values()), abs=1e-9)
+
+
+def test_lars_step_is_a_share_of_the_weight_whatever_the_gradient():
+    weight = torch.randn(7, 3, 4, generator=torch.Generator().manual_seed(0))  # three layers
+    weight[:, 1] *= 10.0
+    gradient = torch.randn(7, 3, 4, generator=torch.Generator().manual_seed(1))
+    sizes = weight.transpose(0, 1).flatten(1).norm(dim=1)
+    for scale in (1e-3, 1.0, 1e3):
+        step = probe._adapted(weight, scale * gradient).transpose(0, 1).flatten(1).norm(dim=1)
+        torch.testing.assert_close(step, 0.001 * sizes)
+    assert torch.equal(probe._adapted(weight[0], gradient[0]), gradient[0])
+    assert torch.equal(probe._adapted(weight * 0.0, gradient), gradient)
+
+
+def test_mae_needs_a_batch_and_no_hidden_layer():
+    with pytest.raises(ConfigError, match="hidden is 8; the protocol mae has no hidden layer"):
+        linear_probe(clusters(20, 0), clusters(10, 1), hidden=8, protocol="mae")
+    with pytest.raises(ConfigError, match="batch_size is 1; the batch norm of the protocol mae needs 2 or more"):
+        linear_probe(clusters(20, 0), clusters(10, 1), batch_size=1, protocol="mae")

@@ -201,7 +201,7 @@ def test_rate_of_the_top_left_patch(uniform, rate):
     """The authors' draw hardly ever reaches it."""
     method, batch = big(alien=0.0, uniform_rate=uniform)
     measured = method.damage(batch, 0).mask[:, :16, :16].double().mean().item()
-    assert measured == pytest.approx(rate, abs=0.06 if rate < 0.1 else 0.2)
+    assert measured == pytest.approx(rate, abs=0.08 if rate < 0.1 else 0.2)
 
 
 def test_damage_depends_on_seed_epoch_id_and_view_alone():
