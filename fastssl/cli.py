@@ -88,7 +88,7 @@ def pretrain(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Measure a checkpoint: fastssl evaluate knn|linear|attentive|finetune|ssl --checkpoint C --data TRAIN --val VAL."""
+    """Measure a checkpoint: fastssl evaluate PROTOCOL --checkpoint C --data TRAIN --val VAL."""
     protocols = {  # name -> module, its options, its function
         "knn": ("fastssl.evaluation", "KNNOptions", "evaluate_knn"),
         "linear": ("fastssl.evaluation", "LinearOptions", "evaluate_linear"),

@@ -31,7 +31,7 @@ class Pyramid(nn.Module):
         level 0: ConvT 2x2 stride 2, batch norm, GELU, ConvT 2x2 stride 2 of the first tap   [B, C, 4R, 4K]
         level 1: ConvT 2x2 stride 2 of the second                                            [B, C, 2R, 2K]
         level 2: the third as it is                                                          [B, C, R, K]
-        level 3: max-pool 2x2 stride 2 of the fourth                                         [B, C, ceil(R/2), ceil(K/2)]
+        level 3: max-pool 2x2 stride 2 of the fourth                                   [B, C, ceil(R/2), ceil(K/2)]
 
     No final norm is applied; the norm and the blocks after the last tap are removed.
 

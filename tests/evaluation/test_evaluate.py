@@ -114,7 +114,7 @@ def test_linear_with_drawn_crops(given):
 @pytest.mark.parametrize("augment", [False, True])
 def test_linear_as_mae(given, augment):
     evaluation = evaluate_linear(
-        LinearOptions(**given, protocol="mae", epochs=9, step_size=16, lrs=(10.0, 100.0), augment=augment)
+        LinearOptions(**given, protocol="mae", epochs=30, step_size=16, lrs=(100.0, 300.0), augment=augment)
     )
     assert evaluation.measured.width == 24  # the class token of the last block
     assert evaluation.top1 > 60
