@@ -174,7 +174,7 @@ def import_(arguments: list[str]) -> None:
 
 
 def export(arguments: list[str]) -> None:
-    """Write a backbone for other libraries: fastssl export CHECKPOINT OUT --to timm|torchvision|hf."""
+    """Write a backbone for other libraries: fastssl export CHECKPOINT OUT --to timm|torchvision|hf|official."""
     from fastssl.libraries import ExportOptions
     from fastssl.libraries import export as run
 

@@ -1,4 +1,4 @@
-"""Backbones to and from the libraries that people use next: timm, torchvision, Hugging Face.
+"""Backbones to and from the libraries that people use next: timm, torchvision, Hugging Face; and the authors' layout.
 
 Our ViT carries timm's names and our ResNet torchvision's, so nothing is renamed; what these libraries cannot express is
 refused. A name like `timm:vit_base_patch16_224.mae` or `torchvision:resnet50` stands for a checkpoint in every command.
@@ -14,8 +14,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastssl import checkpoint
 from fastssl.checkpoint import Backbone, CheckpointError, load_backbone, replace_file
 from fastssl.config import ConfigError, Model
+from fastssl.methods import METHODS
 from fastssl.models import VITS, build_backbone
 from fastssl.models.vit import ViT
 
@@ -120,16 +122,21 @@ class ExportOptions:
     """Checkpoint of a run or an import, e.g. runs/dino/last.pt."""
     out: str = ""
     """File to write (.pth or .safetensors), or the folder for hf."""
-    to: Literal["timm", "torchvision", "hf"] = "timm"
+    to: Literal["timm", "torchvision", "hf", "official"] = "timm"
     """timm: a state dict for timm.create_model. torchvision: one for torchvision.models.resnet*. hf: a folder as on
-    Hugging Face's hub (model.safetensors, config.json), which timm opens as local-dir:FOLDER, or from the hub."""
+    Hugging Face's hub (model.safetensors, config.json), which timm opens as local-dir:FOLDER, or from the hub.
+    official: all networks of the method as its authors' code saves them (.pth)."""
 
     def __post_init__(self) -> None:
         for key in ("checkpoint", "out"):
             if not getattr(self, key):
-                raise ConfigError(f"{key} is empty; fastssl export CHECKPOINT OUT --to timm|torchvision|hf")
+                raise ConfigError(f"{key} is empty; fastssl export CHECKPOINT OUT --to timm|torchvision|hf|official")
         if self.to != "hf" and Path(self.out).suffix not in (".pth", ".safetensors"):
             raise ConfigError(f"out is '{self.out}'; it must end in .pth or .safetensors")
+        if self.to == "official" and Path(self.out).suffix != ".pth":
+            raise ConfigError(
+                f"out is '{self.out}'; it must end in .pth, for the authors' files hold more than tensors"
+            )
 
 
 @dataclass(frozen=True)
@@ -156,11 +163,14 @@ class Exported:
 
 
 def export(options: ExportOptions) -> Exported:
-    """Write a backbone for timm, torchvision or Hugging Face.
+    """Write a backbone for timm, torchvision or Hugging Face, or a whole method for its authors' code.
 
     Raises:
-        CheckpointError: the library has no such architecture, or the disk refused.
+        CheckpointError: the library has no such architecture, the file has not all networks of the method, or the disk
+            refused.
     """
+    if options.to == "official":
+        return _export_official(options)
     backbone = open_backbone(options.checkpoint)
     state = {key: value.contiguous() for key, value in backbone.module.state_dict().items()}
     vit = isinstance(backbone.module, ViT)
@@ -193,6 +203,20 @@ def export(options: ExportOptions) -> Exported:
             "model.fc = torch.nn.Identity()\nmodel.load_state_dict(weights)"
         )
     return Exported(str(path), name, len(state), code)
+
+
+def _export_official(options: ExportOptions) -> Exported:
+    content = checkpoint.load(options.checkpoint)
+    state, prefix = content.get("method", {}), content.get("backbone_prefix", "")
+    whole = "imported" in content and any(not key.startswith(prefix) for key in state)
+    if not whole and "method" not in content.get("fit", {}):
+        raise CheckpointError(f"{options.checkpoint} is not of a pretraining run; official needs all its networks")
+    theirs = METHODS[content["config"]["method"]].to_official(state)
+    path = Path(options.out)
+    _write(path, theirs)
+    tensors = sum(len(part) if isinstance(part, dict) else 1 for part in theirs.values())
+    code = f"import torch\ncheckpoint = torch.load({str(path)!r}, weights_only=True)"
+    return Exported(str(path), f"{content['config']['method']} as its authors save it", tensors, code)
 
 
 def timm_architecture(model: Model, module: ViT) -> tuple[str, dict[str, Any]]:

@@ -1,8 +1,6 @@
 """Tests use one thread per process: tiny tensors gain nothing from more, and busy machines lose much."""
 
-import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 
@@ -13,12 +11,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; must be set before triton is imported
 
-spec = importlib.util.spec_from_file_location("gloo", Path(__file__).with_name("gloo.py"))
-gloo = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gloo)
-
 
 @pytest.fixture(scope="session")
 def on_processes():
     """on_processes(2, function, *arguments): results of `function(rank, *arguments)` on two gloo processes."""
+    import gloo
+
     return gloo.on_processes

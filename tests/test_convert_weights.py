@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import recipe
 
 from fastssl import checkpoint
 from fastssl.checkpoint import load_backbone
@@ -70,6 +71,43 @@ def test_a_training_file_comes_in_whole_and_gives_the_same_features(arguments, o
     images = torch.randn(2, 3, 32, 32)
     module = load_backbone(tmp_path / "new/ours.pt").module
     torch.testing.assert_close(module(images), method.eval().backbone(images))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_writes_what_it_can_read(name, tmp_path, capsys):
+    arguments = [f"--{key}={value}" for key, value in {"method": name, **recipe(name)}.items()]
+    method = made(arguments)
+    with torch.no_grad():
+        for i, value in enumerate(method.parameters()):
+            value.add_(torch.randn(value.shape, generator=torch.Generator().manual_seed(i)) * 0.02)  # none is 0
+    config = parse_recipe("test", "", arguments)[0].as_dict()
+    content = {"config": config, "step": 3, "fit": {"method": name}, "method": method.state_dict()}
+    checkpoint.save(tmp_path / "run.pt", content)
+    assert main(["export", str(tmp_path / "run.pt"), str(tmp_path / "official.pth"), "--to", "official"]) == 0
+    assert f"{name} as its authors save it" in capsys.readouterr().out
+    official = torch.load(tmp_path / "official.pth", weights_only=True)
+    torch.save({**official, "epoch": 3, "args": argparse.Namespace(lr=0.1)}, tmp_path / "official.pth")
+    assert main(["import", str(tmp_path / "official.pth"), str(tmp_path / "ours.pt"), *arguments]) == 0
+    assert f"{len(method.state_dict())} tensors" in capsys.readouterr().out
+    state = checkpoint.load(tmp_path / "ours.pt")["method"]
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        module = load_backbone(tmp_path / "ours.pt").module
+        torch.testing.assert_close(module(images), method.eval().backbone(images))
+    changed = {key for key, value in method.state_dict().items() if not torch.equal(state[key], value)}
+    if name == "cae":  # its authors' keys have no bias, which softmax does not feel
+        changed = {key for key in changed if not key.endswith("attn.qkv.bias")}
+    assert not changed
+
+
+def test_a_backbone_alone_is_not_exported_as_official(tmp_path, capsys):
+    method = made(DINO)
+    torch.save(method.backbone.state_dict(), tmp_path / "backbone.pth")
+    assert main(["import", str(tmp_path / "backbone.pth"), str(tmp_path / "ours.pt"), *DINO]) == 0
+    assert main(["export", str(tmp_path / "ours.pt"), str(tmp_path / "o.pth"), "--to", "official"]) == 1
+    assert "ours.pt is not of a pretraining run; official needs all its networks" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "ours.pt"), str(tmp_path / "o.safetensors"), "--to", "official"]) == 2
+    assert not (tmp_path / "o.pth").exists()
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])

@@ -56,7 +56,7 @@ ALLOWED = {
     },
     "fastssl.tokenizer": {"config", "checkpoint", "models", "loaders"},
     "fastssl.convert_weights": {"config", "checkpoint", "methods"},
-    "fastssl.libraries": {"config", "checkpoint", "models"},
+    "fastssl.libraries": {"config", "checkpoint", "methods", "models"},
     "fastssl.log": {"distributed"},
     "fastssl.health": {"config"},
     "fastssl.preflight": {"augment", "batch", "config", "step"},

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import recipe
 from torchvision.transforms import v2
 
 from fastssl import checkpoint
@@ -23,15 +24,8 @@ from fastssl.parse import parse_pretrain
 from fastssl.step import Values
 
 IMAGES = 21
-TINY = {"model.name": "vit_tiny", "model.image_size": 32, "model.patch_size": 8, "model.width": 24}
-TINY |= {"model.depth": 2, "model.heads": 2, "schedule.epochs": 4, "schedule.warmup_epochs": 0}
-METHOD = {
-    "dino": {"views.global1.size": 32, "views.global2.size": 32, "views.local.size": 16, "dino.out_dim": 64}
-    | {"dino.head_hidden": 32, "dino.head_bottleneck": 16},
-    "mae": {"views.main.size": 32, "mae.decoder_width": 32, "mae.decoder_depth": 1, "mae.decoder_heads": 2},
-    "sit": {"views.view1.size": 32, "views.view2.size": 32, "sit.out_dim": 16, "sit.head_hidden": 32},
-    "sit_v1": {"views.view1.size": 32, "views.view2.size": 32, "sit_v1.out_dim": 16},
-}
+SCHEDULE = {"schedule.epochs": 4, "schedule.warmup_epochs": 0}
+NAMES = ("dino", "mae", "sit", "sit_v1")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +42,7 @@ def images(tmp_path_factory):
 
 def save_run(path, images, name, **keys):
     """A checkpoint as a run leaves it, at step 3 of 8."""
-    values = {"method": name, "data.path": images, **TINY, **METHOD[name], **keys}
+    values = {"method": name, "data.path": images, **recipe(name), **SCHEDULE, **keys}
     config, _ = parse_pretrain([f"--{key}={value}" for key, value in values.items()])
     torch.manual_seed(0)
     method = METHODS[name](config)
@@ -58,7 +52,7 @@ def save_run(path, images, name, **keys):
     return {"checkpoint": str(path), "data": str(images), "workers": 1, "precision": "fp32"}, config, method.eval()
 
 
-@pytest.mark.parametrize("name", METHOD)
+@pytest.mark.parametrize("name", NAMES)
 def test_means_over_images_against_plain_batches(images, tmp_path, name):
     given, config, method = save_run(tmp_path / "last.pt", images, name)
     evaluation = evaluate_ssl(SSLOptions(**given, batch_size=8, seed=4))

@@ -541,7 +541,7 @@ def test_bfloat16_is_close(codebook):
     out.loss.backward()
     for (key, parameter), grad in zip(learning.items(), expected, strict=True):
         assert parameter.grad is not None, key
-        if "qkv.bias" not in key:  # the keys' part is rounding alone
+        if not key.endswith(("qkv.bias", "norm_k.bias")):  # softmax does not feel the keys' part: rounding alone
             assert (parameter.grad - grad).norm() < 0.15 * grad.norm(), key
 
 
