@@ -42,6 +42,25 @@ def save(path: Path, content: dict[str, Any]) -> None:
         ) from None
 
 
+def check_fit(path: Path, written: dict[str, Any], now: dict[str, Any], option: str) -> None:
+    """Whether the run that wrote a checkpoint may be continued as it is asked for now.
+
+    Args:
+        path: the checkpoint.
+        written, now: what must be equal; keys that `now` lacks may differ.
+        option: the option that names the run's folder.
+
+    Raises:
+        CheckpointError: it may not; the message names the first key that differs.
+    """
+    for key, value in now.items():
+        if written.get(key) != value:
+            raise CheckpointError(
+                f"{path} was written with {key} = {written.get(key)}, this run has {value}; "
+                f"continue it with the same value, or name another folder with {option}"
+            )
+
+
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Makes or replaces a file in one piece: whatever goes wrong, the old file or none is there, and nothing else.
 

@@ -151,12 +151,7 @@ class Trainer:
             raise ConfigError(f"{self.folder} already holds a run; choose another run.dir, or leave run.resume on")
         content = checkpoint.load(self.last_checkpoint)
         expected = {"method": self.config.method, "images_per_step": self.images_per_step, "images": len(self.source)}
-        for key, value in expected.items():
-            if content["fit"][key] != value:
-                raise checkpoint.CheckpointError(
-                    f"{self.last_checkpoint} was written with {key} = {content['fit'][key]}, this run has {value}; "
-                    "continue it with the same value, or choose another run.dir"
-                )
+        checkpoint.check_fit(self.last_checkpoint, content["fit"], expected, "--run.dir")
         try:
             self.method.load_state_dict(content["method"])
             self.optimizer.load_state_dict(content["optimizer"])

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from fastssl import checkpoint, distributed
 from fastssl.augment import augment
-from fastssl.checkpoint import CheckpointError
 from fastssl.config import ConfigError, Data, Model, View, check
 from fastssl.device import choose_device, choose_dtype
 from fastssl.evaluation import EvaluateOptions
@@ -266,12 +265,7 @@ class _Probing:
         if not self.options.dir or not path.exists():
             return
         content = checkpoint.load(path, self.device)
-        for key, value in self._fit().items():
-            if content.get("fit", {}).get(key) != value:
-                raise CheckpointError(
-                    f"{path} was written with {key} = {content.get('fit', {}).get(key)}, this probing has {value}; "
-                    "continue it with the same value, or name another folder with --dir"
-                )
+        checkpoint.check_fit(path, content.get("fit", {}), self._fit(), "--dir")
         self.probes.load_state_dict(content["probes"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.epoch = content["epoch"]

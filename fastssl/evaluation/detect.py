@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl import checkpoint, distributed
-from fastssl.checkpoint import Backbone, CheckpointError, replace_file
+from fastssl.checkpoint import Backbone, replace_file
 from fastssl.config import ConfigError, Model, check, check_probability
 from fastssl.device import choose_device, choose_dtype
 from fastssl.evaluation.accuracy import format_table
@@ -262,13 +262,7 @@ class Detection:
         if not path.exists():
             return
         content = checkpoint.load(path)
-        ours, theirs = self._fit(), content.get("fit", {})
-        for key, value in ours.items():
-            if theirs.get(key) != value:
-                raise CheckpointError(
-                    f"{path} was written with {key} = {theirs.get(key)}, this run has {value}; continue it with the "
-                    "same value, or choose another --dir"
-                )
+        checkpoint.check_fit(path, content.get("fit", {}), self._fit(), "--dir")
         self.detector.load_state_dict(content["method"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])

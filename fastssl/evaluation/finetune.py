@@ -328,12 +328,7 @@ class Finetuner:
         content = checkpoint.load(self.path)
         if "finetune" not in content:
             raise CheckpointError(f"{self.path} is not of a fine-tuning run; name another folder with --dir")
-        for key, value in self._fit().items():
-            if content["fit"].get(key) != value:
-                raise CheckpointError(
-                    f"{self.path} was written with {key} = {content['fit'].get(key)}, this run has {value}; "
-                    "continue it with the same value, or name another folder with --dir"
-                )
+        checkpoint.check_fit(self.path, content["fit"], self._fit(), "--dir")
         self.network.load_state_dict(content["method"])
         if self.ema is not None:
             self.ema.module.load_state_dict(content["ema"])

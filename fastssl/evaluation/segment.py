@@ -351,12 +351,7 @@ class Segmentation:
         content = checkpoint.load(self.path)
         if "segment" not in content:
             raise CheckpointError(f"{self.path} is not of a segmentation run; name another folder with --dir")
-        for key, value in self._fit().items():
-            if content["segment"].get(key) != value:
-                raise CheckpointError(
-                    f"{self.path} was written with {key} = {content['segment'].get(key)}, this run has {value}; "
-                    "continue it with the same value, or name another folder with --dir"
-                )
+        checkpoint.check_fit(self.path, content["segment"], self._fit(), "--dir")
         self.network.load_state_dict(content["method"])
         self.optimizer.load_state_dict(content["optimizer"])
         self.scaler.load_state_dict(content["scaler"])

@@ -184,7 +184,7 @@ def test_resumed_is_exact(given, tmp_path, monkeypatch):
             evaluate_attentive(options)
     resumed = evaluate_attentive(options)
     assert (resumed.scored, resumed.held_out) == (whole.scored, whole.held_out)
-    with pytest.raises(checkpoint.CheckpointError, match=r"written with lrs = \[0.1, 1.0\], this probing has \[0.2\]"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"written with lrs = \[0.1, 1.0\], this run has \[0.2\]"):
         evaluate_attentive(AttentiveOptions(**given, **{**QUICK, "lrs": (0.2,)}, dir=str(tmp_path / "probes")))
 
 
