@@ -14,6 +14,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as transforms
 
 from fastssl.evaluation.coco import CocoSet, Target
+from fastssl.evaluation.label_maps import resized
 from fastssl.loaders.ahead import Ahead
 from fastssl.loaders.philox import below, random_words, uniform
 
@@ -35,12 +36,6 @@ class Cuts:
     crop_short_sides: Sequence[int]
     crop: tuple[int, int]
     flip: float = 0.5
-
-
-def scaled(height: int, width: int, short: int, long: int) -> tuple[int, int]:
-    """(height, width) with the shorter side as long as `short`, unless the longer one would pass `long`."""
-    factor = min(short / min(height, width), long / max(height, width))
-    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def cut(image: Tensor, target: Target, cuts: Cuts, *, seed: int, epoch: int, number: int) -> tuple[Tensor, Target]:
@@ -65,7 +60,7 @@ def cut(image: Tensor, target: Target, cuts: Cuts, *, seed: int, epoch: int, num
     labels = target["labels"]
 
     def resize(short: int) -> None:
-        size = list(scaled(*parts[0].shape[-2:], short, cuts.long_side))
+        size = list(resized(*parts[0].shape[-2:], short, cuts.long_side))
         parts[:] = [transforms.resize(part, size, antialias=True) for part in parts]
 
     if uniform(first[0]) < cuts.flip:

@@ -20,7 +20,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.transforms.v2 import functional as transforms
 
 from fastssl.config import ConfigError
-from fastssl.evaluation.coco_views import scaled
+from fastssl.evaluation.label_maps import resized
 from fastssl.models.pyramid import Pyramid
 from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT
@@ -57,7 +57,7 @@ def build_detector(
         categories: K, without the background.
         channels: C, of the pyramid and of the heads' convolutions.
         rois: boxes per image from which the heads learn, a quarter of them on objects.
-        short_side, long_side: of images in eval mode, in pixels (`coco_views.scaled`).
+        short_side, long_side: of images in eval mode, in pixels (`label_maps.resized`).
         drop_path, checkpointing: of a ViT, as in `Pyramid`.
         dtype: of autocast in backbone and heads; boxes, proposals and losses stay float32.
 
@@ -140,7 +140,7 @@ class Frame(GeneralizedRCNNTransform):
     def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
         if self.training:
             return image, target
-        size = list(scaled(*image.shape[-2:], self.min_size[-1], self.max_size))
+        size = list(resized(*image.shape[-2:], self.min_size[-1], self.max_size))
         return transforms.resize(image, size, antialias=True), target
 
 

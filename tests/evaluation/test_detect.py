@@ -20,10 +20,11 @@ from fastssl.cli import main
 from fastssl.config import ConfigError, Model
 from fastssl.evaluation.coco import check_categories, read_coco
 from fastssl.evaluation.coco_precision import average_precision, detect, detections
-from fastssl.evaluation.coco_views import Cuts, cut, read_ahead, scaled
+from fastssl.evaluation.coco_views import Cuts, cut, read_ahead
 from fastssl.evaluation.detect import Detection, DetectOptions, build_optimizer, evaluate_detect, lr_factor
 from fastssl.evaluation.detector import build_detector
 from fastssl.evaluation.features import EvaluationError
+from fastssl.evaluation.label_maps import resized
 from fastssl.loaders.synthetic import CLASSES, draw_images
 from fastssl.models import build_backbone
 from fastssl.models.resnet import ResNet
@@ -379,16 +380,16 @@ def test_views_are_a_function_of_seed_epoch_and_image(tmp_path):
 
 
 def test_published_sizes():
-    assert scaled(480, 640, 800, 1333) == (800, 1067)
-    assert scaled(400, 1000, 800, 1333) == (533, 1333)
-    assert scaled(640, 427, 480, 1333) == (719, 480)
+    assert resized(480, 640, 800, 1333) == (800, 1067)
+    assert resized(400, 1000, 800, 1333) == (533, 1333)
+    assert resized(640, 427, 480, 1333) == (719, 480)
     options = DetectOptions("c", "d", "v")
     assert options.short_sides == tuple(range(480, 801, 32))
     image, boxes = torch.zeros(3, 300, 500, dtype=torch.uint8), torch.tensor([[10.0, 10, 400, 290]])
     masks = torch.ones(1, 300, 500, dtype=torch.uint8)
     target = {"boxes": boxes, "labels": torch.ones(1, dtype=torch.int64), "masks": masks}
     shapes = {tuple(cut(image, target, options.cuts, seed=0, epoch=e, number=1)[0].shape[1:]) for e in range(24)}
-    whole = {scaled(300, 500, short, 1333) for short in options.short_sides}
+    whole = {resized(300, 500, short, 1333) for short in options.short_sides}
     assert shapes & whole  # first way
     assert shapes - whole  # second way
     assert all(max(shape) <= 1333 and min(shape) <= 800 for shape in shapes)
