@@ -277,10 +277,6 @@ def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
     begin = time.perf_counter()
     train_source, val_source = open_labelled(options.data, options.val)
     backbone, how = _open(options)
-    if options.augment and distributed.world() > 1:
-        raise ConfigError(
-            "augment is true, which runs in one process; start it without torchrun, or with --augment false"
-        )
     blocks, mean_patch = _as_dino(backbone) if options.protocol == "dino" else (1, False)
     how["blocks"] = options.blocks or blocks
     how["mean_patch"] = mean_patch if options.mean_patch is None else options.mean_patch

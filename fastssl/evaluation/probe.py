@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
+from fastssl import distributed
 from fastssl.augment import augment
 from fastssl.config import ConfigError, Data, View
 from fastssl.evaluation.accuracy import Accuracy, class_ranks, top_accuracy
@@ -148,7 +149,8 @@ def linear_probe_augmented(
 ) -> ProbeResult:
     """`linear_probe` on random crops and flips, drawn and put through the backbone anew in every epoch.
 
-    An epoch is made of whole batches; the images left over, others each time, wait for the next one.
+    An epoch is made of whole batches; the images left over, others each time, wait for the next one. The processes of a
+    run share the images of a step (rounded down to a multiple of their number) and train the same layers.
 
     Args:
         backbone, size, resize, blocks, mean_patch, workers, dtype: as in `features.extract`, and as `val` was made.
@@ -161,7 +163,8 @@ def linear_probe_augmented(
     """
     check_numbers(lrs, epochs, batch_size, hidden, protocol)
     classes = check_labels(source, val, "the training data", "the validation features")
-    device, batch_size = device_of(backbone), min(batch_size, len(source))
+    device, world = device_of(backbone), distributed.world()
+    each = max(1, min(batch_size, len(source)) // world)
     held_out = held_out_images(len(source), lrs, seed)
     judge = val
     if held_out.any():
@@ -176,15 +179,16 @@ def linear_probe_augmented(
             blocks=blocks,
             mean_patch=mean_patch,
             ids=np.flatnonzero(held_out.numpy()),
+            shared=True,
         )
     loader = open_loader(
         source,
         [View(name="train", size=size, interpolation="bilinear" if protocol == "dino" else "bicubic")],
-        Data(batch_size=batch_size, prefetch=2),
+        Data(batch_size=each, prefetch=2),
         seed=seed,
-        rank=0,
-        world=1,
-        threads=decoding_threads(workers, 1),
+        rank=distributed.rank(),
+        world=world,
+        threads=decoding_threads(workers, distributed.local_world()),
         pin_memory=device.type == "cuda",
     )
 
@@ -193,10 +197,12 @@ def linear_probe_augmented(
             for batch in batches:
                 images = augment(batch.to(device)).views["train"][:, 0]
                 pieces = [represent(backbone, piece, dtype, blocks, mean_patch) for piece in images.split(forward_size)]
-                yield torch.cat(pieces), batch.label.to(device), held_out[batch.id].to(device)
+                mine = (torch.cat(pieces), batch.label.to(device), batch.id.to(device))
+                features, labels, ids = (distributed.gather(rows) for rows in mine)
+                yield features, labels, held_out[ids.cpu()].to(device)
 
     with contextlib.closing(loader), frozen(backbone):
-        training = {"epochs": epochs, "steps": loader.batches_per_epoch, "batch_size": batch_size, "seed": seed}
+        training = {"epochs": epochs, "steps": loader.batches_per_epoch, "batch_size": each * world, "seed": seed}
         return _fit(minibatches, judge, val, classes, lrs, device, progress, hidden, protocol, **training)
 
 

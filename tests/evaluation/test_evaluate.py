@@ -194,10 +194,17 @@ def test_sizes_that_do_not_fit(given):
         evaluate_linear(LinearOptions(**given, resize=8))
 
 
-@pytest.mark.parametrize("protocol", ["knn", "linear"])
-def test_two_processes_under_torchrun_print_the_numbers_of_one(given, protocol, tmp_path, capsys):
+LINEAR = ["--epochs=3", "--lrs=[0.1,0.3]", "--step_size=20"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "more"),
+    [("knn", []), ("linear", LINEAR), ("linear", [*LINEAR, "--augment=true"])],
+    ids=["knn", "linear", "linear with drawn crops"],
+)
+def test_two_processes_under_torchrun_print_the_numbers_of_one(given, protocol, more, tmp_path, capsys):
     arguments = ["evaluate", protocol, *(f"--{key}={value}" for key, value in given.items()), "--cache=none", "--json"]
-    arguments += ["--epochs=3", "--lrs=[0.1]"] if protocol == "linear" else []
+    arguments += more
     assert main(arguments) == 0
     alone = json.loads(capsys.readouterr().out)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
