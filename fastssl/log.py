@@ -4,6 +4,7 @@ TensorBoard and metrics.jsonl."""
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -122,9 +123,9 @@ class RunLog:
         self.bar.set_postfix({key: value for key, value in shown.items() if value is not None}, refresh=False)
 
     def say(self, text: str) -> None:
-        """One line above the progress bar."""
+        """One line above the progress bar, by the main process; standard output is kept for the result."""
         if self.main:
-            tqdm.write(text)
+            tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
         if self.main:

@@ -8,7 +8,6 @@ Letters: B images, N patches, D width, C classes, S side of the network's input 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -23,7 +22,6 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from fastssl import checkpoint, distributed
 from fastssl.checkpoint import CheckpointError
@@ -366,7 +364,7 @@ class Finetuner:
             self.folder.mkdir(parents=True, exist_ok=True)
         log = RunLog(self.folder, len(self.history) * self.steps_per_epoch, self.total_steps)
         try:
-            _say(
+            log.say(
                 f"{self.config['model']['name']} {'from random weights' if options.scratch else options.checkpoint}, "
                 f"{self.classes} classes, on {self.device}: {self.images_per_step} images per step, "
                 f"{self.steps_per_epoch} steps per epoch, {options.epochs} epochs, peak learning rate {self.peak:.3g}"
@@ -381,7 +379,7 @@ class Finetuner:
                     line |= _named(name, one)
                 self.history.append(line)
                 log.record({"step": (epoch + 1) * self.steps_per_epoch, **line, "images_per_s": rate})
-                _say(
+                log.say(
                     f"epoch {epoch + 1}: training loss {loss:.4f}"
                     + "".join(f", {name} {one.top1:.2f} % top-1" for name, one in scored.items())
                 )
@@ -546,12 +544,6 @@ def _judge(options: FinetuneOptions, device: torch.device) -> FinetuneEvaluation
         train_images=0,
         seconds=round(time.perf_counter() - begin, 1),
     )
-
-
-def _say(text: str) -> None:
-    """One line above the progress bar, by one process; standard output is kept for the result."""
-    if distributed.is_main():
-        tqdm.write(text, file=sys.stderr)
 
 
 def _named(name: str, scored: Scored) -> dict[str, float]:

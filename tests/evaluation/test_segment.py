@@ -66,7 +66,7 @@ def test_command_line(given, tmp_path, capsys):
         arguments += [f"--{key}", given[key]]
     arguments += ["--dir", str(tmp_path / "run"), "--names", str(names), "--pictures", "2"]
     assert main([*arguments, "--json"]) == 0
-    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    values = json.loads(capsys.readouterr().out)
     assert values["steps"] == 4
     assert values["train_images"] == 9
     assert values["val_images"] == 5
