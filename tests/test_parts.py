@@ -246,6 +246,24 @@ def test_learning_paints_better_and_leaves_the_backbone_alone(folder):
         assert torch.equal(value, given[f"b.{key}"])
 
 
+def test_what_tokens_say_of_their_place_is_taken_out(folder):
+    learn(options(folder, out=str(folder / "placed.pt"), place_images=6))
+    finder = load_finder(folder / "placed.pt", CPU, torch.float32)
+    source = open_source(str(folder / "plain.beton"))
+    (batch,) = whole_images(source, np.array([0, 4, 8, 12, 16, 20]), 32, 6, 1)
+    images = normalised(batch, CPU)
+    tokens = torch.cat([finder.tokens(images), finder.tokens(images.flip(3))])
+    mean = tokens[:, 1:].mean(0)  # [N, D]
+    assert finder.place.abs().max() > 0.1
+    torch.testing.assert_close(finder.place, mean - mean.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(finder.placeless(tokens)[:, 1:].mean(0), mean.mean(0).expand_as(mean), rtol=0, atol=1e-5)
+    assert torch.equal(finder.placeless(tokens)[:, 0], tokens[:, 0])
+    assert torch.equal(finder.maps(tokens), finder.learner.maps(finder.placeless(tokens)))
+    learn(options(folder, out=str(folder / "unplaced.pt"), place_images=0, steps=1))
+    plain = load_finder(folder / "unplaced.pt", CPU, torch.float32)
+    assert torch.equal(plain.maps(tokens), plain.learner.maps(tokens))
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_written_maps_stand_beside_the_same_images(folder, background):
     out = folder / f"out-{background}.beton"

@@ -37,12 +37,18 @@ class PartFinder:
         learner: queries and decoder.
         size: side of the square that images are resized to, in pixels.
         dtype: of autocast; float32: none.
+
+    Attributes:
+        place: float32 [N, D], what the patch tokens say about where they are rather than what they show; it is taken
+            out before parts are looked for. 0 until `learn_place`.
     """
 
     def __init__(
         self, model: Model, backbone: ViT, learner: PartLearner, size: int, dtype: torch.dtype = torch.float32
     ) -> None:
         self.model, self.backbone, self.learner, self.size, self.dtype = model, backbone, learner, size, dtype
+        patches = (size // backbone.patch_size) ** 2
+        self.place = torch.zeros(patches, backbone.width, device=self.device)
 
     @property
     def device(self) -> torch.device:
@@ -57,8 +63,25 @@ class PartFinder:
     @torch.no_grad()
     def maps(self, tokens: Tensor, background: bool = False) -> Tensor:
         """Frozen tokens [B, 1+N, D] -> part maps, float32 [B, P, g, g] (P+1 with a background)."""
-        maps = self.learner.maps(tokens)
+        maps = self.learner.maps(self.placeless(tokens))
         return add_background(maps) if background else maps
+
+    def placeless(self, tokens: Tensor) -> Tensor:
+        """Frozen tokens [B, 1+N, D], their patches less `place`."""
+        return torch.cat([tokens[:, :1], tokens[:, 1:] - self.place], dim=1)
+
+    def learn_place(self, batches: Iterator[Batch]) -> None:
+        """Sets `place` to the mean token of each place, over images and their mirror images, less the mean of all.
+
+        A query that finds "upper left" needs no part; tokens of MAE say much about it. Ours, not the paper's.
+        """
+        total, count = torch.zeros_like(self.place), 0
+        for batch in batches:
+            images = normalised(batch, self.device)
+            total += self.tokens(torch.cat([images, images.flip(3)]))[:, 1:].sum(0)
+            count += 2 * len(images)
+        self.place = total / count
+        self.place -= self.place.mean(0)
 
     def save(self, path: str | Path) -> None:
         """Writes all that `load_finder` needs; raises CheckpointError if the disk refuses."""
@@ -70,6 +93,7 @@ class PartFinder:
                 "model": asdict(self.model),
                 "size": self.size,
                 "numbers": [self.learner.parts, decoder.first.out_channels, len(decoder.steps)],
+                "place": self.place,
                 "backbone": self.backbone.state_dict(),
                 "learner": self.learner.state_dict(),
             },
@@ -91,9 +115,11 @@ def load_finder(path: str | Path, device: torch.device, dtype: torch.dtype) -> P
     parts, decoder_width, doublings = content["numbers"]
     learner = PartLearner(backbone.width, parts, decoder_width, doublings)
     learner.load_state_dict(content["learner"])
-    return PartFinder(
+    finder = PartFinder(
         model, backbone.to(device).eval().requires_grad_(False), learner.to(device).eval(), content["size"], dtype
     )
+    finder.place = content["place"]
+    return finder
 
 
 def whole_images(source: Source, ids: np.ndarray, size: int, batch_size: int, workers: int = 0) -> Iterator[Batch]:

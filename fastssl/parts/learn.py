@@ -57,6 +57,8 @@ class LearnOptions:
     """Images on which the learned parts are judged at the end."""
     workers: int = 0
     """Decoding threads. 0: this machine's cores."""
+    place_images: int = 1024
+    """Images over which the mean token of each place is taken; it is taken out of the tokens. 0: nothing is."""
     seed: int = 0
     """Seed of the start values and of the order of the images."""
     device: str = "auto"
@@ -72,7 +74,8 @@ class LearnOptions:
         check(self.size >= 0, "size", self.size, "0 (the checkpoint's) or a side in pixels")
         for key in ("decoder_width", "steps", "batch_size", "judge"):
             check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        check(self.diversity >= 0, "diversity", self.diversity, "0 or more")
+        for key in ("diversity", "place_images"):
+            check(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         check(self.lr > 0, "lr", self.lr, "positive")
 
 
@@ -148,6 +151,10 @@ def _train(finder: PartFinder, source: Source, options: LearnOptions, say: Calla
     batches = whole_images(
         source, order[: options.steps * options.batch_size], finder.size, options.batch_size, options.workers
     )
+    if options.place_images:
+        count = min(options.place_images, len(source))
+        ids = np.arange(count) * len(source) // count
+        finder.learn_place(whole_images(source, ids, finder.size, options.batch_size, options.workers))
     errors: list[Tensor] = []
     for step, batch in enumerate(tqdm(batches, total=options.steps, unit="step", disable=None)):
         for group in optimizer.param_groups:
@@ -155,7 +162,7 @@ def _train(finder: PartFinder, source: Source, options: LearnOptions, say: Calla
         images = normalised(batch, device)
         mirrored = (torch.rand(len(images), generator=generator) < 0.5).to(device)
         images = torch.where(mirrored[:, None, None, None], images.flip(3), images)
-        tokens = finder.tokens(images)
+        tokens = finder.placeless(finder.tokens(images))
         with torch.autocast(device.type, finder.dtype, enabled=finder.dtype != torch.float32):
             maps, painted = learner(tokens)
         error = (painted.float() - F.interpolate(images, size=painted.shape[2:], mode="area")).abs().mean()
