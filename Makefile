@@ -6,7 +6,7 @@ demo: .venv/ready
 	$(BIN)/fastssl demo --dir demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The converter against FFCV's own; make bench IMAGES=/data/imagenet/val for another folder.
 IMAGES = demo/images/train
