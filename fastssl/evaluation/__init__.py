@@ -123,7 +123,7 @@ class LinearOptions(FrozenOptions):
     """True: random crops and flips, drawn and put through the network anew in every epoch, as DINO does. False: the
     central crop goes through the network once."""
     blocks: int = 0
-    """Concatenate the class tokens of this many last blocks (ViT). 0: as DINO, 4, or 1 for a width of 768 and more; as
+    """Concatenate the class tokens of this many last blocks (ViT). 0: as DINO, 4 (all, if fewer), or 1 for a width of 768 and more; as
     MAE, 1."""
     mean_patch: bool | None = None
     """Append the last block's mean patch token (ViT). None: as DINO, for a width of 768 and more; as MAE, no."""
@@ -318,7 +318,7 @@ def _as_dino(backbone: Backbone) -> tuple[int, bool]:
     """(blocks, mean_patch) of the paper's linear layer: four class tokens, or one and the mean patch for wide ViTs."""
     if backbone.config["model"]["name"] not in VITS:
         return 1, False
-    return (1, True) if backbone.module.width >= WIDE else (4, False)
+    return (1, True) if backbone.module.width >= WIDE else (min(4, backbone.module.num_blocks), False)
 
 
 def _measured(options: EvaluateOptions, backbone: Backbone, images: int, val: Features, begin: float) -> Measured:

@@ -126,6 +126,9 @@ def test_linear_layers_of_wide_vits_and_resnets(given, tmp_path):
     path = save_checkpoint(tmp_path / "wide.pt", wide)
     linear = {**given, "epochs": 1, "lrs": (0.1,)}
     assert evaluate_linear(LinearOptions(**{**linear, "checkpoint": path})).measured.width == 2 * 768
+    shallow = Model(**{**vars(VIT), "depth": 3})  # has no four blocks
+    path = save_checkpoint(tmp_path / "shallow.pt", shallow)
+    assert evaluate_linear(LinearOptions(**{**linear, "checkpoint": path})).measured.width == 3 * 24
     resnet = Model(name="resnet18", image_size=32, small_images=True)
     path = save_checkpoint(tmp_path / "resnet.pt", resnet)
     evaluation = evaluate_linear(LinearOptions(**{**linear, "checkpoint": path}))
