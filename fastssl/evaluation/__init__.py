@@ -123,8 +123,8 @@ class LinearOptions(FrozenOptions):
     """True: random crops and flips, drawn and put through the network anew in every epoch, as DINO does. False: the
     central crop goes through the network once."""
     blocks: int = 0
-    """Concatenate the class tokens of this many last blocks (ViT). 0: as DINO, 4 (all, if fewer), or 1 for a width of 768 and more; as
-    MAE, 1."""
+    """Concatenate the class tokens of this many last blocks (ViT). 0: as DINO, 4 (all, if fewer), or 1 for a width of
+    768 and more; as MAE, 1."""
     mean_patch: bool | None = None
     """Append the last block's mean patch token (ViT). None: as DINO, for a width of 768 and more; as MAE, no."""
     hidden: int = 0
