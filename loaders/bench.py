@@ -185,6 +185,9 @@ class _Part(Source):
     def name(self, i: int) -> str:
         return self._whole.name(int(self._ids[i]))
 
+    def fingerprint(self) -> str:
+        return f"{self._whole.fingerprint()} {self._ids.tolist()}"
+
 
 def _engine_epoch(name: str, peer: Peer, augment: Augment, stack: ExitStack) -> Callable[[], int]:
     loader: Loader = make_loader(

@@ -47,6 +47,9 @@ class Samples(Source):
     def name(self, i):
         return f"image-{i}"
 
+    def fingerprint(self):
+        return self.path
+
 
 def pictures(count, seed=0):
     """Smooth pictures of several sizes: sharp edges are where the engines' resizing differs."""

@@ -49,6 +49,9 @@ class Memory(Source):
     def name(self, i):
         return f"image-{i}.png"
 
+    def fingerprint(self):
+        return self.path
+
     def parts(self, i):
         return self._parts[i] if self.has_parts else None
 
