@@ -1,22 +1,13 @@
-"""Several source folders, one import name: kernels/, loaders/ and configs/ install as fastssl.kernels and so on."""
+"""kernels/, loaders/ and configs/ are the package's own folders: links in fastssl/ lead to them (pyproject.toml)."""
 
 from setuptools import Extension, find_packages, setup
 
-FOLDERS = {
-    "fastssl": "fastssl",
-    "fastssl.kernels": "kernels",
-    "fastssl.loaders": "loaders",
-    "fastssl.configs": "configs",
-}
-
 setup(
-    package_dir=FOLDERS,
-    packages=[
-        package
-        for name, folder in FOLDERS.items()
-        for package in (name, *(f"{name}.{inner}" for inner in find_packages(folder)))
+    package_dir={"": "."},  # so that an editable install is a plain path, which every tool and working directory understands
+    packages=find_packages(include=["fastssl", "fastssl.*"]),
+    package_data={"fastssl": ["py.typed", "configs/*.yaml", "configs/*/*.yaml"]},
+    # no module but a library for ctypes (loaders/window_decoder.py, which does without it where it cannot be built)
+    ext_modules=[
+        Extension("fastssl.loaders._window", ["fastssl/loaders/_window.c"], libraries=["jpeg"], optional=True)
     ],
-    package_data={"": ["*.yaml"]},
-    # no module but a library for ctypes (loaders/turbojpeg.py, which does without it where it cannot be built)
-    ext_modules=[Extension("fastssl.loaders._window", ["loaders/_window.c"], libraries=["jpeg"], optional=True)],
 )

@@ -79,7 +79,7 @@ def verify(arguments: list[str]) -> int:
 
 def pretrain(arguments: list[str]) -> None:
     """Pretrain a model: --config RECIPE.yaml [--optim.lr 1e-3 ...]; under torchrun on many GPUs."""
-    from fastssl.train import pretrain as run
+    from fastssl.pretrain.trainer import pretrain as run
 
     config, as_json = parse_pretrain(arguments)
     summary = run(config)
@@ -90,13 +90,13 @@ def pretrain(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     """Measure a checkpoint: fastssl evaluate PROTOCOL --checkpoint C --data TRAIN --val VAL."""
     protocols = {  # name -> module, its options, its function
-        "knn": ("fastssl.evaluation", "KNNOptions", "evaluate_knn"),
-        "linear": ("fastssl.evaluation", "LinearOptions", "evaluate_linear"),
-        "attentive": ("fastssl.evaluation.attentive", "AttentiveOptions", "evaluate_attentive"),
-        "finetune": ("fastssl.evaluation.finetune", "FinetuneOptions", "evaluate_finetune"),
+        "knn": ("fastssl.evaluation.frozen.knn", "KNNOptions", "evaluate_knn"),
+        "linear": ("fastssl.evaluation.frozen.linear", "LinearOptions", "evaluate_linear"),
+        "attentive": ("fastssl.evaluation.frozen.attentive", "AttentiveOptions", "evaluate_attentive"),
+        "finetune": ("fastssl.evaluation.tuned.finetune", "FinetuneOptions", "evaluate_finetune"),
         "ssl": ("fastssl.evaluation.ssl", "SSLOptions", "evaluate_ssl"),
-        "segment": ("fastssl.evaluation.segment", "SegmentOptions", "evaluate_segment"),
-        "detect": ("fastssl.evaluation.detect", "DetectOptions", "evaluate_detect"),
+        "segment": ("fastssl.evaluation.tuned.segment", "SegmentOptions", "evaluate_segment"),
+        "detect": ("fastssl.evaluation.tuned.detect", "DetectOptions", "evaluate_detect"),
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: fastssl evaluate {'|'.join(protocols)} [options]   (fastssl evaluate knn --help lists them)")
@@ -109,7 +109,7 @@ def evaluate(arguments: list[str]) -> None:
     options, as_json = parse_options(
         f"fastssl evaluate {arguments[0]}", run.__doc__, getattr(protocol, kind), arguments[1:], recipe=True
     )
-    from fastssl import distributed
+    from fastssl.training import distributed
 
     try:
         result = run(options)
@@ -147,9 +147,9 @@ def bench(arguments: list[str]) -> int:
 
 
 def _bench_step(arguments: list[str]) -> int:
-    from fastssl.bench_step import StepBenchOptions
-    from fastssl.bench_step import bench as run
     from fastssl.parse import parse_recipe
+    from fastssl.pretrain.bench_step import StepBenchOptions
+    from fastssl.pretrain.bench_step import bench as run
 
     about = (run.__doc__ or "").splitlines()[0]
     config, as_json, sections = parse_recipe("fastssl bench step", about, arguments, bench=StepBenchOptions)
@@ -161,8 +161,8 @@ def _bench_step(arguments: list[str]) -> int:
 
 def import_(arguments: list[str]) -> None:
     """Turn an authors' checkpoint into ours: fastssl import SRC DST --method M or --config RECIPE."""
-    from fastssl.convert_weights import import_weights
     from fastssl.parse import parse_recipe
+    from fastssl.weights.official import import_weights
 
     paths = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     if len(paths) != 2 and not {"-h", "--help"} & set(arguments):
@@ -175,8 +175,8 @@ def import_(arguments: list[str]) -> None:
 
 def export(arguments: list[str]) -> None:
     """Write a backbone for other libraries: fastssl export CHECKPOINT OUT --to timm|torchvision|hf|official."""
-    from fastssl.libraries import ExportOptions
-    from fastssl.libraries import export as run
+    from fastssl.weights.libraries import ExportOptions
+    from fastssl.weights.libraries import export as run
 
     options, as_json = parse_options("fastssl export", export.__doc__, ExportOptions, arguments, "checkpoint", "out")
     result = run(options)
@@ -185,9 +185,9 @@ def export(arguments: list[str]) -> None:
 
 def embed(arguments: list[str]) -> None:
     """Write the features of a data set: fastssl embed CHECKPOINT DATA OUT -> OUT.npy, OUT.csv, OUT.png."""
-    from fastssl import distributed
-    from fastssl.evaluation.embed import EmbedOptions
-    from fastssl.evaluation.embed import embed as run
+    from fastssl.evaluation.frozen.embed import EmbedOptions
+    from fastssl.evaluation.frozen.embed import embed as run
+    from fastssl.training import distributed
 
     positional = ("checkpoint", "data", "out")
     options, as_json = parse_options("fastssl embed", embed.__doc__, EmbedOptions, arguments, *positional)
@@ -201,8 +201,8 @@ def embed(arguments: list[str]) -> None:
 
 def demo(arguments: list[str]) -> None:
     """The whole walk on a drawn image set: make images, convert, pretrain, evaluate (minutes on a CPU)."""
-    from fastssl.demo import DemoOptions
-    from fastssl.demo import demo as run
+    from fastssl.prepare.demo import DemoOptions
+    from fastssl.prepare.demo import demo as run
 
     options, as_json = parse_options("fastssl demo", demo.__doc__, DemoOptions, arguments)
     result = run(options)
@@ -211,7 +211,7 @@ def demo(arguments: list[str]) -> None:
 
 def tokenizer(arguments: list[str]) -> None:
     """Make a stand-in for CAE's tokenizer from images: fastssl tokenizer DATA OUT.pt."""
-    from fastssl.tokenizer import TokenizerOptions, train_tokenizer
+    from fastssl.prepare.tokenizer import TokenizerOptions, train_tokenizer
 
     options, as_json = parse_options("fastssl tokenizer", tokenizer.__doc__, TokenizerOptions, arguments, "data", "out")
     result = train_tokenizer(options)
@@ -220,10 +220,10 @@ def tokenizer(arguments: list[str]) -> None:
 
 def parts(arguments: list[str]) -> None:
     """Part maps for SemMAE: fastssl parts learn|write|judge|import."""
-    from fastssl.parts.judge import JudgeOptions, judge
-    from fastssl.parts.learn import LearnOptions, learn
-    from fastssl.parts.tokens import ImportOptions, import_parts
-    from fastssl.parts.write import WriteOptions, write
+    from fastssl.prepare.parts.judge import JudgeOptions, judge
+    from fastssl.prepare.parts.learn import LearnOptions, learn
+    from fastssl.prepare.parts.tokens import ImportOptions, import_parts
+    from fastssl.prepare.parts.write import WriteOptions, write
 
     stages: dict[str, tuple[type, Callable, tuple[str, ...]]] = {
         "learn": (LearnOptions, learn, ()),

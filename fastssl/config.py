@@ -188,7 +188,7 @@ class Optim:
 
 @dataclass
 class Schedule:
-    """How long the run lasts. Schedules are pure functions of the optimizer step (fastssl.schedule)."""
+    """How long the run lasts. Schedules are pure functions of the optimizer step (fastssl.training.schedule)."""
 
     epochs: int = 100
     """Passes over the data in the whole run."""
@@ -270,7 +270,7 @@ class Monitor:
 
 @dataclass
 class Health:
-    """The watch that says, in one line, when a run is going wrong (fastssl.health)."""
+    """The watch that says, in one line, when a run is going wrong (fastssl.training.health)."""
 
     action: Literal["off", "warn", "stop"] = "warn"
     """off, warn (one line per finding), or stop (end the run with an error; the last checkpoint stays as it is)."""

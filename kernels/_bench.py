@@ -115,7 +115,7 @@ def all_ops(wanted: str = "") -> list[Op]:
     """Every op, or those that `wanted` names (op or folder, separated by commas)."""
     names = _listed(wanted)
     folders = names if names and set(names) <= set(FOLDERS) else FOLDERS
-    found = {folder: importlib.import_module(f"fastssl.kernels.{folder}.bench").OPS for folder in folders}
+    found = {folder: importlib.import_module(f"fastssl.kernels.{folder}.cases").OPS for folder in folders}
     known = {*found, *(op.name for ops in found.values() for op in ops)}
     for name in names:
         check(name in known, "bench kernels", "op", f"of {', '.join(sorted(known))}", repr(name))

@@ -65,7 +65,7 @@ class Build:
 
 
 def build_all(ops: list[Op], archs: tuple[int, ...] = ARCHS) -> list[Build]:
-    """Compiles every variant that the ops launch on their training sizes (bench.py lists one case per path).
+    """Compiles every variant that the ops launch on their training sizes (cases.py lists one case per path).
 
     Raises:
         KernelError: Triton is missing or set to interpret.

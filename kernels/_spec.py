@@ -1,4 +1,4 @@
-"""What an op's bench.py says about it: inputs to prove and time it with, and what it must move and compute at least."""
+"""What an op's cases.py says about it: inputs to prove and time it with, and what it must move and compute at least."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-/* A window of a JPEG file as RGB pixels: one function on libjpeg-turbo, called through ctypes by turbojpeg.py.
+/* A window of a JPEG file as RGB pixels: one function on libjpeg-turbo, called through ctypes by window_decoder.py.
 
    Every block up to the window's last row is Huffman-decoded (a JPEG has no other way in); transform, upsampling and
    color conversion are done for the window alone, and nothing after its last row is decoded. No state outlives a call,

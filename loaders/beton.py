@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastssl.loaders.picture import DecodeError, Encoded
+from fastssl.loaders.decode import DecodeError, Encoded
 
 VERSION = 2
 PAGE_SIZE = 8 << 20  # FFCV's default, in bytes

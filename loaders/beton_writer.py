@@ -32,7 +32,7 @@ from fastssl.loaders.beton import (
     pointers,
     row_type,
 )
-from fastssl.loaders.picture import Encoded
+from fastssl.loaders.decode import Encoded
 
 MAX_PIECE = 1 << 31  # the largest power of two that the header's page_size holds, in bytes
 LOCK_SECONDS = 5.0  # how long to wait for another writer of the same file

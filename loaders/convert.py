@@ -27,7 +27,7 @@ from fastssl.loaders import jpeg
 from fastssl.loaders.beton import ARRAY, IMAGE, INT, BetonError, Field
 from fastssl.loaders.beton_writer import MAX_PIECE, BetonWriter, Block
 from fastssl.loaders.datasets import NamedSet, open_named
-from fastssl.loaders.picture import (
+from fastssl.loaders.decode import (
     MAX_PIXELS,
     DecodeError,
     Encoded,

@@ -27,9 +27,9 @@ from fastssl.batch import Batch
 from fastssl.config import View
 from fastssl.loaders import jpeg
 from fastssl.loaders.ahead import Ahead
+from fastssl.loaders.decode import open_image, orientation
 from fastssl.loaders.index import batch_ids, order
 from fastssl.loaders.loader import Crops, Loader
-from fastssl.loaders.picture import open_image, orientation
 from fastssl.loaders.sources import DecodeError, Encoded, decode
 
 log = logging.getLogger(__name__)

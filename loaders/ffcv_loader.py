@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastssl.loaders import resample, turbojpeg
+from fastssl.loaders import resample, window_decoder
 from fastssl.loaders.loader import Crops, Loader
 from fastssl.loaders.sources import Encoded
-from fastssl.loaders.turbojpeg import Decoded, Window
+from fastssl.loaders.window_decoder import Decoded, Window
 
 
 class FFCVLoader(Loader):
     """The loader that decodes and crops in compiled code; see `fastssl.loaders.loader.Loader`."""
 
     def _decode(self, encoded: Encoded, groups: list[Crops]) -> Decoded:
-        return turbojpeg.decode(encoded, window(groups))
+        return window_decoder.decode(encoded, window(groups))
 
     def _resize(self, image: Decoded, groups: list[Crops]) -> None:
         frames = {0: (image.pixels, (image.top, image.left))}

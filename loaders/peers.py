@@ -288,10 +288,10 @@ def bare_decode(peer: Peer, stack: ExitStack) -> Epoch:
 
 def _fastest_decoder() -> Callable:
     try:
-        from fastssl.loaders import turbojpeg
+        from fastssl.loaders import window_decoder
     except ImportError:
         return decode
-    return turbojpeg.decode
+    return window_decoder.decode
 
 
 PEERS: dict[str, Callable[[Peer, ExitStack], Epoch]] = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastssl.loaders.beton import Beton, BetonError
-from fastssl.loaders.picture import SUFFIXES, DecodeError, Encoded, decode, open_image, upright_size
+from fastssl.loaders.decode import SUFFIXES, DecodeError, Encoded, decode, open_image, upright_size
 
 __all__ = ["DecodeError", "Encoded", "Source", "SourceError", "decode", "open_source", "scan_folder"]
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from fastssl.config import check
 from fastssl.loaders.beton import Beton, BetonError, SideFile, pointers
-from fastssl.loaders.picture import DecodeError, decode
+from fastssl.loaders.decode import DecodeError, decode
 from fastssl.loaders.pool import WorkerDied, ordered, usable_cores
 
 CHUNK = 64  # samples per task of a worker

@@ -39,7 +39,7 @@ def on_processes(world: int, function, *arguments) -> list:
 
 
 def _main(path: str, name: str, folder: str, rank: str, world: str) -> None:
-    from fastssl import distributed
+    from fastssl.training import distributed
 
     spec = importlib.util.spec_from_file_location("module_under_test", path)
     module = importlib.util.module_from_spec(spec)

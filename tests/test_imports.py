@@ -10,97 +10,57 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TREES = {"fastssl": ROOT / "fastssl", "fastssl.kernels": ROOT / "kernels", "fastssl.loaders": ROOT / "loaders"}
 
-# What a file or folder may import from the project, besides its own folder. "*" = everything but the commands on top.
+# What a room (a file or folder below fastssl/) may import from the project besides itself, from the ground floor up.
 ALLOWED = {
-    "fastssl.config": set(),
-    "fastssl.schedule": set(),
-    "fastssl.step": set(),
-    "fastssl.batch": set(),
-    "fastssl.distributed": set(),
-    "fastssl.memory": {"batch"},
-    "fastssl.timing": set(),
-    "fastssl.pictures": set(),
-    "fastssl.sync_batch_norm": {"distributed"},
-    "fastssl.augment": {"config", "batch", "kernels", "memory"},
-    "fastssl.masks": {"config", "kernels"},
-    "fastssl.models": {"config", "kernels"},
-    "fastssl.methods": {
-        "config",
-        "batch",
-        "step",
-        "schedule",
-        "timing",
-        "ema",
-        "masks",
-        "models",
-        "kernels",
-        "distributed",
-        "sync_batch_norm",
-        "pictures",
+    "kernels": set(),
+    "config": set(),
+    "step": set(),
+    "batch": set(),
+    "pictures": set(),
+    "memory": {"batch"},
+    "masks": {"config"},
+    "augment": {"batch", "kernels", "memory"},
+    "loaders": {"batch", "config", "memory"},
+    "models": {"config", "kernels"},
+    "training": {"batch", "config", "kernels"},
+    "methods": {"batch", "config", "kernels", "masks", "models", "pictures", "step", "training"},
+    "parse": {"config", "methods"},
+    "weights": {"config", "methods", "models", "training"},
+    "evaluation": {"augment", "batch", "config", "loaders", "methods", "models", "step", "training", "weights"},
+    "evaluation.frozen": {"augment", "config", "evaluation", "loaders", "models", "pictures", "training", "weights"},
+    "evaluation.tuned": {"config", "evaluation", "loaders", "models", "pictures", "training", "weights"},
+    "pretrain": {
+        *("augment", "batch", "config", "evaluation.frozen", "kernels", "loaders", "methods", "models", "pictures"),
+        *("step", "training"),
     },
-    "fastssl.device": {"batch", "config", "distributed"},
-    "fastssl.optim": {"config"},
-    "fastssl.ema": {"kernels"},
-    "fastssl.checkpoint": {"config", "distributed", "models"},
-    "fastssl.parts": {
-        "augment",
-        "batch",
-        "checkpoint",
-        "config",
-        "device",
-        "libraries",
-        "loaders",
-        "models",
-        "pictures",
-        "schedule",
+    "prepare": {
+        *("augment", "batch", "config", "evaluation.frozen", "loaders", "models", "parse", "pictures", "pretrain"),
+        *("training", "weights"),
     },
-    "fastssl.tokenizer": {"config", "checkpoint", "models", "loaders"},
-    "fastssl.convert_weights": {"config", "checkpoint", "methods"},
-    "fastssl.libraries": {"config", "checkpoint", "methods", "models"},
-    "fastssl.log": {"distributed"},
-    "fastssl.health": {"config"},
-    "fastssl.preflight": {"augment", "batch", "config", "step"},
-    "fastssl.parse": {"config", "methods"},
-    "fastssl.train": {"*"},
-    "fastssl.monitor": {"config", "evaluation.features", "evaluation.knn", "loaders"},
-    "fastssl.evaluation": {
-        "augment",
-        "batch",
-        "config",
-        "checkpoint",
-        "convert_weights",
-        "device",
-        "distributed",
-        "libraries",
-        "log",
-        "methods",  # evaluation.ssl: the methods' own losses
-        "models",
-        "loaders",
-        "optim",
-        "pictures",
-        "schedule",
-        "step",
-        "sync_batch_norm",
+    "cli": {
+        *("augment", "config", "evaluation.frozen", "kernels", "loaders", "parse", "prepare", "pretrain", "training"),
+        "weights",
     },
-    "fastssl.bench_step": {"*"},
-    "fastssl.demo": {"*", "evaluation"},
-    "fastssl.cli": {"*", "evaluation", "demo", "bench_step"},
-    "fastssl.kernels": set(),
-    "fastssl.loaders": {"config", "batch", "memory"},
+    "__main__": {"cli"},
+    "__init__": set(),
 }
-TOP = {"cli", "demo", "bench_step", "evaluation"}  # "*" does not include these
 
 
 def files():
-    return [(name, path) for name, folder in TREES.items() for path in sorted(folder.rglob("*.py"))]
+    links = {ROOT / "fastssl" / name for name in ("kernels", "loaders", "configs")}
+    found = [(name, path) for name, folder in TREES.items() for path in sorted(folder.rglob("*.py"))]
+    return [(name, path) for name, path in found if not links & set(path.parents)]
 
 
-def owner(package: str, path: Path) -> str:
-    """The ALLOWED key that a file falls under."""
-    inside = path.relative_to(TREES[package])
-    if package != "fastssl":
-        return package
-    return f"fastssl.{inside.parts[0].removesuffix('.py')}"
+def room(module: str) -> str:
+    """The room that a module (its name without the leading 'fastssl.') lies in: the longest key that fits."""
+    return max((key for key in ALLOWED if module == key or module.startswith(f"{key}.")), key=len, default=module)
+
+
+def home(package: str, path: Path) -> str:
+    """The room of a file."""
+    inside = ".".join(path.relative_to(TREES[package]).with_suffix("").parts)
+    return room(f"{package}.{inside}".removeprefix("fastssl."))
 
 
 def project_imports(path: Path) -> set[str]:
@@ -122,27 +82,33 @@ def project_imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize(("package", "path"), files(), ids=lambda v: str(v).replace(str(ROOT), ""))
 def test_imports_only_what_the_house_allows(package, path):
-    key = owner(package, path)
-    if key in ("fastssl.__init__",):
-        assert project_imports(path) == set()
-        return
-    allowed = ALLOWED[key]
-    home = key.removeprefix("fastssl.")
-    for name in project_imports(path):
-        part = name.split(".")[0]
-        fits = part == home or any(name == a or name.startswith(f"{a}.") for a in allowed)
-        if "*" in allowed and part not in TOP:
-            fits = True
-        if name == "__version__":
-            fits = True
-        assert fits, f"{path.relative_to(ROOT)} imports fastssl.{name}; allowed: {sorted(allowed)}"
+    own = home(package, path)
+    for name in project_imports(path) - {"__version__"}:
+        other = room(name)
+        assert other == own or other in ALLOWED[own], f"{path.relative_to(ROOT)} imports fastssl.{name}"
+
+
+def test_every_allowance_is_used():
+    used = {key: set() for key in ALLOWED}
+    for package, path in files():
+        used[home(package, path)] |= {room(name) for name in project_imports(path)}
+    unused = {key: sorted(allowed - used[key]) for key, allowed in ALLOWED.items() if allowed - used[key]}
+    assert unused == {}
+
+
+def test_no_room_imports_one_above_it():
+    floors = list(ALLOWED)
+    for key, allowed in ALLOWED.items():
+        assert all(floors.index(other) < floors.index(key) for other in allowed), key
 
 
 def test_rule_catches_a_forbidden_import(tmp_path):
     bad = tmp_path / "bad.py"
-    bad.write_text("from fastssl.train import Trainer\n")
-    assert project_imports(bad) == {"train.Trainer"}
-    assert not any("train.Trainer".startswith(a) for a in ALLOWED["fastssl.loaders"])
+    bad.write_text("from fastssl.pretrain.trainer import Trainer\n")
+    assert {room(name) for name in project_imports(bad)} == {"pretrain"}
+    assert "pretrain" not in ALLOWED["loaders"]
+    assert home("fastssl.loaders", ROOT / "loaders/draw.py") == "loaders"
+    assert home("fastssl", ROOT / "fastssl/evaluation/frozen/knn.py") == "evaluation.frozen"
 
 
 def test_import_fastssl_is_light():

@@ -6,10 +6,10 @@ import pytest
 import torch
 import yaml
 
-from fastssl.evaluation import LinearOptions
-from fastssl.evaluation.detect import DetectOptions
-from fastssl.evaluation.finetune import FinetuneOptions
-from fastssl.evaluation.segment import SegmentOptions
+from fastssl.evaluation.frozen.linear import LinearOptions
+from fastssl.evaluation.tuned.detect import DetectOptions
+from fastssl.evaluation.tuned.finetune import FinetuneOptions
+from fastssl.evaluation.tuned.segment import SegmentOptions
 from fastssl.methods import METHODS
 from fastssl.parse import parse_options, parse_pretrain
 

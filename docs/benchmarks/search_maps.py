@@ -8,7 +8,6 @@ import sys
 import torch
 from torch.nn.functional import adaptive_avg_pool2d
 
-from fastssl import checkpoint
 from fastssl.augment import augment
 from fastssl.config import Data
 from fastssl.evaluation.ssl import config_of
@@ -16,6 +15,7 @@ from fastssl.loaders.engine import open_loader
 from fastssl.loaders.sources import open_source
 from fastssl.methods import METHODS, view_list
 from fastssl.methods.scfs import crops, search
+from fastssl.training import checkpoint
 
 
 @torch.no_grad()

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from fastssl import distributed
 from fastssl.augment import augment
 from fastssl.evaluation.accuracy import Accuracy, class_ranks
-from fastssl.evaluation.features import EvaluationError, default_resize
+from fastssl.evaluation.data import EvaluationError, default_resize
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.reference_loader import evaluation_batches
 from fastssl.loaders.sources import Source
+from fastssl.training import distributed
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from fastssl import checkpoint
 from fastssl.augment import augment
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, Model, View
-from fastssl.device import choose_device, choose_dtype
 from fastssl.evaluation.accuracy import format_table
-from fastssl.evaluation.features import EvaluationError, default_resize
+from fastssl.evaluation.data import EvaluationError, default_resize
 from fastssl.loaders.ahead import Ahead
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.loader import BadSampleError, part_labels
@@ -35,6 +33,8 @@ from fastssl.loaders.sources import DecodeError, Source, open_source
 from fastssl.methods import METHODS, view_list
 from fastssl.methods.method import Method
 from fastssl.step import Values
+from fastssl.training import checkpoint
+from fastssl.training.device import choose_device, choose_dtype
 
 CHANCE = "_chance"  # a metric NAME_chance is the value of NAME when all images get the same output
 

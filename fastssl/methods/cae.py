@@ -31,7 +31,7 @@ from fastssl.models.dvae import PUBLISHED, Tokenizer, load_tokenizer
 from fastssl.models.vit import ViT, sincos_positions, transformer_blocks
 from fastssl.pictures import MEAN, STD, cover, tint, to_picture
 from fastssl.step import Step, Values, feature_spread
-from fastssl.timing import part
+from fastssl.training.timing import part
 
 
 @dataclass

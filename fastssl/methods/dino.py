@@ -18,10 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import distributed
 from fastssl.batch import Batch
 from fastssl.config import Config, View, check
-from fastssl.ema import ema_update
 from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
@@ -29,9 +27,11 @@ from fastssl.models.heads import DINOHead
 from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT, patch_grid
 from fastssl.pictures import heat, to_picture
-from fastssl.schedule import cosine, linear_ramp
 from fastssl.step import Step, Values, feature_spread
-from fastssl.timing import part
+from fastssl.training import distributed
+from fastssl.training.ema import ema_update
+from fastssl.training.schedule import cosine, linear_ramp
+from fastssl.training.timing import part
 
 _JITTER: dict[str, Any] = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2}
 

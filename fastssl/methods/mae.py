@@ -24,7 +24,7 @@ from fastssl.models.decoders import MAEDecoder
 from fastssl.models.vit import ViT, cut_patches, patch_grid, xavier_init_
 from fastssl.pictures import cover, to_picture
 from fastssl.step import Step, Values, feature_spread
-from fastssl.timing import part
+from fastssl.training.timing import part
 
 
 @dataclass

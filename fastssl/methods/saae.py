@@ -20,10 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import distributed
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, View, check
-from fastssl.ema import ema_update
 from fastssl.kernels.masked_attention_gather import gather_tokens
 from fastssl.kernels.patch_contrast import patch_contrast
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
@@ -32,9 +30,11 @@ from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.vit import ViT, sincos_positions, transformer_blocks
 from fastssl.pictures import cover, to_picture
-from fastssl.schedule import cosine
 from fastssl.step import Step, Values, feature_spread
-from fastssl.timing import part
+from fastssl.training import distributed
+from fastssl.training.ema import ema_update
+from fastssl.training.schedule import cosine
+from fastssl.training.timing import part
 
 _CROP: dict[str, Any] = {
     "size": 224, "scale": (0.14, 1.0), "squash": 224, "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2,

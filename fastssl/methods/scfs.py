@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastssl import distributed
 from fastssl.batch import Batch
 from fastssl.config import Config, View, check
 from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
@@ -30,8 +29,9 @@ from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT, patch_grid
 from fastssl.pictures import heat, to_picture
 from fastssl.step import Step, Values, feature_spread
-from fastssl.sync_batch_norm import SyncBatchNorm, update_running
-from fastssl.timing import part
+from fastssl.training import distributed
+from fastssl.training.batch_norm import SyncBatchNorm, update_running
+from fastssl.training.timing import part
 
 DRAWN_CROPS = 3  # small crops per image in the pictures
 

@@ -19,10 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import distributed
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, View, check, check_probability
-from fastssl.ema import ema_update
 from fastssl.kernels.corrupt import ALIEN, NOISE, ZERO, corrupt, draw_blocks
 from fastssl.masks import philox
 from fastssl.methods.method import Method
@@ -30,9 +28,11 @@ from fastssl.models import RESNETS, build_backbone, check_image_size
 from fastssl.models.decoders import PixelDecoder
 from fastssl.models.vit import patch_grid
 from fastssl.pictures import to_picture
-from fastssl.schedule import cosine
 from fastssl.step import Step, Values, feature_spread
-from fastssl.timing import part
+from fastssl.training import distributed
+from fastssl.training.ema import ema_update
+from fastssl.training.schedule import cosine
+from fastssl.training.timing import part
 
 NAMES = ("view1", "view2")
 _CROP: dict[str, Any] = {"size": 224, "scale": (0.2, 1.0), "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2}

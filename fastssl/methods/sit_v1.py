@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl import distributed
 from fastssl.batch import Batch
 from fastssl.config import Config, View, check
 from fastssl.kernels.corrupt import ALIEN, NOISE, corrupt
@@ -38,7 +37,8 @@ from fastssl.models import build_backbone
 from fastssl.models.decoders import PixelDecoder
 from fastssl.models.vit import patch_grid
 from fastssl.step import Step, Values, feature_spread
-from fastssl.timing import part
+from fastssl.training import distributed
+from fastssl.training.timing import part
 
 BLOCKS = 48  # candidates for a view's noise (alien) blocks; about 8 are used, and 16 where the budget is largest
 BLUR = 7  # pixels to each side of the widest blur

@@ -10,18 +10,18 @@ from PIL import Image
 from tiny import recipe
 from torchvision.transforms import v2
 
-from fastssl import checkpoint
 from fastssl.augment import augment
 from fastssl.batch import Batch
 from fastssl.cli import main
 from fastssl.config import ConfigError
 from fastssl.evaluation import ssl
-from fastssl.evaluation.features import EvaluationError
+from fastssl.evaluation.data import EvaluationError
 from fastssl.evaluation.ssl import SSLOptions, central_batches, central_box, evaluate_ssl
 from fastssl.loaders.sources import open_source
 from fastssl.methods import METHODS, view_list
 from fastssl.parse import parse_pretrain
 from fastssl.step import Values
+from fastssl.training import checkpoint
 
 IMAGES = 21
 SCHEDULE = {"schedule.epochs": 4, "schedule.warmup_epochs": 0}

@@ -10,7 +10,7 @@ from fastssl.cli import main
 from fastssl.kernels import _bench
 from fastssl.kernels._bench import FOLDERS, KernelBench, KernelBenchOptions, all_ops
 from fastssl.kernels._check import KernelError
-from fastssl.kernels.patch_pixel_loss.bench import OPS
+from fastssl.kernels.patch_pixel_loss.cases import OPS
 
 SMALL = replace(OPS[0], bench={"small": OPS[0].proof["mae"]})
 

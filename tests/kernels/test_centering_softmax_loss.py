@@ -8,9 +8,9 @@ import torch
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._verify import verify
-from fastssl.kernels.centering_softmax_loss import bench, centering_softmax_loss
+from fastssl.kernels.centering_softmax_loss import cases, centering_softmax_loss
 
-OP = bench.OPS[0]
+OP = cases.OPS[0]
 PATHS = ("reference", "triton")
 
 

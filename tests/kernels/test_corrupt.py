@@ -8,9 +8,9 @@ import torch
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._verify import verify
-from fastssl.kernels.corrupt import ALIEN, NOISE, ZERO, bench, corrupt, draw_blocks, reference
+from fastssl.kernels.corrupt import ALIEN, NOISE, ZERO, cases, corrupt, draw_blocks, reference
 
-CORRUPT, DRAW = bench.OPS
+CORRUPT, DRAW = cases.OPS
 BOTH = pytest.mark.parametrize("path", ["reference", "triton"])
 
 
@@ -75,7 +75,7 @@ def damage_by_loop(views, boxes, kind, source, ids, seed, epoch, view):
 
 @BOTH
 def test_equals_the_loop(path, device):
-    inputs = bench.inputs(bench.Maker(seed=3), torch.float32, B=3, size=(11, 14), R=4, sides=(2, 9), seed=2**31 + 7)
+    inputs = cases.inputs(cases.Maker(seed=3), torch.float32, B=3, size=(11, 14), R=4, sides=(2, 9), seed=2**31 + 7)
     inputs |= {
         "epoch": 2**32 - 1,
         "view": 2**31,

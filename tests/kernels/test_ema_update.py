@@ -12,10 +12,10 @@ from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._spec import Maker, map_tensors, tensors
 from fastssl.kernels._verify import verify
-from fastssl.kernels.ema_update import adamw_ema, bench, ema_update
+from fastssl.kernels.ema_update import adamw_ema, cases, ema_update
 
 PATHS = ["reference", "triton"]
-EMA, _, ADAMW, _ = bench.OPS
+EMA, _, ADAMW, _ = cases.OPS
 SHAPES = [(3, 5), (2050,), (1,), (4, 8)]
 STEP = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -43,7 +43,7 @@ def launches(monkeypatch):
     return seen
 
 
-CASES = [(op, case, dtype) for op in bench.OPS for case in op.proof for dtype in op.dtypes]
+CASES = [(op, case, dtype) for op in cases.OPS for case in op.proof for dtype in op.dtypes]
 
 
 @pytest.mark.parametrize(("op", "case", "dtype"), CASES, ids=lambda x: getattr(x, "name", str(x)))
@@ -51,7 +51,7 @@ def test_equals_the_reference(op, case, dtype, device):
     verify(op, op.proof[case], dtype, device)
 
 
-@pytest.mark.parametrize("op", bench.OPS, ids=lambda op: op.name)
+@pytest.mark.parametrize("op", cases.OPS, ids=lambda op: op.name)
 def test_library_calls_do_the_same(op, device):
     """What the bench compares with is the same update."""
     for case in op.proof.values():
@@ -330,7 +330,7 @@ def test_one_launch_for_the_step_and_the_average(device, launches):
     params, grads, m, v = state(device)
     grads[0] = grads[0].bfloat16()
     grads[3] = None
-    teacher, copies, teacher_copies = (normal(device, dtype=dtype) for dtype in bench.MIXED)
+    teacher, copies, teacher_copies = (normal(device, dtype=dtype) for dtype in cases.MIXED)
     with forced("triton"):
         adamw_ema(
             params, grads, m, v, 1, **STEP | {"lr": [1e-3] * 4}, teacher=teacher, momentum=0.9, copies=copies,
@@ -390,9 +390,9 @@ def test_accesses_are_16_bytes_wide():
 import re
 from fastssl.kernels._compile import _launches, _target
 from fastssl.kernels._spec import FP32, Op
-from fastssl.kernels.ema_update import bench
+from fastssl.kernels.ema_update import cases
 for index, loads, stores in ((0, 8, 4), (2, 10, 8)):
-    op = bench.OPS[index]
+    op = cases.OPS[index]
     one = Op(op.name, op.call, op.reference, op.inputs, {}, {"": {"network": "whole"}}, op.min_bytes, dtypes=(FP32,))
     with _target(90):
         ((_, _, (kernel, arguments, options)),) = _launches(one)

@@ -8,7 +8,7 @@ from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._verify import verify
 from fastssl.kernels.feature_search import (
-    bench,
+    cases,
     kernel,
     residual_pool,
     scale_norm_relu,
@@ -17,10 +17,10 @@ from fastssl.kernels.feature_search import (
     search_maps,
 )
 
-CASES = [(op, case) for op in bench.OPS for case in op.proof]
+CASES = [(op, case) for op in cases.OPS for case in op.proof]
 
 
-@pytest.mark.parametrize("dtype", bench.OPS[0].dtypes, ids=str)
+@pytest.mark.parametrize("dtype", cases.OPS[0].dtypes, ids=str)
 @pytest.mark.parametrize(("op", "case"), CASES, ids=[f"{op.name}, {case}" for op, case in CASES])
 def test_equals_the_reference(op, case, dtype, device):
     verify(op, op.proof[case], dtype, device)
@@ -29,7 +29,7 @@ def test_equals_the_reference(op, case, dtype, device):
 @pytest.mark.parametrize("case", ["several blocks", "off block", "strided"])
 def test_moments_of_several_blocks_per_program_equal_the_reference(case, device, monkeypatch):
     monkeypatch.setattr(kernel, "SPLITS", 2)
-    op = next(op for op in bench.OPS if op.name == "scaled_moments")
+    op = next(op for op in cases.OPS if op.name == "scaled_moments")
     verify(op, op.proof[case] | {"B": 5}, torch.float32, device)
 
 

@@ -11,14 +11,14 @@ from fastssl.kernels._spec import Maker
 from fastssl.kernels._verify import poisoned, verify
 from fastssl.kernels.masked_attention_gather import (
     attention_reference,
-    bench,
+    cases,
     default_backend,
     gather_tokens,
     indexed_attention,
     scatter_tokens,
 )
 
-OPS = {op.name: op for op in bench.OPS}
+OPS = {op.name: op for op in cases.OPS}
 TOKEN_OPS = [name for name in OPS if name != "indexed_attention"]
 ATTENTION = OPS["indexed_attention"]
 PATHS = pytest.mark.parametrize("path", ["reference", "triton"])
@@ -44,7 +44,7 @@ def _interpreted_bfloat16_dots(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("dtype", bench.OPS[0].dtypes, ids=str)
+@pytest.mark.parametrize("dtype", cases.OPS[0].dtypes, ids=str)
 @pytest.mark.parametrize(("name", "case"), [(name, case) for name in TOKEN_OPS for case in OPS[name].proof])
 def test_moved_tokens_equal_the_reference(name, case, dtype, device):
     verify(OPS[name], OPS[name].proof[case], dtype, device)
@@ -309,10 +309,10 @@ def test_bytes_and_operations_by_hand():
     inputs |= {"q_count": None, "kv_count": torch.tensor([1, 3]), "scale": None}
     out = [torch.zeros(2, 2, 4, 8)]
     indices, taken = 2 * 4 * 4 + 2 * 8, 64 * (8 + 4 + 4)
-    assert bench.attention_bytes(inputs, out, False) == indices + taken + 64 * 8
-    assert bench.attention_bytes(inputs, out, True) == indices + taken + 64 * 16 + 64 * (10 + 12 + 12)
-    assert bench.attention_flops(inputs, out, False) == 2 * 2 * (4 * 1 + 4 * 3) * 2 * 8
-    assert bench.attention_flops(inputs, out, True) == 5 * 2 * (4 * 1 + 4 * 3) * 2 * 8
+    assert cases.attention_bytes(inputs, out, False) == indices + taken + 64 * 8
+    assert cases.attention_bytes(inputs, out, True) == indices + taken + 64 * 16 + 64 * (10 + 12 + 12)
+    assert cases.attention_flops(inputs, out, False) == 2 * 2 * (4 * 1 + 4 * 3) * 2 * 8
+    assert cases.attention_flops(inputs, out, True) == 5 * 2 * (4 * 1 + 4 * 3) * 2 * 8
 
 
 def test_gather_compiles_without_a_graph_break(device, compiles_whole):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._verify import verify
-from fastssl.kernels.patch_contrast import bench, patch_contrast
+from fastssl.kernels.patch_contrast import cases, patch_contrast
 
-OP = bench.OPS[0]
+OP = cases.OPS[0]
 PATHS = ("reference", "triton")
 
 

@@ -6,9 +6,9 @@ import torch
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._verify import verify
-from fastssl.kernels.patch_pixel_loss import bench, patch_pixel_loss
+from fastssl.kernels.patch_pixel_loss import cases, patch_pixel_loss
 
-OP = bench.OPS[0]
+OP = cases.OPS[0]
 
 
 @pytest.mark.parametrize("dtype", OP.dtypes, ids=str)

@@ -12,9 +12,9 @@ import torchvision.transforms.v2.functional as F
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._verify import verify
-from fastssl.kernels.photometric import BLUR_RADIUS, bench, photometric, reference
+from fastssl.kernels.photometric import BLUR_RADIUS, cases, photometric, reference
 
-OP = bench.OPS[0]
+OP = cases.OPS[0]
 PATHS = ("reference", "triton")
 JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # leaves pixel values in [0, 1]
@@ -156,11 +156,11 @@ def test_blur_keeps_what_is_flat_and_spreads_a_dot(path, dtype, device):
 @pytest.mark.parametrize("dtype", [*OP.dtypes, torch.float64], ids=str)
 def test_normalises_and_casts(path, dtype, device):
     crops = pixels(4, 30, 31, device)
-    expected = F.normalize(crops.double() / 255, bench.MEAN, bench.STD)
+    expected = F.normalize(crops.double() / 255, cases.MEAN, cases.STD)
     p = nothing(4, device)
     with forced(path):
         for parameters in ({}, p):
-            out = photometric(crops, **parameters, mean=bench.MEAN, std=bench.STD, dtype=dtype)
+            out = photometric(crops, **parameters, mean=cases.MEAN, std=cases.STD, dtype=dtype)
             assert out.dtype == dtype
             assert out.is_contiguous()
             torch.testing.assert_close(out, expected.to(dtype))
@@ -213,7 +213,7 @@ def test_bad_arguments_are_named(change, message):
 
 @pytest.mark.parametrize("name", OP.library)
 def test_library_pipelines_run(name):
-    inputs = OP.inputs(bench.Maker(), torch.float32, N=3, size=(16, 16))
+    inputs = OP.inputs(cases.Maker(), torch.float32, N=3, size=(16, 16))
     out = OP.library[name](**inputs)
     assert out.shape == (3, 3, 16, 16)
     assert out.isfinite().all()

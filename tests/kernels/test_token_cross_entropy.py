@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._verify import verify
-from fastssl.kernels.token_cross_entropy import bench, token_cross_entropy
+from fastssl.kernels.token_cross_entropy import cases, token_cross_entropy
 
-OP = bench.OPS[0]
+OP = cases.OPS[0]
 PATHS = ("reference", "triton")
 
 

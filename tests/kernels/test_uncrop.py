@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._verify import verify
-from fastssl.kernels.uncrop import bench, cells, uncrop, unseen
+from fastssl.kernels.uncrop import cases, cells, uncrop, unseen
 
-OP = bench.OPS[0]
+OP = cases.OPS[0]
 PATHS = ("reference", "triton")
 
 

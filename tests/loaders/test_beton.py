@@ -12,7 +12,7 @@ from PIL import Image
 from fastssl.loaders import beton_writer
 from fastssl.loaders.beton import ARRAY, BYTES, FLOAT, HEADER, IMAGE, INT, PAGE_SIZE, Beton, BetonError, Field, SideFile
 from fastssl.loaders.beton_writer import BetonWriter, Block, page_for
-from fastssl.loaders.picture import DecodeError, Encoded, decode
+from fastssl.loaders.decode import DecodeError, Encoded, decode
 
 FIELDS = [
     Field("score", FLOAT),

@@ -25,7 +25,7 @@ from ffcv.writer import DatasetWriter
 from fastssl.loaders.beton import ARRAY, BYTES, FLOAT, IMAGE, INT, Beton, Field
 from fastssl.loaders.beton_writer import BetonWriter
 from fastssl.loaders.convert import ConvertOptions, convert
-from fastssl.loaders.picture import Encoded, decode
+from fastssl.loaders.decode import Encoded, decode
 from fastssl.loaders.sources import open_source
 from fastssl.loaders.verify import VerifyOptions, verify
 

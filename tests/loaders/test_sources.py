@@ -7,7 +7,7 @@ from PIL import Image
 
 from fastssl.loaders.beton import ARRAY, IMAGE, INT, Field
 from fastssl.loaders.beton_writer import BetonWriter
-from fastssl.loaders.picture import Encoded
+from fastssl.loaders.decode import Encoded
 from fastssl.loaders.sources import DecodeError, SourceError, decode, open_source
 
 

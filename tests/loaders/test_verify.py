@@ -10,7 +10,7 @@ from PIL import Image
 from fastssl.config import ConfigError
 from fastssl.loaders.beton import ALLOCATION, ARRAY, HEADER, IMAGE, INT, Beton, Field
 from fastssl.loaders.beton_writer import BetonWriter
-from fastssl.loaders.picture import Encoded
+from fastssl.loaders.decode import Encoded
 from fastssl.loaders.verify import WHOLE_FILE, VerifyError, VerifyOptions, verify
 
 FIELDS = [Field("image", IMAGE), Field("label", INT), Field("parts", ARRAY, (1, 2, 2), np.dtype("u1"))]

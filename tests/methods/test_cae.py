@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from fastssl import checkpoint
 from fastssl.augment import IMAGENET_MEAN, IMAGENET_STD, augment
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, Model, Optim
@@ -18,8 +17,9 @@ from fastssl.methods import METHODS, view_list
 from fastssl.methods.cae import CAE
 from fastssl.models.dvae import CODEBOOK_FORMAT, PatchCodebook, Tokenizer, describe
 from fastssl.models.vit import cut_patches
-from fastssl.optim import build_optimizer, param_groups
 from fastssl.step import Values
+from fastssl.training import checkpoint
+from fastssl.training.optim import build_optimizer, param_groups
 
 VALUES = Values(0, 10, 2, seed=5)
 CODES = 24

@@ -13,10 +13,10 @@ from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 from fastssl.methods import METHODS, view_list
 from fastssl.methods import dino as module
 from fastssl.methods.dino import DINO, update_center
-from fastssl.optim import build_optimizer
 from fastssl.pictures import heat, to_picture
 from fastssl.step import Values
-from fastssl.timing import Stopwatch
+from fastssl.training.optim import build_optimizer
+from fastssl.training.timing import Stopwatch
 
 B, K = 4, 32
 

@@ -14,7 +14,7 @@ from fastssl.methods.mae import MAE, paste_patches
 from fastssl.models.vit import cut_patches
 from fastssl.pictures import to_picture
 from fastssl.step import Values
-from fastssl.timing import Stopwatch
+from fastssl.training.timing import Stopwatch
 
 VALUES = Values(0, 10, 2, seed=5)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl import distributed
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, Model, View
 from fastssl.kernels.patch_contrast import patch_contrast
@@ -18,11 +17,12 @@ from fastssl.loaders.draw import draw_all
 from fastssl.methods import METHODS, view_list
 from fastssl.methods.saae import SAAE, hidden_first, nt_xent, projector, scale_gradient
 from fastssl.models.vit import sincos_positions
-from fastssl.optim import build_optimizer, clip_gradients, param_groups
 from fastssl.parse import parse_pretrain
-from fastssl.schedule import cosine, warmup_cosine
 from fastssl.step import Values
-from fastssl.sync_batch_norm import synchronise_batch_norm
+from fastssl.training import distributed
+from fastssl.training.batch_norm import synchronise_batch_norm
+from fastssl.training.optim import build_optimizer, clip_gradients, param_groups
+from fastssl.training.schedule import cosine, warmup_cosine
 
 B, S, P = 6, 32, 8
 G, C = S // P, 24

@@ -19,12 +19,12 @@ from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 from fastssl.methods import METHODS, view_list
 from fastssl.methods.dino import DINO
 from fastssl.methods.scfs import SCFS, StageHead, crops, search
-from fastssl.optim import build_optimizer
 from fastssl.parse import parse_pretrain
-from fastssl.schedule import warmup_cosine
 from fastssl.step import Values
-from fastssl.sync_batch_norm import synchronise_batch_norm
-from fastssl.timing import Stopwatch
+from fastssl.training.batch_norm import synchronise_batch_norm
+from fastssl.training.optim import build_optimizer
+from fastssl.training.schedule import warmup_cosine
+from fastssl.training.timing import Stopwatch
 
 B, M, K, E = 4, 3, 24, 16
 RESNET = Model("resnet18", image_size=32, width=4, small_images=True)

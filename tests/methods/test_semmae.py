@@ -19,7 +19,7 @@ from fastssl.methods import METHODS, view_list
 from fastssl.methods.semmae import MAX_PARTS, SemMAE
 from fastssl.models.vit import sincos_positions
 from fastssl.step import Values
-from fastssl.timing import Stopwatch
+from fastssl.training.timing import Stopwatch
 
 B, SIDE, PATCH, GRID = 3, 48, 8, 6
 SEED, EPOCH, EPOCHS = 5, 3, 8

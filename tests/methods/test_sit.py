@@ -10,17 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl import distributed
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, Model
 from fastssl.kernels.corrupt import draw_blocks
 from fastssl.masks import philox
 from fastssl.methods import METHODS, view_list
 from fastssl.methods.sit import SiT, alien_source, contrastive_loss, pixel_loss
-from fastssl.optim import clip_gradients
-from fastssl.schedule import cosine, warmup_cosine
 from fastssl.step import Values
-from fastssl.sync_batch_norm import synchronise_batch_norm
+from fastssl.training import distributed
+from fastssl.training.batch_norm import synchronise_batch_norm
+from fastssl.training.optim import clip_gradients
+from fastssl.training.schedule import cosine, warmup_cosine
 
 B, S = 16, 32
 VALUES = Values(3, 10, 2, seed=5)

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl import distributed
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, Model
 from fastssl.kernels.corrupt import corrupt
@@ -21,6 +20,7 @@ from fastssl.methods.sit import alien_source
 from fastssl.methods.sit_v1 import SiTv1, damage, nt_xent, rotate, rotated_views, weighted_sum
 from fastssl.models import build_backbone
 from fastssl.step import Values
+from fastssl.training import distributed
 
 B, S = 16, 32
 VALUES = Values(3, 10, 2, seed=5)

@@ -1,1 +1,0 @@
-"""Recipes for ADE20K."""

@@ -1,1 +1,0 @@
-"""Recipes for ImageNet-1k."""

@@ -1,1 +1,0 @@
-"""Recipes for CIFAR-10, small enough for a CPU."""

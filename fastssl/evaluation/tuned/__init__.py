@@ -1,0 +1,1 @@
+"""Protocols that train the whole network: classification, segmentation, detection."""

@@ -1,0 +1,607 @@
+"""Semantic segmentation: UPerNet is fine-tuned on a checkpoint's backbone and judged by its mean IoU.
+
+The protocol of BEiT (Bao et al. 2022, arXiv 2106.08254) and CAE (Chen et al. 2022, arXiv 2202.03026) on ADE20K: AdamW
+with layer-wise learning-rate decay, linear warm-up, then a linear fall to 0; the last step counts. The network is
+`segmenter.Segmenter`, the data are `label_maps.LabelledFolder`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
+
+from fastssl.config import ConfigError, Model, check, check_probability
+from fastssl.evaluation.accuracy import format_table
+from fastssl.evaluation.data import EvaluationError, frozen, spaced_ids
+from fastssl.evaluation.tuned.label_maps import (
+    Crop,
+    LabelledFolder,
+    cut,
+    normalise,
+    open_labelled_folder,
+    read_ahead,
+    read_labels,
+    resized,
+)
+from fastssl.evaluation.tuned.layer_decay import layer_groups
+from fastssl.evaluation.tuned.segmenter import (
+    Overlap,
+    Segmenter,
+    best_classes,
+    image_counts,
+    overlap,
+    pixel_loss,
+    slide,
+    whole,
+)
+from fastssl.loaders.engine import decoding_threads
+from fastssl.loaders.index import batch_ids, order
+from fastssl.models import build_backbone, check_image_size
+from fastssl.models.pyramid import Pyramid
+from fastssl.models.vit import ViT
+from fastssl.pictures import save as save_picture
+from fastssl.pictures import tint
+from fastssl.training import checkpoint, distributed
+from fastssl.training.batch_norm import synchronise_batch_norm
+from fastssl.training.checkpoint import CheckpointError
+from fastssl.training.device import choose_device, choose_dtype
+from fastssl.training.log import Clock, MetricRing, RunLog
+from fastssl.weights.libraries import open_backbone
+
+WARMUP_FROM = 1e-6  # of the learning rate
+RESNET_WIDTH = 512  # of the decoder on a ResNet
+LOG_EVERY = 50  # optimizer steps between two readings of the loss
+MAY_CHANGE = {  # between a run and its resumption
+    *("dir", "val", "val_labels", "names", "mode", "stride", "pictures", "eval_every", "save_every"),
+    *("batch_size", "accumulate", "checkpointing", "workers", "device", "precision"),
+}
+
+
+@dataclass
+class SegmentOptions:
+    """UPerNet on a checkpoint's backbone. Sides of images are in pixels."""
+
+    checkpoint: str = ""
+    """Checkpoint of a pretraining run, e.g. runs/mae/last.pt, or a library's model, e.g. torchvision:resnet50."""
+    data: str = ""
+    """Training set: a folder that holds `images` and `labels` (or `annotations`, or `masks`), or the folder of the
+    images alone. The label picture of images/a/b.jpg is labels/a/b.png and has one class index per pixel."""
+    val: str = ""
+    """Set to be judged on, same forms as data."""
+    data_labels: str = ""
+    """Folder of the label pictures of data, where data is the folder of the images alone."""
+    val_labels: str = ""
+    """Folder of the label pictures of val, where val is the folder of the images alone."""
+    ignore: int = 255
+    """Value in the label pictures of pixels that do not count."""
+    reduce_zero_label: bool = False
+    """True: pixels with value 0 do not count either, and value k means class k - 1 (ADE20K)."""
+    classes: int = 0
+    """Number of classes. 0: one more than the largest label in data."""
+    names: str = ""
+    """Text file with one class name per line, for the table. Empty: numbers."""
+    dir: str = "runs/segment"
+    """Run folder: last.pt, metrics.jsonl, pictures. A run that finds last.pt there continues it."""
+    scratch: bool = False
+    """True: random weights in place of the checkpoint's, all else equal: what pretraining has to beat."""
+
+    taps: tuple[int, ...] = ()
+    """Four blocks of a ViT, from 0, whose tokens make the four maps. Empty: [3, 5, 7, 11] of 12, [7, 11, 15, 23] of 24,
+    else the last block of each quarter."""
+    relative_positions: bool = False
+    """Add to a ViT's attention a learned bias per relative position, zero at the start (CAE)."""
+    drop_path: float = 0.1
+    """Stochastic depth of a ViT's last block; earlier blocks get proportionally less."""
+    channels: int = 0
+    """Channels of the decoder. 0: a ViT's width; 512 for a ResNet."""
+    dropout: float = 0.1
+    """Probability that a channel is left out before the last convolution."""
+    auxiliary: float = 0.4
+    """Weight of the loss of a second, small head on the third map. 0: there is none."""
+    checkpointing: bool = False
+    """Compute a ViT's blocks anew in the backward pass: less memory, about a third more time."""
+
+    steps: int = 160000
+    """Optimizer steps."""
+    warmup_steps: int = 1500
+    """Optimizer steps in which the learning rate is multiplied by a factor that grows linearly, from 1e-6 to 1."""
+    batch_size: int = 2
+    """Images per process and micro-batch."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step. The published recipe takes 16 images per step."""
+    lr: float = 1e-4
+    """Learning rate of the decoder, as it is: not scaled with the images per step. It falls linearly to 0."""
+    layer_decay: float = 0.65
+    """Each layer (a ViT's block, a ResNet's stage) learns at this multiple of the rate of the next one."""
+    weight_decay: float = 0.05
+    """Of matrices; never of biases, norms, the class token and the position table."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the two moments."""
+
+    crop: int = 512
+    """Side of the training crops and of the sliding window."""
+    short_side: int = 512
+    """Images are resized so that the shorter side is this long, unless the longer one would pass long_side."""
+    long_side: int = 2048
+    """See short_side."""
+    scale: tuple[float, float] = (0.5, 2.0)
+    """In training, both are multiplied by a factor drawn from this range."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    distort: bool = True
+    """Change brightness, contrast, saturation and hue of the training crops."""
+    mode: Literal["slide", "whole"] = "slide"
+    """How an image is judged: in windows of side crop that overlap, their scores averaged, or in one piece."""
+    stride: int = 0
+    """Pixels from one window to the next. 0: two thirds of crop."""
+    eval_every: int = 16000
+    """Optimizer steps between two measurements. 0: only after the last."""
+    save_every: int = 1000
+    """Optimizer steps between two writings of last.pt."""
+    pictures: int = 8
+    """Images of val drawn into the run folder: image, truth, answer."""
+    workers: int = 0
+    """Decoding threads per process. 0: this machine's cores divided by the processes on it."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic of the network (losses are fp32). auto: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the
+    CPU."""
+    seed: int = 0
+    """Seed of the first weights, the order, the crops and stochastic depth; 0 to 2^32 - 1."""
+
+    def __post_init__(self) -> None:
+        for key, what in (("checkpoint", "a checkpoint"), ("data", "labelled images"), ("val", "labelled images")):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is empty; name {what} with --{key}")
+        if Path(self.data).resolve() == Path(self.val).resolve():
+            raise ConfigError(f"val is the same as data ({self.data}); name images that are not trained on")
+        for key in ("steps", "batch_size", "accumulate", "crop", "short_side", "long_side", "save_every"):
+            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        for key in ("classes", "channels", "stride", "eval_every", "pictures", "workers", "auxiliary", "weight_decay"):
+            check(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        check(self.classes != 1, "classes", self.classes, "2 or more, or 0 (as data has)")
+        check(0 <= self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"0 to steps ({self.steps})")
+        check(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "positive")
+        check(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "in (0, 1]")
+        for key in ("drop_path", "flip"):
+            check_probability(key, getattr(self, key))
+        check(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
+        check(all(0.0 <= beta < 1.0 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        check(0 < self.scale[0] <= self.scale[1], "scale", self.scale, "a range above 0")
+        check(self.stride <= self.crop, "stride", self.stride, f"at most crop ({self.crop})")
+        check(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
+        check(not (self.relative_positions and self.mode == "whole"), "mode", self.mode,
+              "slide with relative_positions, which are made for the windows' size")  # fmt: skip
+
+    @property
+    def cutting(self) -> Crop:
+        """How training images are cut."""
+        return Crop(self.crop, self.short_side, self.long_side, self.scale, self.flip, self.distort)
+
+
+@dataclass(frozen=True)
+class SegmentEvaluation:
+    """What the network is worth.
+
+    Attributes:
+        checkpoint: path of the backbone's checkpoint; `scratch`: its weights were not used.
+        path: the trained network.
+        overlap: the numbers.
+        names: of the classes.
+        train_images: how many.
+        steps: optimizer steps.
+        history: (step, miou) of the measurements on the way.
+        seconds: of this call.
+    """
+
+    checkpoint: str
+    scratch: bool
+    path: str
+    overlap: Overlap
+    names: list[str]
+    train_images: int
+    steps: int
+    history: list[tuple[int, float]]
+    seconds: float
+
+    @property
+    def miou(self) -> float:
+        """Mean intersection over union, in percent."""
+        return self.overlap.miou
+
+    def as_dict(self) -> dict[str, Any]:
+        numbers = {key: value for key, value in vars(self.overlap).items() if key not in ("iou", "acc", "images")}
+        by_class = [
+            {"name": name, "iou": iou, "acc": acc}
+            for name, iou, acc in zip(self.names, self.overlap.iou, self.overlap.acc, strict=True)
+        ]
+        rest = {key: value for key, value in vars(self).items() if key not in ("overlap", "names")}
+        return {**numbers, "val_images": self.overlap.images, **rest, "classes": by_class}
+
+    def table(self) -> str:
+        overlap, weights = self.overlap, " (random weights)" if self.scratch else ""
+        low, high = overlap.interval
+        head = (
+            f"segmentation, {self.checkpoint}{weights}: {self.train_images} training images, {self.steps} steps, "
+            f"{overlap.images} validation images, {self.seconds:.0f} s"
+        )
+        numbers = [
+            ("mIoU %", "95 % interval", "mAcc %", "aAcc %"),
+            (f"{overlap.miou:.2f}", f"{low:.2f} to {high:.2f}", f"{overlap.macc:.2f}", f"{overlap.aacc:.2f}"),
+        ]
+        classes = [("class", "IoU %", "accuracy %")]
+        for name, *shares in zip(self.names, overlap.iou, overlap.acc, strict=True):
+            classes.append((name, *("-" if share is None else f"{share:.2f}" for share in shares)))
+        constant = f"to compare: one class everywhere has at best {overlap.constant:.2f} % mIoU"
+        return "\n\n".join([head, format_table(numbers), format_table(classes), constant])
+
+
+# -- the run ---------------------------------------------------------------------------------------------------------
+
+
+class Segmentation:
+    """One run on this process (one of several under torchrun). `train()` runs it to its end.
+
+    Raises:
+        ConfigError, CheckpointError, EvaluationError: something asked for does not exist or does not fit.
+    """
+
+    def __init__(self, options: SegmentOptions) -> None:
+        self.options = options
+        self.begin = time.perf_counter()
+
+        # Where: device, arithmetic, processes, folder.
+        self.device = device = choose_device(options.device, "device")
+        self.dtype = choose_dtype(options.precision, device, "precision")
+        distributed.start(device)
+        self.folder = Path(options.dir)
+        self.threads = decoding_threads(options.workers, distributed.local_world())
+        bar = "labels" if distributed.is_main() else ""
+
+        # Data.
+        meaning = (options.ignore, options.reduce_zero_label)
+        self.data = open_labelled_folder(options.data, options.data_labels, "data", *meaning)
+        self.val = open_labelled_folder(options.val, options.val_labels, "val", *meaning)
+        names = read_names(options.names)
+        check(not (names and options.classes) or options.classes == len(names), "classes", options.classes,
+              f"{len(names)}, the lines of {options.names}")  # fmt: skip
+        self.classes = options.classes or len(names)
+        self.classes = self.classes or max(2, read_labels(self.data, 0, self.threads, device, bar))
+        read_labels(self.val, self.classes, self.threads, device, bar)  # now, not after hours of training
+        self.names = names or [str(i) for i in range(self.classes)]
+        self.images_per_step = options.batch_size * options.accumulate * distributed.world()
+        self.steps_per_epoch = len(self.data) // self.images_per_step
+        if self.steps_per_epoch == 0:
+            raise ConfigError(
+                f"{options.data} has {len(self.data)} images, fewer than one optimizer step takes: "
+                f"{self.images_per_step} (batch_size x accumulate x processes)"
+            )
+        if options.batch_size * distributed.world() < 2:
+            raise ConfigError("batch_size is 1 on one process; batch norm over a whole image needs two images at least")
+
+        # What is trained, and how.
+        torch.manual_seed(options.seed)
+        self.network = self._build().to(device).train()
+        if distributed.world() > 1:
+            synchronise_batch_norm(self.network, device)
+        groups = layer_groups(self.network, self.network.pyramid.backbone, options.layer_decay, options.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+        # Where it stands.
+        self.step = 0
+        self.history: list[tuple[int, float]] = []
+        self._resume()
+        self.parallel: nn.Module = self.network
+        if distributed.world() > 1:
+            devices = [device] if device.type == "cuda" else None
+            self.parallel = DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
+
+    def _build(self) -> Segmenter:
+        options = self.options
+        found = open_backbone(options.checkpoint)
+        self.config = found.config
+        model = Model(**found.config["model"])
+        check_image_size(model, "crop", options.crop)
+        backbone = build_backbone(model) if options.scratch else found.module
+        settings: dict[str, Any] = {"taps": options.taps or None}
+        if isinstance(backbone, ViT):
+            side = options.crop // backbone.patch_size
+            settings["window"] = (side, side) if options.relative_positions else None
+            settings |= {"drop_path": options.drop_path, "checkpointing": options.checkpointing}
+        else:
+            check(not options.relative_positions, "relative_positions", True, "off with a ResNet")
+            check(not options.checkpointing, "checkpointing", True, "off with a ResNet")
+        pyramid = Pyramid(backbone, **settings)
+        width = options.channels or (backbone.width if isinstance(backbone, ViT) else RESNET_WIDTH)
+        return Segmenter(pyramid, self.classes, width, options.dropout, options.auxiliary > 0)
+
+    # -- checkpoint ----------------------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        """The trained network."""
+        return self.folder / "last.pt"
+
+    def _fit(self) -> dict[str, Any]:
+        """What a resumption must have in common with the run that it continues."""
+        values = {key: value for key, value in asdict(self.options).items() if key not in MAY_CHANGE}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+        same = {"classes": self.classes, "images per step": self.images_per_step, "training images": len(self.data)}
+        return {**values, **same}
+
+    def _resume(self) -> None:
+        if not self.path.exists():
+            return
+        content = checkpoint.load(self.path)
+        if "segment" not in content:
+            raise CheckpointError(f"{self.path} is not of a segmentation run; name another folder with --dir")
+        checkpoint.check_fit(self.path, content["segment"], self._fit(), "--dir")
+        self.network.load_state_dict(content["method"])
+        self.optimizer.load_state_dict(content["optimizer"])
+        self.scaler.load_state_dict(content["scaler"])
+        self.step = content["step"]
+        self.history = [(int(step), miou) for step, miou in content["history"]]
+
+    def _save(self) -> None:
+        if distributed.is_main():
+            content = {
+                "config": self.config,
+                "step": self.step,
+                "backbone_prefix": "pyramid.backbone.",
+                "method": self.network.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "segment": self._fit(),
+                "history": [list(line) for line in self.history],
+            }
+            checkpoint.save(self.path, content)
+        distributed.barrier()
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def train(self) -> SegmentEvaluation:
+        """Runs to the last step, or from where last.pt stands.
+
+        Raises:
+            EvaluationError: a loss or a score is not finite, or a picture cannot be read.
+        """
+        options = self.options
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        log = RunLog(self.folder, self.step, options.steps)
+        ring, clock = MetricRing(), Clock()
+        stream = self._stream()
+        try:
+            log.say(
+                f"UPerNet on {options.checkpoint}{' (random weights)' if options.scratch else ''}, {self.classes} "
+                f"classes, on {self.device}: {len(self.data)} images, {self.images_per_step} per step, "
+                f"{options.steps} steps"
+            )
+            while self.step < options.steps:
+                ring.add(self.step, self._step(stream, clock))
+                self.step += 1
+                log.progress()
+                last = self.step == options.steps
+                saves = last or self.step % options.save_every == 0
+                measures = not last and options.eval_every and self.step % options.eval_every == 0
+                if last or saves or measures or self.step % LOG_EVERY == 0:
+                    self._record(log, ring, clock)
+                aside = time.perf_counter()
+                if measures:
+                    self.history.append((self.step, self.judge().miou))
+                    log.record({"step": self.step, "miou": self.history[-1][1]})
+                    log.say(f"step {self.step}: {self.history[-1][1]:.2f} % mIoU")
+                if saves:
+                    self._save()
+                clock.skip(time.perf_counter() - aside)
+            found = self.judge(options.pictures)
+            log.record({"step": self.step, "miou": found.miou, "macc": found.macc, "aacc": found.aacc})
+        finally:
+            stream.close()
+            log.close()
+        return SegmentEvaluation(
+            checkpoint=options.checkpoint,
+            scratch=options.scratch,
+            path=str(self.path),
+            overlap=found,
+            names=self.names,
+            train_images=len(self.data),
+            steps=self.step,
+            history=self.history,
+            seconds=round(time.perf_counter() - self.begin, 1),
+        )
+
+    def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """This process's training crops from here on: images of one optimizer step depend on the step alone."""
+        options, data = self.options, self.data
+
+        def keys() -> Iterator[tuple[int, int]]:
+            for step in range(self.step, options.steps):
+                epoch, into = divmod(step, self.steps_per_epoch)
+                ids = order(len(data), options.seed, epoch)
+                for micro in range(options.accumulate):
+                    position = into * options.accumulate + micro
+                    mine = batch_ids(ids, position, options.batch_size, distributed.rank(), distributed.world())
+                    yield from ((epoch, int(i)) for i in mine)
+
+        def make(key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+            epoch, i = key
+            pair = data.pair(i, self.classes)
+            return cut(*pair, options.cutting, seed=options.seed, epoch=epoch, number=i)
+
+        return read_ahead(keys(), make, self.threads, prefetch=2 * max(self.threads, options.batch_size))
+
+    def _step(self, stream: Iterator[tuple[Tensor, Tensor]], clock: Clock) -> dict[str, Tensor]:
+        """One optimizer step; its losses, on the device."""
+        options, losses = self.options, []
+        rate = options.lr * lr_factor(self.step, options.steps, options.warmup_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["lr_scale"]
+        for micro in range(options.accumulate):
+            waiting = time.perf_counter()
+            crops = [next(stream) for _ in range(options.batch_size)]
+            clock.wait(time.perf_counter() - waiting)
+            images, labels = (torch.stack(part).to(self.device) for part in zip(*crops, strict=True))
+            torch.manual_seed(_seed(options.seed, self.step, micro, distributed.rank()))
+            if distributed.world() > 1:
+                self.parallel.require_backward_grad_sync = micro == options.accumulate - 1
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                scores, small = self.parallel(images)
+            main = pixel_loss(scores, labels)
+            loss = main if small is None else main + options.auxiliary * pixel_loss(small, labels)
+            self.scaler.scale(loss / options.accumulate).backward()
+            losses.append(torch.stack([loss.detach(), main.detach()]))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, main = torch.stack(losses).mean(0)
+        return {"loss": loss, "loss_decoder": main}
+
+    def _record(self, log: RunLog, ring: MetricRing, clock: Clock) -> None:
+        steps, _, rows = ring.drain()
+        for step, row in zip(steps, rows, strict=True):
+            if not math.isfinite(row["loss"]):
+                kept = f"{self.path}" if self.path.exists() else "no checkpoint yet"
+                raise EvaluationError(f"step {step}: the loss is not finite; try a smaller --lr; kept: {kept}")
+        seconds, waited = clock.read()
+        log.record(
+            {
+                "step": self.step,
+                "epoch": self.step / self.steps_per_epoch,
+                **{key: sum(row[key] for row in rows) / len(rows) for key in rows[0]},
+                "lr": self.options.lr * lr_factor(self.step - 1, self.options.steps, self.options.warmup_steps),
+                "images_per_s": len(rows) * self.images_per_step / seconds,
+                "data_wait": waited,
+            }
+        )
+
+    # -- judging -------------------------------------------------------------------------------------------------------
+
+    def judge(self, pictures: int = 0) -> Overlap:
+        """The numbers on val, the same on every process; `pictures` of its images are drawn."""
+        options = self.options
+        with frozen(self.network):
+            return judge(
+                self._classify,
+                self.val,
+                self.classes,
+                workers=self.threads,
+                device=self.device,
+                draw=spaced_ids(len(self.val), pictures).tolist(),
+                folder=self.folder / "pictures",
+                progress="val" if distributed.is_main() else "",
+                seed=options.seed,
+            )
+
+    @torch.no_grad()
+    def _classify(self, picture: Tensor) -> Tensor:
+        """uint8 [3, H, W] on the CPU -> class of each pixel, int64 [H, W] on the device."""
+        options, (height, width) = self.options, picture.shape[1:]
+        size = list(resized(height, width, options.short_side, options.long_side))
+        seen = transforms.resize(picture, size, InterpolationMode.BILINEAR, antialias=True)
+        image = normalise(seen).to(self.device)
+
+        def look(images: Tensor) -> Tensor:
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+                return self.network(images)[0]
+
+        if options.mode == "slide":
+            scores = slide(look, image, options.crop, options.stride or max(options.crop * 2 // 3, 1))
+        else:
+            scores = whole(look, image, int(self.network.pyramid.strides[-1]))
+        if not torch.isfinite(scores).all():
+            raise EvaluationError("the network's scores are not finite; its weights are broken")
+        return best_classes(scores, height, width)
+
+
+def judge(
+    classify: Any,
+    data: LabelledFolder,
+    classes: int,
+    *,
+    workers: int = 1,
+    device: torch.device | str = "cpu",
+    draw: list[int] | None = None,
+    folder: Path | None = None,
+    progress: str = "",
+    seed: int = 0,
+) -> Overlap:
+    """The numbers of a classifier of pixels; the images are dealt to the processes, each counts once.
+
+    Args:
+        classify: uint8 [3, H, W] -> int64 [H, W].
+        data: the images and their labels.
+        classes: K.
+        workers: decoding threads.
+        device: where the classes that `classify` finds are, and where the process group communicates.
+        draw: positions of images that are drawn into `folder`: image, truth, answer.
+        progress: label of the progress bar; empty shows none.
+        seed: of the bootstrap.
+
+    Returns:
+        The same on every process.
+    """
+    own = range(distributed.rank(), len(data), distributed.world())
+    counts = torch.zeros(len(own), 3, classes, dtype=torch.int64)
+    bar = tqdm(total=len(own), desc=progress, unit="img", leave=False, disable=None if progress else True)
+    with bar, contextlib.closing(read_ahead(own, lambda i: data.pair(i, classes), workers)) as pairs:
+        for row, i, (picture, labels) in zip(counts, own, pairs, strict=True):
+            found = classify(picture)
+            row.copy_(image_counts(found, labels.to(found.device), classes))
+            if folder is not None and i in (draw or ()):
+                _draw(folder / f"{i:05d}-{data.images[i].stem}.png", picture, labels, found.cpu(), classes)
+            bar.update()
+    return overlap(distributed.gather_rows(counts, len(data), torch.device(device)), seed)
+
+
+def _draw(path: Path, picture: Tensor, labels: Tensor, found: Tensor, classes: int) -> None:
+    """Image, truth and answer side by side; classes in evenly spaced colours, ignored pixels as they are."""
+    plain = picture.float() / 255
+    save_picture(path, torch.stack([plain, tint(plain, labels, classes), tint(plain, found, classes)])[None])
+
+
+def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
+    """Learning rate of a step as a fraction of the first: linear to 0, times a linear warm-up from 1e-6 to 1."""
+    factor = 1 - step / steps
+    if step < warmup_steps:
+        factor *= WARMUP_FROM + (1 - WARMUP_FROM) * step / warmup_steps
+    return factor
+
+
+def read_names(path: str) -> list[str]:
+    """The lines of a text file, without empty ones; none for an empty path. ConfigError if it cannot be read."""
+    if not path:
+        return []
+    try:
+        return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"names is {path!r}, which cannot be read ({error})") from None
+
+
+def _seed(*numbers: int) -> int:
+    """Seed of stochastic depth and dropout: a function of where the run stands, so a resumption repeats it."""
+    return zlib.crc32(b"segment" + struct.pack(f"<{len(numbers)}Q", *numbers))
+
+
+def evaluate_segment(options: SegmentOptions) -> SegmentEvaluation:
+    """Train UPerNet on a checkpoint's backbone on labelled pixels and measure its mean IoU on others.
+
+    Sources: Xiao et al. 2018 (arXiv 1807.10221); Bao et al. 2022 (arXiv 2106.08254), semantic segmentation.
+    """
+    return Segmentation(options).train()

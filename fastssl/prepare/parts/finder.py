@@ -1,0 +1,156 @@
+"""What finds parts: a frozen ViT with a part learner, its file, and the way images come to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastssl.augment import augment
+from fastssl.batch import Batch
+from fastssl.config import Model
+from fastssl.loaders.ahead import Ahead
+from fastssl.loaders.engine import decoding_threads
+from fastssl.loaders.loader import BadSampleError
+from fastssl.loaders.reference_loader import read_image
+from fastssl.loaders.sources import DecodeError, Source
+from fastssl.models import build_backbone
+from fastssl.models.vit import ViT
+from fastssl.prepare.parts.learner import PartLearner, add_background
+from fastssl.training import checkpoint
+from fastssl.training.checkpoint import CheckpointError
+
+FORMAT = "fastssl-parts-1"
+
+
+class PartFinder:
+    """A frozen ViT with a part learner: images to part maps.
+
+    Args:
+        model: the ViT's configuration.
+        backbone: the ViT, in eval mode; it is not trained.
+        learner: queries and decoder.
+        size: side of the square that images are resized to, in pixels.
+        dtype: of autocast; float32: none.
+
+    Attributes:
+        place: float32 [N, D], what the patch tokens say about where they are rather than what they show; it is taken
+            out before parts are looked for. 0 until `learn_place`.
+    """
+
+    def __init__(
+        self, model: Model, backbone: ViT, learner: PartLearner, size: int, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model, self.backbone, self.learner, self.size, self.dtype = model, backbone, learner, size, dtype
+        patches = (size // backbone.patch_size) ** 2
+        self.place = torch.zeros(patches, backbone.width, device=self.device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.cls_token.device
+
+    @torch.no_grad()
+    def tokens(self, images: Tensor) -> Tensor:
+        """Normalised images [B, 3, S, S] -> the frozen tokens, float32 [B, 1+N, D]."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.backbone.tokens(images).float()
+
+    @torch.no_grad()
+    def maps(self, tokens: Tensor, background: bool = False) -> Tensor:
+        """Frozen tokens [B, 1+N, D] -> part maps, float32 [B, P, g, g] (P+1 with a background)."""
+        maps = self.learner.maps(self.placeless(tokens))
+        return add_background(maps) if background else maps
+
+    def placeless(self, tokens: Tensor) -> Tensor:
+        """Frozen tokens [B, 1+N, D], their patches less `place`."""
+        return torch.cat([tokens[:, :1], tokens[:, 1:] - self.place], dim=1)
+
+    def learn_place(self, batches: Iterator[Batch]) -> None:
+        """Sets `place` to the mean token of each place, over images and their mirror images, less the mean of all.
+
+        A query that finds "upper left" needs no part; tokens of MAE say much about it. Ours, not the paper's.
+        """
+        total, count = torch.zeros_like(self.place), 0
+        for batch in batches:
+            images = normalised(batch, self.device)
+            total += self.tokens(torch.cat([images, images.flip(3)]))[:, 1:].sum(0)
+            count += 2 * len(images)
+        self.place = total / count
+        self.place -= self.place.mean(0)
+
+    def save(self, path: str | Path) -> None:
+        """Writes all that `load_finder` needs; raises CheckpointError if the disk refuses."""
+        decoder = self.learner.decoder
+        checkpoint.save(
+            Path(path),
+            {
+                "parts": FORMAT,
+                "model": asdict(self.model),
+                "size": self.size,
+                "numbers": [self.learner.parts, decoder.first.out_channels, len(decoder.steps)],
+                "place": self.place,
+                "backbone": self.backbone.state_dict(),
+                "learner": self.learner.state_dict(),
+            },
+        )
+
+
+def load_finder(path: str | Path, device: torch.device, dtype: torch.dtype) -> PartFinder:
+    """Reads what `fastssl parts learn` wrote.
+
+    Raises:
+        CheckpointError: no such file, damaged, or another kind of file.
+    """
+    content = checkpoint.load(path, device)
+    if content.get("parts") != FORMAT:
+        raise CheckpointError(f"{path} holds no part learner; 'fastssl parts learn' writes one")
+    model = Model(**content["model"])
+    backbone = build_backbone(model)
+    backbone.load_state_dict(content["backbone"])
+    parts, decoder_width, doublings = content["numbers"]
+    learner = PartLearner(backbone.width, parts, decoder_width, doublings)
+    learner.load_state_dict(content["learner"])
+    finder = PartFinder(
+        model, backbone.to(device).eval().requires_grad_(False), learner.to(device).eval(), content["size"], dtype
+    )
+    finder.place = content["place"]
+    return finder
+
+
+def whole_images(source: Source, ids: np.ndarray, size: int, batch_size: int, workers: int = 0) -> Iterator[Batch]:
+    """The images `ids`, each resized as a whole to a square (bilinear, antialiased), in order.
+
+    Yields:
+        Batches with the group "whole", uint8 [B, 1, 3, size, size]; the last one may be smaller.
+
+    Raises:
+        BadSampleError: an image cannot be read; raised while iterating.
+    """
+
+    def prepare(position: int) -> tuple[Batch, list[Callable[[], None]]]:
+        mine = ids[position * batch_size : (position + 1) * batch_size]
+        pixels = torch.empty((len(mine), 1, 3, size, size), dtype=torch.uint8)
+        batch = Batch(id=torch.tensor(mine), label=torch.tensor(source.labels[mine]), views={"whole": pixels})
+
+        def fill(row: int) -> None:
+            sample = int(mine[row])
+            try:
+                image = read_image(source, sample)
+            except DecodeError as error:
+                raise BadSampleError(f"sample {sample} ({source.name(sample)}) {error}") from error
+            square = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+            pixels[row, 0] = torch.tensor(square).permute(2, 0, 1)
+
+        return batch, [lambda row=row: fill(row) for row in range(len(mine))]
+
+    return Ahead(decoding_threads(workers, 1), 4).run(prepare, range(-(-len(ids) // batch_size)))
+
+
+def normalised(batch: Batch, device: torch.device) -> Tensor:
+    """The images of a batch of `whole_images` as networks take them, float32 [B, 3, S, S] on the device."""
+    return augment(batch.to(device)).views["whole"][:, 0].float()

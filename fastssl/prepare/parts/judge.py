@@ -1,0 +1,273 @@
+"""Are these parts? Numbers that need no truth, and, where the true parts are known, how well the maps meet them.
+
+Letters: n images, P parts found, T true parts, N cells of a grid, D width of the ViT.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastssl import pictures
+from fastssl.config import ConfigError, check
+from fastssl.loaders.sources import Source, SourceError, open_source
+from fastssl.prepare.parts.finder import PartFinder, load_finder, normalised, whole_images
+from fastssl.prepare.parts.learner import overlap
+from fastssl.training.device import choose_device, choose_dtype
+
+SHOWN = 8  # images in a picture
+FITTED = 20000  # patches that the k-means over all images is fitted to
+MATCHINGS = 20000  # ways to match parts with true parts that are tried
+
+
+@dataclass
+class JudgeOptions:
+    """Which parts are judged, and on which images."""
+
+    parts: str = ""
+    """What 'fastssl parts learn' wrote."""
+    data: str = ""
+    """Images: a .beton file, a glob of shards, or a folder."""
+    images: int = 1000
+    """Judge on so many images, evenly spaced over the data."""
+    background: bool = False
+    """With a map for the background, as 'fastssl parts write --background' writes it."""
+    truth: bool = False
+    """Compare with the part maps that DATA has, beside k-means of the same frozen tokens."""
+    pictures: str = ""
+    """PNG file to draw the parts of some images into. Empty: none."""
+    batch_size: int = 64
+    """Images per forward pass."""
+    workers: int = 0
+    """Decoding threads. 0: this machine's cores."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+
+    def __post_init__(self) -> None:
+        for key in ("images", "batch_size"):
+            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+
+
+@dataclass(frozen=True)
+class Match:
+    """How well a way to split images meets their true parts; all in percent.
+
+    Attributes:
+        name: of the way.
+        iou: mean intersection over union of the true parts, each image's parts matched for themselves.
+        iou_fixed: the same with one matching for all images; None where parts of different images have nothing to do
+            with each other.
+        purity: share of cells that belong to the commonest true part of their own part.
+    """
+
+    name: str
+    iou: float
+    iou_fixed: float | None
+    purity: float
+
+
+@dataclass(frozen=True)
+class PartsReport:
+    """What the parts look like.
+
+    Attributes:
+        images: judged.
+        cosine: mean cosine of two parts' maps.
+        used: per part, the share of images in which it has a patch.
+        largest: mean share of an image's largest part.
+        mirror: share of patches that keep their part when the image is mirrored.
+        truth: where the true parts are known, one row per way to find parts.
+    """
+
+    images: int
+    cosine: float
+    used: list[float]
+    largest: float
+    mirror: float
+    truth: list[Match] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**vars(self), "truth": [vars(row) for row in self.truth]}
+
+    def table(self) -> str:
+        rows = [
+            ("mean cosine of two parts' maps", self.cosine, "< 0.3", self.cosine < 0.3),
+            ("images that use the rarest part", min(self.used), "> 0.5", min(self.used) > 0.5),
+            ("share of the largest part", self.largest, "< 0.6", self.largest < 0.6),
+            ("same part in the mirrored image", self.mirror, "> 0.8", self.mirror > 0.8),
+        ]
+        lines = [f"{'on ' + str(self.images) + ' images':<34}{'value':>8}{'good':>8}"]
+        lines += [f"{name:<34}{value:>8.3f}{goal:>8}{'' if ok else '   no'}" for name, value, goal, ok in rows]
+        if self.truth:
+            lines += ["", f"{'against the true parts, in %':<34}{'mIoU':>8}{'mIoU, one matching':>20}{'purity':>9}"]
+            for row in self.truth:
+                fixed = f"{row.iou_fixed:.1f}" if row.iou_fixed is not None else "-"
+                lines.append(f"{row.name:<34}{row.iou:>8.1f}{fixed:>20}{row.purity:>9.1f}")
+        return "\n".join(lines)
+
+
+def judge(options: JudgeOptions) -> PartsReport:
+    """Judges learned parts; see `PartsReport`.
+
+    Raises:
+        CheckpointError, SourceError: no such files, or `truth` where DATA has no part maps.
+        BadSampleError: an image cannot be read.
+    """
+    device = choose_device(options.device, "device")
+    finder = load_finder(options.parts, device, choose_dtype("fp32", device))
+    report, rows = judge_finder(finder, open_source(options.data), options)
+    if options.pictures:
+        pictures.save(Path(options.pictures), rows)
+    return report
+
+
+def judge_finder(finder: PartFinder, source: Source, options: JudgeOptions) -> tuple[PartsReport, Tensor]:
+    """As `judge`, for an open file of parts; also pictures [rows, columns, 3, S, S]: image, parts (truth, k-means)."""
+    if options.truth and not source.has_parts:
+        raise SourceError(f"{options.data} has no part maps to compare with")
+    count = min(options.images, len(source))
+    ids = np.arange(count) * len(source) // count
+    examples = np.arange(min(SHOWN, count)) * count // min(SHOWN, count)  # spread, for data is often sorted by class
+    cosine, mirror, labels, maps, tokens, shown = [], [], [], [], [], []
+    for batch in whole_images(source, ids, finder.size, options.batch_size, options.workers):
+        images = normalised(batch, finder.device)
+        found = finder.tokens(images)
+        here = finder.maps(found, options.background)
+        there = finder.maps(finder.tokens(images.flip(3)), options.background)
+        cosine.append(overlap(here[:, : finder.learner.parts]) * len(images))
+        labels.append(here.argmax(1).cpu())
+        mirror.append((here.argmax(1) == there.argmax(1).flip(2)).float().mean() * len(images))
+        shown.append(images[np.isin(batch.id, ids[examples])].cpu())
+        if options.truth:
+            maps.append(here.cpu())
+            tokens.append(found[:, 1:].cpu())
+    label, parts = torch.cat(labels), maps[0].shape[1] if maps else finder.learner.parts + options.background
+    share = F.one_hot(label.flatten(1), parts).float().mean(1)  # [n, P]
+    views = pictures.to_picture(torch.cat(shown))
+    columns = [views, pictures.tint(views, label[examples], parts)]
+    rows: list[Match] = []
+    if options.truth:
+        rows, extra = _against_truth(torch.cat(maps), torch.cat(tokens), source, ids, views, examples)
+        columns += extra
+    report = PartsReport(
+        count,
+        (sum(cosine) / count).item(),
+        (share > 0).float().mean(0).tolist(),
+        share.amax(1).mean().item(),
+        (sum(mirror) / count).item(),
+        rows,
+    )
+    return report, torch.stack(columns, dim=1)
+
+
+def _against_truth(
+    maps: Tensor, tokens: Tensor, source: Source, ids: np.ndarray, views: Tensor, examples: np.ndarray
+) -> tuple[list[Match], list[Tensor]]:
+    """The rows of the table, and tinted views of the true parts and of k-means per image."""
+    true = torch.from_numpy(np.stack([source.parts(int(i)) for i in ids])).float()  # [n, T, h, w]
+    count, grid = true.shape[1], true.shape[2:]
+    truth = true.argmax(1)
+    parts, side = maps.shape[1], maps.shape[2:]
+    generator = torch.Generator().manual_seed(0)
+    single = torch.cat([kmeans(points, parts, generator)[1] for points in tokens.split(64)])
+    flat = tokens.flatten(0, 1)
+    sample = flat[torch.randperm(len(flat), generator=generator)[:FITTED]]
+    centres = kmeans(sample[None], parts, generator)[0]
+    common = torch.cdist(flat[None], centres)[0].argmin(1).view(len(tokens), -1)
+
+    def spread(labels: Tensor) -> Tensor:
+        return F.one_hot(labels, parts).transpose(1, 2).unflatten(2, side).float()
+
+    ways = [
+        ("learned parts", maps, True),
+        ("k-means over all images", spread(common), True),
+        ("k-means in each image", spread(single), False),
+        ("one part for all", torch.ones_like(maps[:, :1]), True),
+    ]
+    rows = []
+    for name, found, fixed in ways:
+        sized = F.interpolate(found, size=grid, mode="bilinear", align_corners=False)
+        rows.append(match(name, sized.argmax(1).flatten(1), truth.flatten(1), found.shape[1], count, fixed))
+    extra = [
+        pictures.tint(views, truth[examples], count),
+        pictures.tint(views, single[examples].unflatten(1, side), parts),
+    ]
+    return rows, extra
+
+
+def match(name: str, labels: Tensor, truth: Tensor, parts: int, true_parts: int, fixed: bool) -> Match:
+    """How well labels meet the truth; every one-to-one matching is tried.
+
+    Args:
+        labels: int64 [n, N], from 0 to parts - 1.
+        truth: int64 [n, N], from 0 to true_parts - 1; a true part that an image lacks does not count there.
+        fixed: also with one matching for all images.
+
+    Raises:
+        ConfigError: too many parts to try all matchings.
+    """
+    size = max(parts, true_parts)
+    if math.perm(size, true_parts) > MATCHINGS:
+        raise ConfigError(f"{parts} parts can be matched with {true_parts} true ones in too many ways to try them all")
+    a, b = F.one_hot(labels, size).double(), F.one_hot(truth, true_parts).double()  # [n, N, size], [n, N, T]
+    both = a.transpose(1, 2) @ b  # [n, size, T]
+    iou = both / (a.sum(1)[:, :, None] + b.sum(1)[:, None] - both).clamp_min(1)
+    present = b.sum(1) > 0  # [n, T]
+    ways = torch.tensor(list(itertools.permutations(range(size), true_parts)))  # [K, T]
+    score = sum(iou[:, ways[:, t], t] * present[:, t, None] for t in range(true_parts)) / present.sum(1, keepdim=True)
+    return Match(
+        name,
+        100 * score.amax(1).mean().item(),
+        100 * score.mean(0).amax().item() if fixed else None,
+        100 * (both.amax(2).sum(1) / truth.shape[1]).mean().item(),
+    )
+
+
+def kmeans(
+    points: Tensor, count: int, generator: torch.Generator, rounds: int = 20, tries: int = 3
+) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm in each set of points for itself: the best of several tries that k-means++ starts.
+
+    Args:
+        points: float [B, N, D].
+        count: clusters, K.
+        generator: draws the first centres.
+
+    Returns:
+        Centres [B, K, D], and the nearest one of each point, int64 [B, N].
+    """
+    best = torch.full((len(points),), math.inf)
+    centres = points.new_zeros(len(points), count, points.shape[2])
+    nearest = torch.zeros(points.shape[:2], dtype=torch.int64)
+    for _ in range(tries):
+        mine = _first_centres(points, count, generator)
+        for _ in range(rounds):
+            member = F.one_hot(torch.cdist(points, mine).argmin(2), count).to(points.dtype)  # [B, N, K]
+            size = member.sum(1)[..., None]
+            mine = torch.where(size > 0, member.transpose(1, 2) @ points / size.clamp_min(1), mine)
+        distance, code = torch.cdist(points, mine).min(2)
+        total = distance.square().sum(1)
+        better = total < best
+        best = torch.where(better, total, best)
+        centres = torch.where(better[:, None, None], mine, centres)
+        nearest = torch.where(better[:, None], code, nearest)
+    return centres, nearest
+
+
+def _first_centres(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """k-means++ (Arthur and Vassilvitskii 2007): far points are likelier, by their squared distance."""
+    chance = torch.ones(points.shape[:2])
+    chosen: list[Tensor] = []
+    for _ in range(count):
+        pick = torch.multinomial(chance + 1e-12, 1, generator=generator)  # [B, 1]
+        chosen.append(points.gather(1, pick[..., None].expand(-1, -1, points.shape[2])))
+        chance = torch.cdist(points, torch.cat(chosen, dim=1)).amin(2).square()
+    return torch.cat(chosen, dim=1)

@@ -1,0 +1,59 @@
+"""Batch normalisation with the statistics of all processes: PyTorch's on CUDA, and the same on the CPU."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastssl.training import distributed
+
+
+def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module with every batch norm normalising over the values of all processes; state-dict keys do not change."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for child in module.modules():
+        if isinstance(child, _BatchNorm):
+            child.__class__ = SyncBatchNorm
+    return module
+
+
+class SyncBatchNorm(_BatchNorm):
+    """For processes on the CPU (gloo); each must bring as many values. Sums are taken in float32 or float64."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, ...] -> the same shape."""
+        if not self.training or distributed.world() == 1:
+            return super().forward(x)
+        dims = [0, *range(2, x.ndim)]
+        count = x.numel() // x.shape[1] * distributed.world()
+        shape = [1, -1, *[1] * (x.ndim - 2)]
+        wide = x if x.dtype == torch.float64 else x.float()
+        mean = distributed.total(wide.sum(dims)) / count
+        centred = wide - mean.view(shape)
+        var = distributed.total(centred.square().sum(dims)) / count
+        update_running(self, mean.detach(), var.detach(), count)
+        out = centred * (var + self.eps).rsqrt().view(shape)
+        if self.affine:
+            out = out * self.weight.view(shape) + self.bias.view(shape)
+        return out.to(x.dtype)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+
+@torch.no_grad()
+def update_running(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
+    """Moves the running statistics of a batch norm of any kind, as PyTorch does.
+
+    Args:
+        norm: its buffers are changed in place.
+        mean, var: [C], of this batch; `var` is biased, the running one is not.
+        count: values per channel that they were taken from.
+    """
+    if norm.track_running_stats:
+        norm.num_batches_tracked.add_(1)
+        factor = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
+        norm.running_var.lerp_((var * count / max(count - 1, 1)).to(norm.running_var.dtype), factor)

@@ -1,0 +1,284 @@
+"""Backbones to and from the libraries that people use next: timm, torchvision, Hugging Face; and the authors' layout.
+
+Our ViT carries timm's names and our ResNet torchvision's, so nothing is renamed; what these libraries cannot express is
+refused. A name like `timm:vit_base_patch16_224.mae` or `torchvision:resnet50` stands for a checkpoint in every command.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastssl.config import ConfigError, Model
+from fastssl.methods import METHODS
+from fastssl.models import VITS, build_backbone
+from fastssl.models.vit import ViT
+from fastssl.training import checkpoint
+from fastssl.training.checkpoint import Backbone, CheckpointError, load_backbone, replace_file
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+RESNET_WEIGHTS = {"resnet18": "IMAGENET1K_V1", "resnet34": "IMAGENET1K_V1", "resnet50": "IMAGENET1K_V2"}
+
+
+def open_backbone(name: str, device: torch.device | str = "cpu") -> Backbone:
+    """The backbone of a checkpoint file, or of a library's model with the library's weights.
+
+    Args:
+        name: a path, `timm:NAME` (plain ViTs with a class token), or `torchvision:NAME` (resnet18, 34, 50). A library's
+            weights are downloaded once, into its own cache.
+        device: where to put it.
+
+    Raises:
+        CheckpointError: no such file or model, not a backbone that we have, or the download failed.
+    """
+    library, colon, model = str(name).partition(":")
+    if not colon or library not in ("timm", "torchvision"):
+        return load_backbone(name, device)
+    try:
+        found = _timm(model) if library == "timm" else _torchvision(model)
+    except CheckpointError:
+        raise
+    except Exception as error:  # unknown names, no network, broken downloads: each library has its own types
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{name} could not be loaded ({reason[:200]})") from None
+    found.module.to(device).eval()
+    return found
+
+
+def _timm(name: str) -> Backbone:
+    import timm
+
+    theirs = timm.create_model(name, pretrained=True, num_classes=0)
+    return from_timm(theirs, name)
+
+
+def from_timm(theirs: nn.Module, name: str) -> Backbone:
+    """Our backbone with the weights of a timm model.
+
+    Raises:
+        CheckpointError: it is not a plain ViT with a class token.
+    """
+    embed = getattr(theirs, "patch_embed", None)
+    try:
+        side, patch = embed.img_size[0], embed.patch_size[0]
+        heads = theirs.blocks[0].attn.num_heads
+        width, depth = theirs.embed_dim, len(theirs.blocks)
+        gamma = getattr(theirs.blocks[0].ls1, "gamma", None)
+    except (AttributeError, IndexError, TypeError):
+        raise CheckpointError(
+            f"timm:{name} is not a plain ViT; plain ViTs and torchvision's ResNets are known"
+        ) from None
+    model = Model(
+        name=next((key for key, shape in VITS.items() if shape["width"] == width), "vit_base"),
+        image_size=side,
+        patch_size=patch,
+        width=width,
+        depth=depth,
+        heads=heads,
+        layer_scale=0.0 if gamma is None else 1.0,
+    )
+    state = {key: value for key, value in theirs.state_dict().items() if not key.startswith(("head.", "fc_norm."))}
+    return _filled(model, state, f"timm:{name}")
+
+
+def _torchvision(name: str) -> Backbone:
+    import torchvision
+
+    if name not in RESNET_WEIGHTS:
+        raise CheckpointError(f"torchvision:{name} is not known; known: {', '.join(RESNET_WEIGHTS)}")
+    theirs = torchvision.models.get_model(name, weights=RESNET_WEIGHTS[name])
+    return from_torchvision(theirs, name)
+
+
+def from_torchvision(theirs: nn.Module, name: str) -> Backbone:
+    """Our backbone with the weights of a torchvision ResNet."""
+    state = {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
+    return _filled(Model(name=name), state, f"torchvision:{name}")
+
+
+def _filled(model: Model, state: dict[str, Tensor], source: str) -> Backbone:
+    module = build_backbone(model)
+    own = module.state_dict()
+    odd = sorted(own.keys() ^ state.keys()) + [
+        key for key in own if key in state and own[key].shape != state[key].shape
+    ]
+    if odd:
+        raise CheckpointError(f"{source} is not a backbone that we have; what differs: {', '.join(odd[:6])}")
+    module.load_state_dict(state)
+    config = {"model": asdict(model), "run": {"seed": 0}, "monitor": {"mean_patch": False}}
+    return Backbone(module, model.image_size, config, 0)
+
+
+@dataclass
+class ExportOptions:
+    """What is exported, and for whom."""
+
+    checkpoint: str = ""
+    """Checkpoint of a run or an import, e.g. runs/dino/last.pt."""
+    out: str = ""
+    """File to write (.pth or .safetensors), or the folder for hf."""
+    to: Literal["timm", "torchvision", "hf", "official"] = "timm"
+    """timm: a state dict for timm.create_model. torchvision: one for torchvision.models.resnet*. hf: a folder as on
+    Hugging Face's hub (model.safetensors, config.json), which timm opens as local-dir:FOLDER, or from the hub.
+    official: all networks of the method as its authors' code saves them (.pth)."""
+
+    def __post_init__(self) -> None:
+        for key in ("checkpoint", "out"):
+            if not getattr(self, key):
+                raise ConfigError(f"{key} is empty; fastssl export CHECKPOINT OUT --to timm|torchvision|hf|official")
+        if self.to != "hf" and Path(self.out).suffix not in (".pth", ".safetensors"):
+            raise ConfigError(f"out is '{self.out}'; it must end in .pth or .safetensors")
+        if self.to == "official" and Path(self.out).suffix != ".pth":
+            raise ConfigError(
+                f"out is '{self.out}'; it must end in .pth, for the authors' files hold more than tensors"
+            )
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and the Python lines that open it.
+
+    Attributes:
+        path: the file or folder.
+        model: the library's name of the architecture.
+        tensors: how many were written.
+        code: Python that gives the model with these weights.
+    """
+
+    path: str
+    model: str
+    tensors: int
+    code: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def table(self) -> str:
+        return f"{self.path}: {self.model}, {self.tensors} tensors; open it with\n\n{self.code}"
+
+
+def export(options: ExportOptions) -> Exported:
+    """Write a backbone for timm, torchvision or Hugging Face, or a whole method for its authors' code.
+
+    Raises:
+        CheckpointError: the library has no such architecture, the file has not all networks of the method, or the disk
+            refused.
+    """
+    if options.to == "official":
+        return _export_official(options)
+    backbone = open_backbone(options.checkpoint)
+    state = {key: value.contiguous() for key, value in backbone.module.state_dict().items()}
+    vit = isinstance(backbone.module, ViT)
+    if vit == (options.to == "torchvision"):
+        kind = "a ViT" if vit else "a ResNet"
+        raise CheckpointError(
+            f"{options.checkpoint} is {kind}; export it --to {'timm or hf' if vit else 'torchvision'}"
+        )
+    path = Path(options.out)
+    if vit:
+        name, arguments = timm_architecture(Model(**backbone.config["model"]), backbone.module)
+        call = ", ".join([f"{name!r}", *(f"{key}={value!r}" for key, value in arguments.items())])
+        if options.to == "hf":
+            _write_hf(path, name, arguments, state)
+            code = f"import timm\nmodel = timm.create_model('local-dir:{path}', pretrained=True)"
+        else:
+            _write(path, state)
+            code = f"import timm\n{_reading(path)}\nmodel = timm.create_model({call})\nmodel.load_state_dict(weights)"
+    else:
+        model = Model(**backbone.config["model"])
+        if model.small_images or model.width not in (0, 64):
+            raise CheckpointError(
+                f"{options.checkpoint} has a stem or widths that torchvision's {model.name} has not "
+                "(model.small_images, model.width)"
+            )
+        name = model.name
+        _write(path, state)
+        code = (
+            f"import torch, torchvision\n{_reading(path)}\nmodel = torchvision.models.{name}()\n"
+            "model.fc = torch.nn.Identity()\nmodel.load_state_dict(weights)"
+        )
+    return Exported(str(path), name, len(state), code)
+
+
+def _export_official(options: ExportOptions) -> Exported:
+    content = checkpoint.load(options.checkpoint)
+    state, prefix = content.get("method", {}), content.get("backbone_prefix", "")
+    whole = "imported" in content and any(not key.startswith(prefix) for key in state)
+    if not whole and "method" not in content.get("fit", {}):
+        raise CheckpointError(f"{options.checkpoint} is not of a pretraining run; official needs all its networks")
+    theirs = METHODS[content["config"]["method"]].to_official(state)
+    path = Path(options.out)
+    _write(path, theirs)
+    tensors = sum(len(part) if isinstance(part, dict) else 1 for part in theirs.values())
+    code = f"import torch\ncheckpoint = torch.load({str(path)!r}, weights_only=True)"
+    return Exported(str(path), f"{content['config']['method']} as its authors save it", tensors, code)
+
+
+def timm_architecture(model: Model, module: ViT) -> tuple[str, dict[str, Any]]:
+    """timm's name for a ViT, and the arguments of timm.create_model that make it exactly this one, without a head."""
+    family = model.name if model.name != "vit_huge" else "vit_base"  # timm's vit_huge has patches of 14
+    plain = VITS[family]
+    actual = {"width": module.width, "depth": module.num_blocks, "heads": module.blocks[0].attn.num_heads}
+    arguments: dict[str, Any] = {"num_classes": 0}
+    for ours, theirs in (("width", "embed_dim"), ("depth", "depth"), ("heads", "num_heads")):
+        if actual[ours] != plain[ours]:
+            arguments[theirs] = actual[ours]
+    if module.patch_size != 16:
+        arguments["patch_size"] = module.patch_size
+    if model.image_size != 224:
+        arguments["img_size"] = model.image_size
+    if model.layer_scale:
+        arguments["init_values"] = model.layer_scale
+    return f"{family}_patch16_224", arguments
+
+
+def _write(path: Path, state: dict[str, Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if path.suffix == ".safetensors":
+            replace_file(path, lambda part: save_file(state, part))
+        else:
+            replace_file(path, lambda part: torch.save(state, part))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be written ({error}); free some space") from None
+
+
+def _write_hf(folder: Path, name: str, arguments: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """The layout of timm's models on Hugging Face's hub; weights last, so that a folder with weights is whole."""
+    size = arguments.get("img_size", 224)
+    settings = {
+        "architecture": name,
+        "num_classes": 0,
+        "num_features": state["norm.weight"].numel(),
+        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+        "pretrained_cfg": {
+            "custom_load": False,
+            "input_size": [3, size, size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+            "crop_mode": "center",
+            "mean": list(MEAN),
+            "std": list(STD),
+            "num_classes": 0,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / "config.json", lambda part: Path(part).write_text(json.dumps(settings, indent=2) + "\n"))
+    _write(folder / "model.safetensors", state)
+
+
+def _reading(path: Path) -> str:
+    if path.suffix == ".safetensors":
+        return f"from safetensors.torch import load_file\nweights = load_file({str(path)!r})"
+    return f"import torch\nweights = torch.load({str(path)!r}, weights_only=True)"

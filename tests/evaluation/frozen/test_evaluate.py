@@ -1,0 +1,241 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastssl.cli import main
+from fastssl.config import Config, ConfigError, Model
+from fastssl.evaluation.data import EvaluationError
+from fastssl.evaluation.frozen.knn import KNNOptions, evaluate_knn
+from fastssl.evaluation.frozen.linear import LinearOptions, evaluate_linear
+from fastssl.models import build_backbone
+from fastssl.training import checkpoint
+
+VIT = Model(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=4, heads=2)
+
+
+def draw(folder, images, seed):
+    """Three classes that differ in the mean of one colour, not by far."""
+    generator = np.random.default_rng(seed)
+    for i in range(images):
+        label = i % 3
+        (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
+        picture = generator.integers(0, 90, (24, 20, 3), dtype=np.uint8)
+        picture += generator.integers(0, 100, 3, dtype=np.uint8)
+        picture[..., label] += 60
+        Image.fromarray(picture).save(folder / f"class{label}" / f"{i}.png")
+    return str(folder)
+
+
+def save_checkpoint(path, model):
+    torch.manual_seed(0)
+    weights = {f"teacher.{key}": value for key, value in build_backbone(model).state_dict().items()}
+    config = Config("dino", {}, {}, model=model).as_dict()
+    content = {"config": config, "step": 7, "backbone_prefix": "teacher.", "method": weights}
+    checkpoint.save(path, content)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """Options that every protocol needs: a checkpoint with random weights and images."""
+    root = tmp_path_factory.mktemp("evaluate")
+    return {
+        "checkpoint": save_checkpoint(root / "last.pt", VIT),
+        "data": draw(root / "train", 60, 0),
+        "val": draw(root / "val", 30, 1),
+        "workers": 1,
+    }
+
+
+def test_knn(given):
+    evaluation = evaluate_knn(KNNOptions(**given))
+    values = evaluation.as_dict()
+    assert values["k"] == 20
+    assert values["top1"] == evaluation.top1 == values["ks"]["20"]["top1"] > 60  # chance: 33
+    assert values["top1_interval"][0] < values["top1"] < values["top1_interval"][1] or values["top1"] == 100.0
+    assert list(values["ks"]) == ["10", "20", "100", "200"]
+    assert values["ks"]["200"]["neighbours"] == 60
+    expected = {"checkpoint": given["checkpoint"], "step": 7, "train_images": 60, "val_images": 30, "width": 24}
+    assert {key: values[key] for key in expected} == expected
+    table = evaluation.table()
+    assert "200 (all 60)" in table
+    assert f"{evaluation.top1:.2f}" in table
+
+
+def test_knn_without_20_takes_the_first(given):
+    assert evaluate_knn(KNNOptions(**given, ks=(5, 1))).k == 5
+
+
+def test_knn_on_one_data_set_leaves_one_out(given):
+    evaluation = evaluate_knn(KNNOptions(**{**given, "val": given["data"] + "/"}, ks=(1, 500)))
+    assert evaluation.results[500].neighbours == 59
+    assert evaluation.results[1].top1 < 100.0
+
+
+def test_knn_options_reach_the_network(given):
+    assert evaluate_knn(KNNOptions(**given, blocks=3, mean_patch=True)).measured.width == 4 * 24
+    assert evaluate_knn(KNNOptions(**given, size=8, resize=30)).top1 != evaluate_knn(KNNOptions(**given)).top1
+
+
+def test_linear(given):
+    evaluation = evaluate_linear(LinearOptions(**given, epochs=20))
+    values = evaluation.as_dict()
+    assert values["width"] == 4 * 24  # DINO: the class tokens of four blocks
+    assert values["top1"] == evaluation.top1 > 60
+    assert len(values["held_out"]) == 7
+    assert "top-1 % on the held-out tenth" in evaluation.table()
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_linear_behind_a_hidden_layer(given, augment):
+    options = {**given, "hidden": 8, "epochs": 6, "step_size": 20, "lrs": (1.0,), "augment": augment}
+    evaluation = evaluate_linear(LinearOptions(**options))
+    assert evaluation.top1 > 50
+    assert evaluation.as_dict()["hidden"] == 8
+    assert "linear behind 8 hidden units" in evaluation.table()
+    assert evaluate_linear(LinearOptions(**{**options, "hidden": 0})).result != evaluation.result
+
+
+def test_linear_with_drawn_crops(given):
+    options = {**given, "augment": True, "epochs": 4, "step_size": 25, "lrs": (0.1, 1.0)}
+    evaluation = evaluate_linear(LinearOptions(**options))
+    assert evaluation.top1 > 60
+    assert set(evaluation.result.held_out) == {0.1, 1.0}
+    assert evaluate_linear(LinearOptions(**options)).result == evaluation.result
+    assert evaluate_linear(LinearOptions(**options, seed=1)).result != evaluation.result
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_linear_as_mae(given, augment):
+    evaluation = evaluate_linear(
+        LinearOptions(**given, protocol="mae", epochs=30, step_size=16, lrs=(100.0, 300.0), augment=augment)
+    )
+    assert evaluation.measured.width == 24  # the class token of the last block
+    assert evaluation.top1 > 60
+    assert LinearOptions(**given, protocol="mae").lrs == (0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+def test_linear_layers_of_wide_vits_and_resnets(given, tmp_path):
+    wide = Model(name="vit_base", image_size=16, patch_size=8, depth=1)
+    path = save_checkpoint(tmp_path / "wide.pt", wide)
+    linear = {**given, "epochs": 1, "lrs": (0.1,)}
+    assert evaluate_linear(LinearOptions(**{**linear, "checkpoint": path})).measured.width == 2 * 768
+    shallow = Model(**{**vars(VIT), "depth": 3})  # has no four blocks
+    path = save_checkpoint(tmp_path / "shallow.pt", shallow)
+    assert evaluate_linear(LinearOptions(**{**linear, "checkpoint": path})).measured.width == 3 * 24
+    resnet = Model(name="resnet18", image_size=32, small_images=True)
+    path = save_checkpoint(tmp_path / "resnet.pt", resnet)
+    evaluation = evaluate_linear(LinearOptions(**{**linear, "checkpoint": path}))
+    assert evaluation.measured.width == 512
+    assert "held-out" not in evaluation.table()
+
+
+def test_command_line(given, capsys):
+    arguments = [f"--{key}={given[key]}" for key in ("checkpoint", "data", "val")]
+    assert main(["evaluate", "knn", *arguments, "--ks=[3]", "--device=cpu", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["k"] == 3
+    assert values["top1"] > 60
+    assert main(["evaluate", "linear", *arguments, "--epochs=2", "--lrs=[0.1]", "--mean_patch=true"]) == 0
+    assert "linear, " in capsys.readouterr().out
+
+
+def test_help_explains_every_option(capsys):
+    for protocol in ("knn", "linear"):
+        with pytest.raises(SystemExit, match="0"):
+            main(["evaluate", protocol, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert "Checkpoint of a pretraining run" in text
+        assert "Concatenate the class tokens of this many last blocks" in text
+        assert "in pixels" in text
+
+
+@pytest.mark.parametrize("kind", [KNNOptions, LinearOptions])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint": ""}, "checkpoint is empty; name a checkpoint with --checkpoint"),
+        ({"val": ""}, "val is empty; name labelled images with --val"),
+        ({"size": -1}, "size is -1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"blocks": -1}, "blocks is -1"),
+    ],
+)
+def test_unusable_options(kind, change, message):
+    with pytest.raises(ConfigError, match=message):
+        kind(**{"checkpoint": "c.pt", "data": "a", "val": "b", **change})
+
+
+def test_bad_numbers_are_found_before_any_work():
+    paths = {"checkpoint": "c.pt", "data": "a", "val": "b"}
+    with pytest.raises(ConfigError, match=r"ks is \[0\]"):
+        KNNOptions(**paths, ks=(0,))
+    with pytest.raises(ConfigError, match="epochs is 0"):
+        LinearOptions(**paths, epochs=0)
+    with pytest.raises(ConfigError, match=r"val is the same as data \(a\)"):
+        LinearOptions(**{**paths, "val": "a"})
+
+
+def test_data_that_does_not_fit(given, tmp_path):
+    with pytest.raises(EvaluationError, match=r"data \(.*class0\) has no labels"):
+        evaluate_knn(KNNOptions(**{**given, "data": given["data"] + "/class0"}))
+    other = draw(tmp_path, 2, 0)
+    with pytest.raises(EvaluationError, match="'class2' is only in data"):
+        evaluate_knn(KNNOptions(**{**given, "val": other}))
+
+
+def test_sizes_that_do_not_fit(given):
+    with pytest.raises(ConfigError, match=r"size is 20; it must be a multiple of model.patch_size, 8"):
+        evaluate_knn(KNNOptions(**given, size=20))
+    with pytest.raises(ConfigError, match=r"resize is 8; it must be 0 \(automatic\) or at least size, 16"):
+        evaluate_linear(LinearOptions(**given, resize=8))
+
+
+LINEAR = ["--epochs=3", "--lrs=[0.1,0.3]", "--step_size=20"]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "more"),
+    [("knn", []), ("linear", LINEAR), ("linear", [*LINEAR, "--augment=true"])],
+    ids=["knn", "linear", "linear with drawn crops"],
+)
+def test_two_processes_under_torchrun_print_the_numbers_of_one(given, protocol, more, tmp_path, capsys):
+    arguments = ["evaluate", protocol, *(f"--{key}={value}" for key, value in given.items()), "--cache=none", "--json"]
+    arguments += more
+    assert main(arguments) == 0
+    alone = json.loads(capsys.readouterr().out)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "-m", "fastssl.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    together = json.loads(done.stdout)  # one line: only the main process prints
+    for values in (alone, together):
+        values.pop("seconds")
+    assert together == alone
+
+
+def test_features_are_kept_beside_the_checkpoint_unless_told_otherwise(given, tmp_path):
+    own = shutil.copy(given["checkpoint"], tmp_path / "last.pt")
+    first = evaluate_knn(KNNOptions(**{**given, "checkpoint": str(own)}))
+    kept = sorted((tmp_path / "features").iterdir())
+    assert len(kept) == 2  # of data and of val
+    again = evaluate_knn(KNNOptions(**{**given, "checkpoint": str(own)}))
+    assert again.top1 == first.top1
+    assert sorted((tmp_path / "features").iterdir()) == kept
+    evaluate_knn(KNNOptions(**{**given, "checkpoint": str(own), "cache": str(tmp_path / "else")}))
+    assert len(list((tmp_path / "else").iterdir())) == 2
+    shutil.rmtree(tmp_path / "features")
+    evaluate_knn(KNNOptions(**{**given, "checkpoint": str(own), "cache": "none"}))
+    assert not (tmp_path / "features").exists()

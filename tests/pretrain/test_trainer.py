@@ -1,0 +1,286 @@
+"""The trainer's promises: exact resume, the same result from one or two processes, clean ends, clear stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tiny import recipe
+
+from fastssl.cli import main
+from fastssl.config import ConfigError
+from fastssl.loaders.convert import ConvertOptions, convert
+from fastssl.loaders.synthetic import draw_images
+from fastssl.parse import parse_pretrain
+from fastssl.prepare.tokenizer import TokenizerOptions, train_tokenizer
+from fastssl.pretrain.trainer import Trainer, TrainingError, pretrain
+from fastssl.training import checkpoint
+
+RUN = {
+    "data.batch_size": 16,
+    "data.workers": 1,
+    "schedule.epochs": 8,
+    "schedule.warmup_epochs": 1,
+    "run.device": "cpu",
+    "run.threads": 1,
+    "run.log_every": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = draw_images(tmp_path_factory.mktemp("images"), train=64, val=16)
+    convert(ConvertOptions(str(folder / "train"), str(folder / "train.beton"), parts=str(folder / "parts/train")))
+    train_tokenizer(TokenizerOptions(str(folder / "train"), str(folder / "codebook.pt"), codes=16, cell=4, size=16))
+    return folder
+
+
+def arguments(images, run, method="dino", **more):
+    keys = {key.replace("__", "."): value for key, value in more.items()}
+    data = images / ("train.beton" if method == "semmae" else "train")  # the one with part maps
+    values = {"data.path": data, "run.dir": run, **RUN, **recipe(method), **keys}
+    if method == "cae":
+        values["cae.tokenizer"] = images / "codebook.pt"
+    return [f"--method={method}", *(f"--{key}={value}" for key, value in values.items())]
+
+
+def config(images, run, method="dino", **more):
+    return parse_pretrain(arguments(images, run, method, **more))[0]
+
+
+def same(a, b):
+    """Whether two checkpoint contents are equal to the bit."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def assert_same_run(first, second):
+    a, b = checkpoint.load(first / "last.pt"), checkpoint.load(second / "last.pt")
+    assert a["step"] == b["step"]
+    for key in ("method", "optimizer", "scaler"):
+        assert same(a[key], b[key]), f"{key} differs"
+
+
+@pytest.mark.parametrize("method", ["dino", "mae", "cae", "saae", "scfs", "semmae", "sit", "sit_v1"])
+def test_ten_steps_resumed_for_ten_more_are_twenty_bitwise(images, tmp_path, method):
+    more = {"model__drop_path": 0.2}
+    pretrain(config(images, tmp_path / "whole", method, run__steps=20, **more))
+    pretrain(config(images, tmp_path / "parts", method, run__steps=10, **more))
+    assert checkpoint.load(tmp_path / "parts/last.pt")["step"] == 10
+    pretrain(config(images, tmp_path / "parts", method, run__steps=20, **more))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    assert steps == [5, 10, 15, 20]
+
+
+def test_resume_inside_an_epoch_with_accumulation_is_exact(images, tmp_path):
+    more = {"data__batch_size": 8, "run__accumulate": 2}
+    pretrain(config(images, tmp_path / "whole", run__steps=7, **more))
+    pretrain(config(images, tmp_path / "parts", run__steps=3, **more))
+    pretrain(config(images, tmp_path / "parts", run__steps=7, **more))
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def start(images, run, **more):
+    command = [sys.executable, "-m", "fastssl.cli", "pretrain", *arguments(images, run, **more)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for_step(process, run, step):
+    """Waits until the run's checkpoint has reached `step`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "last.pt").exists() and checkpoint.load(run / "last.pt")["step"] >= step:
+            return
+        if process.poll() is not None:
+            pytest.fail(f"the run ended early: {process.stdout.read()}")
+        time.sleep(0.02)
+    pytest.fail("no checkpoint within two minutes")
+
+
+def test_a_run_killed_outright_continues_bitwise(images, tmp_path):
+    more = {"run__save_every": 0.25, "schedule__epochs": 400}
+    process = start(images, tmp_path / "killed", **more)
+    wait_for_step(process, tmp_path / "killed", 6)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = checkpoint.load(tmp_path / "killed/last.pt")["step"]
+    assert 6 <= reached < 1600
+    end = reached + 6
+    pretrain(config(images, tmp_path / "killed", run__steps=end, **more))
+    pretrain(config(images, tmp_path / "whole", run__steps=end, **more))
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1])
+def test_sigterm_and_sigusr1_save_and_end_cleanly(images, tmp_path, kind):
+    process = start(images, tmp_path, schedule__epochs=4000, run__save_every=0.25)
+    wait_for_step(process, tmp_path, 1)
+    process.send_signal(kind)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, output
+    assert "asked to stop" in output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"] is False
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == summary["step"]
+
+
+def test_sigterm_to_torchrun_saves_on_all_processes_and_leaves_none_behind(images, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "fastssl.cli", "pretrain"]
+    command += arguments(images, tmp_path, schedule__epochs=4000, run__save_every=0.25, data__batch_size=8)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(process, tmp_path, 1)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)  # ends only when every worker has closed its end of the pipe
+    assert "asked to stop" in output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["finished"] is False
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == summary["step"]
+
+
+@pytest.mark.parametrize("method", ["dino", "mae", "cae", "saae", "scfs", "semmae", "sit", "sit_v1"])
+def test_two_processes_equal_one_in_loss_and_weights(images, tmp_path, method):
+    # Drop path draws per process, so it is off here. SGD, because Adam divides by gradients
+    # that are zero but for rounding (the bias of the attention keys). SCFS's first gradients here are a hundred times
+    # larger; at rate 1.6 weights that differ by 1e-7 give losses that differ by 1e-2 after 6 steps, on one process too.
+    more = {"run__steps": 6, "run__log_every": 1, "model__drop_path": 0.0, "optim__name": "sgd"}
+    more["optim__lr"] = 0.003 if method == "scfs" else 1.6
+    pretrain(config(images, tmp_path / "one", method, **more))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "fastssl.cli", "pretrain"]
+    command += arguments(images, tmp_path / "two", method, data__batch_size=8, **more)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    def losses(run):
+        return [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+
+    assert losses("two") == pytest.approx(losses("one"), rel=1e-4)
+    one, two = (checkpoint.load(tmp_path / run / "last.pt")["method"] for run in ("one", "two"))
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_accumulated_micro_batches_equal_one_large_batch(images, tmp_path):
+    more = {"run__steps": 4, "optim__name": "sgd", "optim__lr": 1.6}  # SGD: Adam would hide a gradient of wrong size
+    pretrain(config(images, tmp_path / "large", "mae", **more))
+    pretrain(config(images, tmp_path / "small", "mae", data__batch_size=4, run__accumulate=4, **more))
+    large, small = (checkpoint.load(tmp_path / run / "last.pt")["method"] for run in ("large", "small"))
+    for key in large:
+        torch.testing.assert_close(small[key], large[key], rtol=1e-3, atol=2e-5)
+
+
+def test_non_finite_loss_names_step_and_ids_and_keeps_the_last_good_checkpoint(images, tmp_path):
+    pretrain(config(images, tmp_path, run__steps=5))
+    trainer = Trainer(config(images, tmp_path))
+    seen = []
+    original = trainer.method.forward
+
+    def poisoned(batch, values):
+        out = original(batch, values)
+        if values.step == 7:
+            seen.extend(batch.id.tolist())
+            out.loss = out.loss * float("nan")
+        return out
+
+    trainer.method.forward = poisoned
+    with pytest.raises(TrainingError) as error:
+        trainer.train()
+    assert "step 8: the loss is not finite" in str(error.value)
+    assert str(seen) in str(error.value)
+    assert "last.pt (step 5)" in str(error.value)
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 5
+
+
+def test_collapse_is_said_in_one_line_and_can_stop_the_run(images, tmp_path):
+    more = {"optim__lr": 1e-12, "optim__min_lr": 0.0, "dino__warmup_teacher_temp": 100.0, "dino__teacher_temp": 100.0}
+    with pytest.raises(TrainingError, match=r"health\.action=stop: step \d+: .*(pinned|uniform|collapsed)"):
+        pretrain(config(images, tmp_path, health__action="stop", health__patience=4, **more))
+
+
+def test_the_run_folder_holds_config_log_and_summary(images, tmp_path):
+    summary = pretrain(config(images, tmp_path, run__steps=10, run__keep_every=2))
+    line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", "teacher_entropy"} <= set(line)
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert summary["step"] == 10
+    again = parse_pretrain([f"--config={tmp_path / 'config.yaml'}"])[0]
+    assert again.as_dict() == config(images, tmp_path, run__steps=10, run__keep_every=2).as_dict()
+    assert (tmp_path / "epoch-0002.pt").exists()
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_online_monitor_measures_and_does_not_disturb_the_run(images, tmp_path):
+    monitored = {"monitor__every": 1, "data__val": images / "val", "monitor__k": 5}
+    pretrain(config(images, tmp_path / "plain", run__steps=8, model__drop_path=0.2))
+    summary = pretrain(config(images, tmp_path / "watched", run__steps=8, model__drop_path=0.2, **monitored))
+    assert 0 <= summary["knn_top1"] <= 100
+    assert_same_run(tmp_path / "plain", tmp_path / "watched")
+
+
+def test_the_preflight_line_estimates_and_leaves_the_model_as_it_was(images, tmp_path):
+    torch.manual_seed(0)
+    trainer = Trainer(config(images, tmp_path, run__seed=3))
+    estimate = trainer.estimate
+    weights = sum(p.nbytes for p in trainer.method.state_dict().values())
+    assert estimate.memory > 2 * weights
+    assert estimate.checkpoint > weights
+    assert estimate.flops > 1e5
+    assert estimate.host == 16 * 3 * (2 * 32**2 + 2 * 16**2) * 4
+    assert "per epoch" in estimate.line()
+    assert torch.equal(trainer.method.center, torch.zeros(64))
+    assert all(p.grad is None for p in trainer.method.parameters())
+
+
+def test_bfloat16_trains(images, tmp_path):
+    pretrain(config(images, tmp_path, run__steps=2, run__precision="bf16"))
+    assert all(v.isfinite().all() for v in checkpoint.load(tmp_path / "last.pt")["method"].values())
+
+
+def test_resnet_trains(images, tmp_path):
+    more = {"model__name": "resnet18", "model__small_images": "true", "model__drop_path": 0.0}
+    more |= {"model__width": 0, "model__depth": 0, "model__heads": 0, "data__batch_size": 4}
+    summary = pretrain(config(images, tmp_path, run__steps=2, **more))
+    assert summary["step"] == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"data__batch_size": 65}, "64 images, fewer than"),
+        ({"run__device": "gpu"}, "run.device"),
+        ({"run__precision": "fp16"}, "needs a GPU"),
+        ({"model__name": "vit_smal"}, "vit_small"),
+        ({"monitor__every": 1}, "data.val"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_the_first_step(images, tmp_path, more, words, capsys):
+    assert main(["pretrain", *arguments(images, tmp_path / "run", **more)]) in (1, 2)
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_is_not_continued_with_another_batch_or_model_or_against_ones_will(images, tmp_path):
+    pretrain(config(images, tmp_path, run__steps=2))
+    with pytest.raises(ConfigError, match=r"already holds a run; choose another run\.dir"):
+        Trainer(config(images, tmp_path, run__resume="false"))
+    with pytest.raises(checkpoint.CheckpointError, match="images_per_step = 16, this run has 8"):
+        Trainer(config(images, tmp_path, data__batch_size=8))
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit this model"):
+        Trainer(config(images, tmp_path, model__width=64))
+    with pytest.raises(checkpoint.CheckpointError, match="method = dino, this run has mae"):
+        Trainer(config(images, tmp_path, "mae"))

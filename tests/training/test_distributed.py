@@ -1,0 +1,110 @@
+"""Several processes compute what one computes: gathering, sums, merged statistics, batch norm, with their gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from fastssl.training import distributed
+from fastssl.training.batch_norm import SyncBatchNorm, synchronise_batch_norm, update_running
+
+X = torch.randn(8, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def pair_loss(mine, everyone):
+    """Each of my rows against all rows, unsymmetric, so that a lost gradient shows."""
+    return (mine @ everyone.T).exp().log1p().mean()
+
+
+def gathered(rank, gradient):
+    x = X[4 * rank : 4 * rank + 4].clone().requires_grad_()
+    everyone = distributed.gather(x, gradient)
+    pair_loss(x, everyone).backward()
+    return everyone.detach(), x.grad / 2  # as DDP averages
+
+
+def test_gather_has_the_gradient_of_one_process(on_processes):
+    whole = X.clone().requires_grad_()
+    pair_loss(whole, whole).backward()
+    results = on_processes(2, gathered, "all")
+    assert all(torch.equal(everyone, X) for everyone, _ in results)
+    torch.testing.assert_close(torch.cat([grad for _, grad in results]), whole.grad)
+    cut = torch.cat([grad for _, grad in on_processes(2, gathered, "own")])
+    assert not torch.allclose(cut, whole.grad)
+
+
+def same_loss_everywhere(rank):
+    x = X[4 * rank : 4 * rank + 4].clone().requires_grad_()
+    everyone = distributed.gather(x, "own")
+    pair_loss(everyone, everyone).backward()
+    return x.grad / 2
+
+
+def test_own_gradients_of_a_shared_loss_are_a_world_th(on_processes):
+    whole = X.clone().requires_grad_()
+    pair_loss(whole, whole).backward()
+    torch.testing.assert_close(torch.cat(on_processes(2, same_loss_everywhere)), whole.grad / 2)
+
+
+def merged(rank):
+    x = X[4 * rank : 4 * rank + 4]
+    mean = x.mean(0)
+    return distributed.merge_moments(4, mean, (x - mean).square().sum(0))
+
+
+def test_merged_moments_are_those_of_all_values(on_processes):
+    for count, mean, m2 in on_processes(2, merged):
+        assert count == 8
+        torch.testing.assert_close(mean, X.mean(0))
+        torch.testing.assert_close(m2, (X - X.mean(0)).square().sum(0))
+
+
+def network():
+    torch.manual_seed(1)
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 5)]
+    return nn.Sequential(*layers, nn.BatchNorm1d(5, affine=False)).double()
+
+
+IMAGES = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+WEIGHT = torch.randn(5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+def trained(rank, share=None):
+    net, images = network(), IMAGES
+    if share:
+        net = synchronise_batch_norm(net, torch.device("cpu"))
+        images = IMAGES[share * rank : share * rank + share]
+    for _ in range(2):
+        ((net(images) + 0.3 * images.mean((1, 2, 3))[:, None]).exp() * WEIGHT).mean().backward()
+    grads = [p.grad for p in net.parameters()]
+    for grad in grads:
+        distributed.all_reduce_mean(grad)
+    return net.state_dict(), grads
+
+
+def test_batch_norm_of_two_processes_is_that_of_one_on_all_images(on_processes):
+    state, grads = trained(0)
+    for other_state, other_grads in on_processes(2, trained, 3):
+        assert state.keys() == other_state.keys()
+        for key, value in state.items():
+            torch.testing.assert_close(other_state[key], value, msg=lambda text, key=key: f"{key}: {text}")
+        for a, b in zip(other_grads, grads, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_on_one_process_it_is_pytorchs_own():
+    net, own = network(), network()
+    own = synchronise_batch_norm(own, torch.device("cpu"))
+    assert type(own[1]) is SyncBatchNorm
+    assert torch.equal(own(IMAGES), net(IMAGES))
+    assert torch.equal(own.eval()(IMAGES), net.eval()(IMAGES))
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_running_statistics_move_as_pytorchs(momentum):
+    norm = nn.BatchNorm1d(3, momentum=momentum).double()
+    ours = nn.BatchNorm1d(3, momentum=momentum).double()
+    for x in (X, X[:5] * 2):
+        norm(x)
+        update_running(ours, x.mean(0), x.var(0, unbiased=False), len(x))
+    for key, value in norm.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[key], value)

@@ -1,0 +1,181 @@
+"""Parameter groups, the three optimizers, clipping: against plain formulas and the literature's own code paths."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from torch import nn
+
+from fastssl.config import Model, Optim
+from fastssl.models import build_backbone
+from fastssl.models.heads import DINOHead
+from fastssl.training.optim import LARS, build_optimizer, clip_gradients, param_groups, set_hyperparameters
+
+
+def make_module() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)).double()
+
+
+def fill_gradients(module: nn.Module, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+def test_what_decays():
+    module = nn.ModuleDict(
+        {
+            "vit": build_backbone(Model("vit_tiny", 32, 8, 48, 1, 3)),
+            "head": DINOHead(8, 4, hidden=8, bottleneck=4),
+        }
+    )
+    names = {id(p): name for name, p in module.named_parameters()}
+    groups = {g["decay"]: {names[id(p)] for p in g["params"]} for g in param_groups(module)}
+    assert {"vit.cls_token", "vit.pos_embed", "vit.patch_embed.proj.weight", "vit.blocks.0.attn.qkv.weight",
+            "head.mlp.0.weight", "head.last_layer.weight_v"} <= groups[True]  # fmt: skip
+    assert {"vit.norm.weight", "vit.patch_embed.proj.bias", "vit.blocks.0.norm1.bias", "head.mlp.0.bias"} <= groups[
+        False
+    ]
+    assert not groups[True] & groups[False]
+    frozen = {"head.last_layer.weight_g"}
+    assert groups[True] | groups[False] == set(names.values()) - frozen
+
+
+def test_hyperparameters_reach_their_groups():
+    optimizer = build_optimizer(make_module(), Optim(lr=0.3, weight_decay=0.1))
+    set_hyperparameters(optimizer, 0.01, 0.5)
+    assert [(g["decay"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
+        (True, 0.01, 0.5),
+        (False, 0.01, 0.0),
+    ]
+
+
+def adamw_by_hand(p, grads, lr, decay, betas, eps):
+    m = v = torch.zeros_like(p)
+    for t, g in enumerate(grads, start=1):
+        p = p - lr * decay * p
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        p = p - lr * (m / (1 - betas[0] ** t)) / ((v / (1 - betas[1] ** t)).sqrt() + eps)
+    return p
+
+
+def sgd_by_hand(p, grads, lr, decay, momentum):
+    m = torch.zeros_like(p)
+    for g in grads:
+        m = momentum * m + g + decay * p
+        p = p - lr * m
+    return p
+
+
+def lars_by_hand(p, grads, lr, decay, momentum, adapt):
+    m = torch.zeros_like(p)
+    for g in grads:
+        d = g + decay * p
+        if adapt:
+            size, change = p.square().sum().sqrt(), d.square().sum().sqrt()
+            d = d * (0.001 * size / change if size > 0 and change > 0 else 1.0)
+        m = momentum * m + d
+        p = p - lr * m
+    return p
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_three_steps_by_hand(name):
+    module = make_module()
+    module[2].weight.data.zero_()  # LARS: a zero matrix must still learn
+    start = [p.detach().clone() for p in module.parameters()]
+    optim = Optim(name=name, lr=0.1, weight_decay=0.2, betas=(0.8, 0.9), momentum=0.7)
+    optimizer = build_optimizer(module, optim)
+    grads = []
+    for seed in range(3):
+        fill_gradients(module, seed)
+        grads.append([p.grad.clone() for p in module.parameters()])
+        optimizer.step()
+    for i, parameter in enumerate(module.parameters()):
+        own, decays = [step[i] for step in grads], parameter.ndim > 1
+        decay = 0.2 if decays else 0.0
+        if name == "adamw":
+            expected = adamw_by_hand(start[i], own, 0.1, decay, (0.8, 0.9), 1e-8)
+        elif name == "sgd":
+            expected = sgd_by_hand(start[i], own, 0.1, decay, 0.7)
+        else:
+            expected = lars_by_hand(start[i], own, 0.1, decay, 0.7, adapt=decays)
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_saved_state_continues_bitwise(name):
+    def walk(module, optimizer, seeds):
+        for seed in seeds:
+            fill_gradients(module, seed)
+            set_hyperparameters(optimizer, 0.1 / (1 + seed), 0.01 * seed)
+            optimizer.step()
+
+    straight = make_module()
+    walk(straight, build_optimizer(straight, Optim(name=name)), range(6))
+
+    first = make_module()
+    optimizer = build_optimizer(first, Optim(name=name))
+    walk(first, optimizer, range(3))
+    file = io.BytesIO()
+    torch.save((first.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    second = make_module()
+    continued = build_optimizer(second, Optim(name=name))
+    for target, state in zip((second, continued), torch.load(file), strict=True):
+        target.load_state_dict(state)
+    walk(second, continued, range(3, 6))
+    for a, b in zip(straight.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_parameter_without_gradient_stays():
+    for name in ("adamw", "sgd", "lars"):
+        module = make_module()
+        optimizer = build_optimizer(module, Optim(name=name, lr=0.1, weight_decay=0.5))
+        fill_gradients(module, 0)
+        module[0].weight.grad = None
+        before = module[0].weight.detach().clone()
+        optimizer.step()
+        assert torch.equal(module[0].weight, before)
+
+
+def test_lars_calls_its_closure():
+    module = make_module()
+    optimizer = LARS(param_groups(module), lr=0.1)
+
+    def closure() -> float:
+        fill_gradients(module, 0)
+        return 3.0
+
+    before = module[0].weight.detach().clone()
+    assert optimizer.step(closure) == 3.0
+    assert not torch.equal(module[0].weight, before)
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
+def test_clipping_against_pytorch(each, max_norm):
+    module, twin = make_module(), make_module()
+    fill_gradients(module, 1)
+    fill_gradients(twin, 1)
+    module[1].bias.grad = twin[1].bias.grad = None
+    if max_norm:
+        for group in [[p] for p in twin.parameters()] if each else [list(twin.parameters())]:
+            torch.nn.utils.clip_grad_norm_(group, max_norm)
+    flat = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
+    total = clip_gradients(module, max_norm, each)
+    torch.testing.assert_close(total, flat.norm())
+    for ours, expected in zip(module.parameters(), twin.parameters(), strict=True):
+        if expected.grad is None:
+            assert ours.grad is None
+        else:
+            torch.testing.assert_close(ours.grad, expected.grad)
+
+
+def test_clipping_without_gradients():
+    assert clip_gradients(make_module(), 1.0).item() == 0
