@@ -30,8 +30,8 @@ ALLOWED = {
     "evaluation.frozen": {"augment", "config", "evaluation", "loaders", "models", "pictures", "training", "weights"},
     "evaluation.tuned": {"config", "evaluation", "loaders", "models", "pictures", "training", "weights"},
     "pretrain": {
-        *("augment", "batch", "config", "evaluation.frozen", "kernels", "loaders", "methods", "models", "pictures"),
-        *("step", "training"),
+        *("augment", "batch", "config", "evaluation", "evaluation.frozen", "kernels", "loaders", "methods", "models"),
+        *("pictures", "step", "training"),
     },
     "prepare": {
         *("augment", "batch", "config", "evaluation.frozen", "loaders", "models", "parse", "pictures", "pretrain"),

@@ -31,7 +31,7 @@ from fastssl.models.dvae import PUBLISHED, Tokenizer, load_tokenizer
 from fastssl.models.vit import ViT, sincos_positions, transformer_blocks
 from fastssl.pictures import MEAN, STD, cover, tint, to_picture
 from fastssl.step import Step, Values, feature_spread
-from fastssl.training.timing import part
+from fastssl.training.timing import section
 
 
 @dataclass
@@ -154,17 +154,19 @@ class CAE(Method):
     def forward(self, batch: Batch, values: Values) -> Step:
         s = self.settings
         images = batch.views["main"][:, 0]  # [B, 3, S, S]
-        with part("masks"):
+        with section("masks"):
             visible, masked = self.masks(batch, values)  # [B, V], [B, M]
-        with part("tokenizer"):
+        with section("tokenizer"):
             labels = self.tokenizer(images.device)(self.pixels(batch), masked)  # [B, M]
-        with part("encoder"):
+        with section("encoder"):
             seen = self.encoder.tokens(images, visible)[:, 1:]  # [B, V, C]
         latent, tokens = self.complete(seen, visible, masked)  # [B, M, D] both
-        with part("alignment"):  # last: autocast keeps weights that it has cast, and without a gradient they have none
+        with section(
+            "alignment"
+        ):  # last: autocast keeps the weights that it has cast; these have no gradient
             target = self.target(images, masked)  # [B, M, D]
 
-        with part("loss"):
+        with section("loss"):
             head = self.decoder.head
             if torch.is_autocast_enabled(tokens.device.type):
                 tokens = tokens.to(torch.get_autocast_dtype(tokens.device.type))
@@ -219,12 +221,12 @@ class CAE(Method):
         Returns:
             The regressor's estimate of the encoder's output, and the decoder's tokens, [B, M, D] both.
         """
-        with part("regressor"):
+        with section("regressor"):
             table = self.pos_embed[0, 1:]
             place = F.embedding(masked, table)  # [B, M, D]
             query = self.mask_token.expand(*masked.shape, -1)
             latent = self.regressor(query, place, self.project(seen), F.embedding(visible, table))
-        with part("decoder"):
+        with section("decoder"):
             return latent, self.decoder(latent + place)
 
     def pixels(self, batch: Batch) -> Tensor:

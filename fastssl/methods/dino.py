@@ -31,7 +31,7 @@ from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
 from fastssl.training.ema import ema_update
 from fastssl.training.schedule import cosine, linear_ramp
-from fastssl.training.timing import part
+from fastssl.training.timing import section
 
 _JITTER: dict[str, Any] = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2}
 
@@ -145,11 +145,11 @@ class DINO(Method):
         s = self.settings
         large = [batch.views["global1"], batch.views["global2"]]  # each [B, n, 3, S, S]
         small = [batch.views["local"]] if "local" in batch.views else []
-        with part("student"):
+        with section("student"):
             _, student = self.student([*large, *small])  # [V, B, K]
-        with part("teacher"), torch.no_grad():
+        with section("teacher"), torch.no_grad():
             features, teacher = self.teacher(large)  # [T, B, D], [T, B, K]
-        with part("loss"):
+        with section("loss"):
             temp = self.teacher_temp(values)
             result = centering_softmax_loss(student, teacher, self.center, s.student_temp, temp)
             if self.training:

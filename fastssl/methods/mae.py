@@ -24,7 +24,7 @@ from fastssl.models.decoders import MAEDecoder
 from fastssl.models.vit import ViT, cut_patches, patch_grid, xavier_init_
 from fastssl.pictures import cover, to_picture
 from fastssl.step import Step, Values, feature_spread
-from fastssl.training.timing import part
+from fastssl.training.timing import section
 
 
 @dataclass
@@ -112,13 +112,13 @@ class MAE(Method):
     def forward(self, batch: Batch, values: Values) -> Step:
         s = self.settings
         images = batch.views["main"][:, 0]  # [B, 3, S, S]
-        with part("masks"):
+        with section("masks"):
             keep, masked = self.masks(batch, values)  # [B, K], [B, M]
-        with part("encoder"):
+        with section("encoder"):
             tokens = self.encoder.tokens(images, keep)  # [B, 1+K, D]
-        with part("decoder"):
+        with section("decoder"):
             prediction = self.decoder(tokens, keep, masked)  # [B, M, 3 p p]
-        with part("loss"):
+        with section("loss"):
             loss = patch_pixel_loss(
                 prediction, images, masked, patch_size=self.encoder.patch_size, norm_pixels=s.norm_pixel_loss
             )

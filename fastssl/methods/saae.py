@@ -34,7 +34,7 @@ from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
 from fastssl.training.ema import ema_update
 from fastssl.training.schedule import cosine
-from fastssl.training.timing import part
+from fastssl.training.timing import section
 
 _CROP: dict[str, Any] = {
     "size": 224, "scale": (0.14, 1.0), "squash": 224, "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2,
@@ -154,10 +154,10 @@ class SAAE(Method):
         hidden = unseen(box, grid=self.grid)  # [V, N]
         ids, count = hidden_first(hidden)  # [V, N], [V]
         filled = self.decode(cls, canvas)  # [V, N, C]
-        with part("paint"):
+        with section("paint"):
             painted = self.decoder.paint(gather_tokens(filled, ids, count=count))  # [V, N, 3 p p]
 
-        with part("loss"):
+        with section("loss"):
             shared = ~hidden.unflatten(0, (2, -1)).any(dim=0)  # [B, N], seen by both crops
             own = torch.stack([*count.view(2, -1).sum(dim=1), shared.sum()])
             share = own * distributed.world() / distributed.all_reduce_sum(own.clone()).clamp_min(1)
@@ -191,18 +191,18 @@ class SAAE(Method):
         """Tokens [V, 1+N, D], class codes [V, C] and canvases [V, N, C]: patch codes where the crops lie, mask code
         elsewhere."""
         images = torch.cat([batch.views[name][:, 0] for name in ("crop1", "crop2")])  # [V, 3, S, S]
-        with part("encoder"):
+        with section("encoder"):
             tokens = self.encoder.tokens(images)
-        with part("projector"):
+        with section("projector"):
             codes = self.projector(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])  # [V, 1+N, C]
-        with part("uncrop"):
+        with section("uncrop"):
             canvas = uncrop(codes[:, 1:], self.mask_code.flatten(), box, flip, grid=self.grid,
                             flip_axis=self.settings.uncrop_flip)  # fmt: skip
         return tokens, codes[:, 0], canvas
 
     def decode(self, cls: Tensor, canvas: Tensor) -> Tensor:
         """Class codes and canvases -> cells that are ready to be painted, [V, N, C]."""
-        with part("decoder"):
+        with section("decoder"):
             return self.decoder(torch.cat([cls[:, None], canvas], dim=1))
 
     def pixel_loss(self, painted: Tensor, ids: Tensor, count: Tensor, target: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from fastssl.pictures import heat, to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
 from fastssl.training.batch_norm import SyncBatchNorm, update_running
-from fastssl.training.timing import part
+from fastssl.training.timing import section
 
 DRAWN_CROPS = 3  # small crops per image in the pictures
 
@@ -141,14 +141,14 @@ class SCFS(DINO):
     def forward(self, batch: Batch, values: Values) -> Step:
         s = self.settings
         large, small = crops(batch)
-        with part("student"):
+        with section("student"):
             student = self.student([large, small])
-        with part("teacher"), torch.no_grad():
+        with section("teacher"), torch.no_grad():
             teacher = self.teacher([large])
-        with part("search"):
+        with section("search"):
             targets = [self.targets(i, student, teacher) for i in range(len(self.taps))]
 
-        with part("loss"):
+        with section("loss"):
             temps = s.student_temp, self.teacher_temp(values)
             final = centering_softmax_loss(student.logits, teacher.logits, self.center, *temps)
             centers = [(self.center, final.column_sum)]

@@ -32,7 +32,7 @@ from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
 from fastssl.training.ema import ema_update
 from fastssl.training.schedule import cosine
-from fastssl.training.timing import part
+from fastssl.training.timing import section
 
 NAMES = ("view1", "view2")
 _CROP: dict[str, Any] = {"size": 224, "scale": (0.2, 1.0), "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2}
@@ -134,17 +134,17 @@ class SiT(Method):
     def forward(self, batch: Batch, values: Values) -> Step:
         s = self.settings
         clean = torch.cat([batch.views[name][:, 0] for name in NAMES])  # [2B, 3, S, S]
-        with part("damage"):
+        with section("damage"):
             damaged, mask = self.damage(batch, values.seed)  # [2B, 3, S, S], [2B, S, S]
-        with part("teacher"), torch.no_grad():
+        with section("teacher"), torch.no_grad():
             tokens = self.teacher.backbone.tokens(clean)  # [2B, 1+patches, D]
             keys = self.teacher.head(tokens[:, 0]).unflatten(0, (2, -1))  # [2, B, K]
-        with part("student"):
+        with section("student"):
             seen = self.student.backbone.tokens(damaged)
             codes = self.student.head(seen[:, 0]).unflatten(0, (2, -1))
-        with part("decoder"):
+        with section("decoder"):
             painted = self.student.reconstruct(seen, damaged)
-        with part("loss"):
+        with section("loss"):
             contrastive, right = contrastive_loss(codes, keys, s.temperature)
             reconstruction = pixel_loss(painted, clean, mask if s.rec_region == "damaged" else None)
         metrics = {

@@ -38,7 +38,7 @@ from fastssl.models.decoders import PixelDecoder
 from fastssl.models.vit import patch_grid
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
-from fastssl.training.timing import part
+from fastssl.training.timing import section
 
 BLOCKS = 48  # candidates for a view's noise (alien) blocks; about 8 are used, and 16 where the budget is largest
 BLUR = 7  # pixels to each side of the widest blur
@@ -136,14 +136,14 @@ class SiTv1(Method):
 
     def forward(self, batch: Batch, values: Values) -> Step:
         s = self.settings
-        with part("damage"):
+        with section("damage"):
             clean, turns = rotated_views(batch, values.seed)  # [2B, 3, S, S], [2B]
             damaged, mask = self.damage(clean, batch, values.seed)
-        with part("encoder"):
+        with section("encoder"):
             tokens = self.tokens(damaged)  # [2B, 2+patches, D]
-        with part("decoder"):
+        with section("decoder"):
             painted = self.reconstruct(tokens, damaged)
-        with part("loss"):
+        with section("loss"):
             named = self.rotation_head(tokens[:, 0])  # [2B, 4]
             codes = self.contrastive_head(tokens[:, 1]).unflatten(0, (2, -1))  # [2, B, K]
             losses = {

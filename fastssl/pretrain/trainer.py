@@ -37,7 +37,7 @@ from fastssl.training.health import HealthWatch
 from fastssl.training.log import Clock, MetricRing, RunLog
 from fastssl.training.optim import build_optimizer, clip_gradients, set_hyperparameters
 from fastssl.training.schedule import cosine, warmup_cosine
-from fastssl.training.timing import part
+from fastssl.training.timing import section
 
 
 class TrainingError(RuntimeError):
@@ -214,32 +214,32 @@ class Trainer:
         set_hyperparameters(self.optimizer, *self.rates())
         ids, losses, metrics = [], [], []
         for micro in range(run.accumulate):
-            with part("data"):
+            with section("data"):
                 waiting = time.perf_counter()
                 batch = next(batches)
                 self.clock.wait(time.perf_counter() - waiting)
             ids += batch.id.tolist()
             torch.manual_seed(_step_seed(run.seed, self.step, micro, distributed.rank()))
-            with part("augment"):
+            with section("augment"):
                 batch = augment(self.transfer(batch))
             last = micro == run.accumulate - 1
             quiet = self.parallel.no_sync() if distributed.world() > 1 and not last else contextlib.nullcontext()
             with quiet:
                 autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-                with part("forward"), autocast:
+                with section("forward"), autocast:
                     out = self.parallel(batch, values)
-                with part("backward"):
+                with section("backward"):
                     self.scaler.scale(out.loss / run.accumulate).backward()
             losses.append(out.loss.detach())
             metrics.append(out.metrics)
-        with part("optimizer"):
+        with section("optimizer"):
             self.scaler.unscale_(self.optimizer)
             self.method.after_backward(values)
             norm = clip_gradients(self.method, optim.clip_grad, optim.clip_each)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-        with part("ema"):
+        with section("ema"):
             self.method.after_step(values)
         self.step += 1
         self.recent_ids[self.step] = ids

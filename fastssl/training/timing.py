@@ -1,9 +1,9 @@
-"""Where a training step's time goes: methods name their parts, `fastssl bench step` listens.
+"""Where a training step's time goes: methods name their sections, `fastssl bench step` listens.
 
-    with part("teacher"):
+    with section("teacher"):
         ...
 
-Outside a `Stopwatch` a part costs one look at a variable. Parts also show by name in a torch profiler's trace.
+Outside a `Stopwatch` a section costs one look at a variable. Sections also show by name in a torch profiler's trace.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ _active: Stopwatch | None = None
 _SILENT = nullcontext()
 
 
-def part(name: str) -> AbstractContextManager[None]:
-    """A named part of the step, to be entered around it. Parts may nest; an inner one's time is not the outer one's."""
-    return _SILENT if _active is None else _active.part(name)
+def section(name: str) -> AbstractContextManager[None]:
+    """A named section of the step, to be entered around it; an inner one's time is not counted in the outer one."""
+    return _SILENT if _active is None else _active.section(name)
 
 
 class Stopwatch:
-    """Adds up the time of each part while it is active; on a GPU by events, without waiting in between.
+    """Adds up the time of each section while it is active; on a GPU by events, without waiting in between.
 
     Args:
-        device: where the parts compute.
+        device: where the sections compute.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self._marks: list[tuple[str, object]] = []  # (part that begins here, moment)
+        self._marks: list[tuple[str, object]] = []  # (section that begins here, moment)
         self._open: list[str] = []
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def section(self, name: str) -> Iterator[None]:
         """See the function of this name."""
         self._open.append(name)
         self._mark(name)
@@ -49,7 +49,7 @@ class Stopwatch:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """While it lasts, `fastssl.training.timing.part` reports to this watch."""
+        """While it lasts, `fastssl.training.timing.section` reports to this watch."""
         global _active
         before, _active = _active, self
         try:
@@ -58,7 +58,7 @@ class Stopwatch:
             _active = before
 
     def read(self) -> dict[str, float]:
-        """Seconds per part since the last reading, in order of appearance; starts anew."""
+        """Seconds per section since the last reading, in order of appearance; starts anew."""
         if self.cuda:
             torch.cuda.synchronize()
         total: dict[str, float] = {}

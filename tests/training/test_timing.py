@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from fastssl.training.timing import Stopwatch, part
+from fastssl.training.timing import Stopwatch, section
 
 
 def wait(seconds):
@@ -17,13 +17,13 @@ def test_parts_add_up_and_inner_time_is_not_the_outer_ones():
     begin = time.perf_counter()
     with watch.listening():
         for _ in range(2):
-            with part("outer"):
+            with section("outer"):
                 wait(0.02)
-                with part("inner"):
+                with section("inner"):
                     wait(0.05)
                 wait(0.01)
             wait(0.03)
-            with part("last"):
+            with section("last"):
                 wait(0.01)
     elapsed = time.perf_counter() - begin
     seconds = watch.read()
@@ -38,7 +38,7 @@ def test_nobody_listens_outside():
     watch = Stopwatch(torch.device("cpu"))
     with watch.listening():
         pass
-    with part("unheard"):
+    with section("unheard"):
         pass
     assert watch.read() == {}
 
@@ -46,9 +46,9 @@ def test_nobody_listens_outside():
 def test_a_part_that_raises_is_closed():
     watch = Stopwatch(torch.device("cpu"))
     with watch.listening():
-        with pytest.raises(KeyError), part("broken"):
+        with pytest.raises(KeyError), section("broken"):
             raise KeyError
-        with part("next"):
+        with section("next"):
             wait(0.02)
     seconds = watch.read()
     assert seconds["broken"] < 0.02 <= seconds["next"]
