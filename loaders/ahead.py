@@ -7,12 +7,21 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
-Item = TypeVar("Item")
-Prepare = Callable[[int], tuple[Item, Iterable[Callable[[], None]]]]
+Key, Item = TypeVar("Key"), TypeVar("Item")
+Prepare = Callable[[Key], tuple[Item, Iterable[Callable[[], None]]]]
+
+
+def read_ahead(keys: Iterable[Key], make: Callable[[Key], Item], workers: int, prefetch: int = 0) -> Iterator[Item]:
+    """`make(key)` of each key, in order; `workers` threads work ahead, on `prefetch` keys (0: two for each thread).
+
+    Raises:
+        Exception: what `make` raised, with the thread's traceback.
+    """
+    yield from Ahead(workers, prefetch or 2 * max(1, workers)).run(lambda key: (make(key), ()), keys)
 
 
 class Ahead:
-    """A pool of threads for one pass over numbered items.
+    """A pool of threads for one pass over items that are named by keys, such as their numbers.
 
     A thread never waits for another one, and the consumer only waits for work that some thread has or will take, so
     every wait ends: with the item, with the worker's own exception, or because `close` was called.
@@ -27,12 +36,12 @@ class Ahead:
         self._prefetch = prefetch
         self._closed = False
 
-    def run(self, prepare: Prepare[Item], positions: Iterable[int]) -> Iterator[Item]:
-        """The items of `positions`, in this order. The threads are freed when the iterator ends or is dropped.
+    def run(self, prepare: Prepare[Key, Item], keys: Iterable[Key]) -> Iterator[Item]:
+        """The items of `keys`, in this order. The threads are freed when the iterator ends or is dropped.
 
         Args:
-            prepare: makes the item of a position, and the pieces of work that fill it; runs in the threads.
-            positions: numbers of the items.
+            prepare: makes the item of a key, and the pieces of work that fill it; runs in the threads.
+            keys: what the items are made of.
 
         Raises:
             RuntimeError: `close` was called meanwhile.
@@ -40,8 +49,8 @@ class Ahead:
         """
         pending: deque[Future[tuple[Item, list[Future[None]]]]] = deque()
         try:
-            for position in positions:
-                pending.append(self._pool.submit(self._start, prepare, position))
+            for key in keys:
+                pending.append(self._pool.submit(self._start, prepare, key))
                 if len(pending) > self._prefetch:
                     yield self._finish(pending.popleft())
             while pending:
@@ -53,8 +62,8 @@ class Ahead:
         finally:
             self.close()
 
-    def _start(self, prepare: Prepare[Item], position: int) -> tuple[Item, list[Future[None]]]:
-        item, pieces = prepare(position)
+    def _start(self, prepare: Prepare[Key, Item], key: Key) -> tuple[Item, list[Future[None]]]:
+        item, pieces = prepare(key)
         return item, [self._pool.submit(piece) for piece in pieces]
 
     @staticmethod

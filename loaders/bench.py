@@ -26,7 +26,7 @@ from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.engine import ENGINES, make_loader, working_engines
 from fastssl.loaders.loader import Loader
 from fastssl.loaders.peers import PEERS, Missing, Peer
-from fastssl.loaders.pool import usable_cores
+from fastssl.loaders.pool import cores
 from fastssl.loaders.sources import Encoded, Source, open_source
 
 _JITTER: dict[str, Any] = {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2}
@@ -124,7 +124,7 @@ def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
     if options.plot:
         _figure()  # before the work, not after it
     source = open_source(options.data)
-    workers = options.workers or usable_cores()
+    workers = options.workers or cores()
     ids = np.unique(np.linspace(0, len(source) - 1, min(options.images, len(source))).round().astype(np.int64))
     batch_size = min(options.batch_size, len(ids))
     wanted = _listed(options.engine) or [*working_engines(), *PEERS]
@@ -132,7 +132,7 @@ def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
         "images": len(ids),
         "workers": workers,
         "batch": batch_size,
-        "cores": usable_cores(),
+        "cores": cores(),
         "torch": torch.__version__,
     }
     result = LoaderBench(env, [], [], [])

@@ -37,7 +37,7 @@ from fastssl.loaders.decode import (
     to_rgb,
     upright_size,
 )
-from fastssl.loaders.pool import CONTEXT, WorkerDied, ordered, usable_cores
+from fastssl.loaders.pool import CONTEXT, WorkerDied, cores, ordered
 from fastssl.loaders.sources import SourceError, read_file, scan_folder
 
 CHUNK = 32  # images per task of a worker
@@ -238,7 +238,7 @@ def _job(options: ConvertOptions) -> _Job:
 def _run(job: _Job, writer: BetonWriter) -> _Outcome:
     """Lets the workers convert all files into the writer's temporary file; shows progress."""
     outcome, chunks = _Outcome(), -(-len(job.files) // CHUNK)
-    workers = min(job.options.workers or usable_cores(), chunks)
+    workers = min(job.options.workers or cores(), chunks)
     state = (job, str(writer.partial), _Turn(writer.begin))
     interval = 0.2 if sys.stderr.isatty() else 10.0
     results = ordered(_convert_chunk, range(chunks), workers, _start, state)

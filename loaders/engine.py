@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
 from collections.abc import Sequence
 from typing import Any
 
 from fastssl.config import ConfigError, Data, View
 from fastssl.loaders.loader import Loader
+from fastssl.loaders.pool import cores
 from fastssl.loaders.sources import Source
 
 # name -> module and class, the package that it needs, what provides it
@@ -54,8 +54,7 @@ def decoding_threads(workers: int, processes_here: int) -> int:
     """`data.workers`, or this machine's usable cores divided by the run's processes on it."""
     if workers:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes_here)
+    return max(1, cores() // processes_here)
 
 
 def make_loader(name: str, source: Source, views: Sequence[View], **settings: Any) -> Loader:

@@ -25,7 +25,7 @@ class WorkerDied(RuntimeError):
     """A worker process ended without a result, as when the system kills it for lack of memory."""
 
 
-def usable_cores() -> int:
+def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -1,4 +1,7 @@
-"""All crops of one decoded image, with PIL's antialiased filters to the bit, in compiled code that holds no lock.
+"""Crops of one decoded image, with PIL's antialiased filters to the bit, in compiled code that holds no lock.
+
+A crop is a box of the image, resized (`cut_all`), or a square part of the resized image (`cut_part`). Both are the
+same work: a pixel of the result needs a few rows and columns of the box, whether its neighbours are wanted or not.
 
 The arithmetic is PIL's: the rows are resized first and then the columns, each time rounded to 8 bits, with weights of
 22 fractional bits. The order in memory is not: both passes add up weighted rows of a matrix, 32 neighbouring bytes at a
@@ -11,7 +14,8 @@ numba cannot be told to keep 32 sums in vector registers (its code for the same 
 steps are written in LLVM's language, with vectors that LLVM fits to the CPU at hand. The first use compiles for some
 seconds and keeps the result in numba's cache on disk.
 
-Letters: n crops, S side of a crop in pixels, h and w height and width of a box, R rows of a band.
+Letters: n crops, S side of a crop in pixels, h and w height and width of the pixels that it is made of, R rows of a
+band.
 """
 
 from __future__ import annotations
@@ -65,14 +69,53 @@ def cut_all(
     count = len(boxes)
     if out.shape != (count, 3, size, size) or out.dtype != np.uint8 or not out.flags.carray:
         raise ValueError(f"out is {out.dtype} {out.shape}; it must be contiguous uint8 {(count, 3, size, size)}")
-    _cut_all(frame, origin, boxes, flips, size, interpolation, out.reshape(count, -1), True)
+    _cut_all(frame, origin, boxes, flips, (size, size), (0, 0), size, interpolation, out.reshape(count, -1), True)
+
+
+def cut_part(
+    frame: np.ndarray,
+    origin: tuple[int, int],
+    shape: tuple[int, int],
+    grid: tuple[int, int],
+    corner: tuple[int, int],
+    size: int,
+    interpolation: str,
+) -> np.ndarray:
+    """A square part of the image as resized to `grid`, uint8 [3, S, S]; nothing else of the resized image is computed.
+
+    Args:
+        frame: uint8 [h, w, 3], RGB; the image, or the part of it that `part_window` names.
+        origin: top and left of the frame in the image, in pixels.
+        shape: height and width of the image, in pixels.
+        grid: height and width of the whole resized image, in pixels.
+        corner: top and left of the part in it.
+        size: S, in pixels.
+        interpolation: bilinear, bicubic or lanczos.
+
+    Raises:
+        ValueError: the frame lacks pixels of `part_window`, or is not as stated.
+    """
+    out = np.empty((3, size, size), np.uint8)
+    box = np.array([[0, 0, *shape]])
+    _cut_all(frame, origin, box, np.zeros(1, bool), grid, corner, size, interpolation, out.reshape(1, -1), True)
+    return out
+
+
+def part_window(
+    shape: tuple[int, int], grid: tuple[int, int], corner: tuple[int, int], size: int, interpolation: str
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the pixels of the image that `cut_part` needs."""
+    kind = FILTERS[interpolation]
+    spans = [_span(*numbers, size, kind) for numbers in zip(shape, grid, corner, strict=True)]
+    (top, left), (height, width) = zip(*spans, strict=True)
+    return top, left, height, width
 
 
 def squash(frame: np.ndarray, side: int) -> np.ndarray:
     """The whole image, uint8 [H, W, 3], resized to uint8 [side, side, 3], bilinear and antialiased."""
     box = np.array([[0, 0, *frame.shape[:2]]])
     out = np.empty((1, side * side * 3), np.uint8)
-    _cut_all(frame, (0, 0), box, np.zeros(1, bool), side, "bilinear", out, False)
+    _cut_all(frame, (0, 0), box, np.zeros(1, bool), (side, side), (0, 0), side, "bilinear", out, False)
     return out.reshape(side, side, 3)
 
 
@@ -81,12 +124,14 @@ def _cut_all(
     origin: tuple[int, int],
     boxes: np.ndarray,
     flips: np.ndarray,
+    grid: tuple[int, int],
+    corner: tuple[int, int],
     size: int,
     interpolation: str,
     out: np.ndarray,
     planar: bool,
 ) -> None:
-    """`cut_all` into rows of `out`, [n, S * S * 3], as planes or as RGB pixels."""
+    """`cut_part` of each box, into rows of `out`, [n, S * S * 3], as planes or as RGB pixels."""
     if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8:
         raise ValueError(f"the frame is {frame.dtype} {frame.shape}; it must be uint8 [H, W, 3]")
     if frame.strides[1:] != (3, 1) or frame.strides[0] < 0:
@@ -95,8 +140,9 @@ def _cut_all(
     if boxes.shape != (len(out), 4) or flips.shape != (len(out),):
         raise ValueError(f"there are {boxes.shape} numbers in boxes and {flips.shape} in flips; {len(out)} crops")
     bad = _cut_boxes(
-        frame.ctypes.data, frame.strides[0], frame.shape[:2], (int(origin[0]), int(origin[1])),
-        boxes, flips, size, FILTERS[interpolation], TALL_FIRST, out, planar,
+        frame.ctypes.data, frame.strides[0], frame.shape[:2], (int(origin[0]), int(origin[1])), boxes, flips,
+        (int(grid[0]), int(grid[1])), (int(corner[0]), int(corner[1])), int(size), FILTERS[interpolation], TALL_FIRST,
+        out, planar,
     )  # fmt: skip
     if bad >= 0:
         raise ValueError(
@@ -178,33 +224,44 @@ def _pointer(typingctx, address):
 
 
 @njit(nogil=True, cache=True)
-def _cut_boxes(frame, stride, shape, origin, boxes, flips, size, kind, tall_first, out, planar):
-    """Cuts all crops; returns the first box that has no pixels or leaves the frame, -1 where there is none."""
-    tallest, widest = 1, 1
+def _cut_boxes(frame, stride, shape, origin, boxes, flips, grid, corner, size, kind, tall_first, out, planar):
+    """Cuts all crops; returns the first box that has no pixels or needs some beside the frame, -1 where there is none.
+
+    Each box is resized to `grid`; its crop are the S x S pixels of that from `corner` on.
+    """
+    tallest, widest, highest, broadest = 1, 1, 1, 1
     for i in range(len(boxes)):
         top, left, height, width = boxes[i]
-        top, left = top - origin[0], left - origin[1]
-        if min(top, left) < 0 or not (0 < height <= shape[0] - top and 0 < width <= shape[1] - left):
+        if min(height, width) < 1:
             return i
-        tallest, widest = max(tallest, height), max(widest, width)
+        first_row, rows = _span(height, grid[0], corner[0], size, kind)
+        first_column, columns = _span(width, grid[1], corner[1], size, kind)
+        top, left = top - origin[0] + first_row, left - origin[1] + first_column
+        if min(top, left) < 0 or rows > shape[0] - top or columns > shape[1] - left:
+            return i
+        tallest, widest = max(tallest, rows), max(widest, columns)
+        highest, broadest = max(highest, height), max(broadest, width)
     turned, narrow = np.empty(3 * widest * BAND, np.uint8), np.empty(3 * size * BAND, np.uint8)
     between = np.empty(3 * size * max(tallest, widest), np.uint8)
-    across, down = _table(widest, size, kind), _table(tallest, size, kind)
+    across, down = _table(broadest, grid[1], size, kind), _table(highest, grid[0], size, kind)
     planes, length = (3, size) if planar else (1, 3 * size)
     for i in range(len(boxes)):
         top, left, height, width = boxes[i]
-        _fill(across, width, size, kind)
-        _fill(down, height, size, kind)
-        source = frame + (top - origin[0]) * stride + (left - origin[1]) * 3
+        first_row, rows = _span(height, grid[0], corner[0], size, kind)
+        first_column, columns = _span(width, grid[1], corner[1], size, kind)
+        _fill(across, width, grid[1], corner[1], kind)
+        _fill(down, height, grid[0], corner[0], kind)
+        source = frame + (top - origin[0] + first_row) * stride + (left - origin[1] + first_column) * 3
         target, middle = out[i].ctypes.data, between.ctypes.data  # used in every round, so both stay alive
-        if tall_first and height - size > 2 * max(width - size, 0):
-            _resize_columns(source, stride, 3 * width, down, middle, 3 * width)
+        if tall_first and height - grid[0] > 2 * max(width - grid[1], 0):
+            _resize_columns(source, stride, 3 * columns, down, middle, 3 * columns)
             _resize_rows(
-                middle, 3 * width, size, width, across, flips[i], planes, turned, narrow, target, size * length, length
-            )
+                middle, 3 * columns, size, columns, across, flips[i], planes, turned, narrow, target, size * length,
+                length,
+            )  # fmt: skip
         else:
             _resize_rows(
-                source, stride, height, width, across, flips[i], planes, turned, narrow, middle, length, 3 * size
+                source, stride, rows, columns, across, flips[i], planes, turned, narrow, middle, length, 3 * size
             )
             for k in range(planes):
                 _resize_columns(middle + k * length, 3 * size, length, down, target + k * size * length, length)
@@ -271,9 +328,9 @@ def _transpose(source, stride, rows, columns, target, target_stride):
 
 
 @njit(nogil=True, cache=True)
-def _table(length, size, kind):
-    """Memory for the weights of up to `length` pixels made into `size`, for `_fill`."""
-    taps = 2 * math.ceil(kind * max(length / size, 1.0)) + 1
+def _table(length, steps, size, kind):
+    """Memory for `size` of the weights of up to `length` pixels made into `steps`, for `_fill`."""
+    taps = 2 * math.ceil(kind * max(length / steps, 1.0)) + 1
     return (
         np.empty(size, np.int64),
         np.empty(size, np.int64),
@@ -283,23 +340,41 @@ def _table(length, size, kind):
 
 
 @njit(nogil=True, cache=True)
-def _fill(table, length, size, kind):
-    """Which pixels of `length` make up each of `size`, and their weights in units of 2^-22; PIL's arithmetic."""
+def _fill(table, length, steps, first, kind):
+    """Where `length` pixels are made into `steps`: which of them make up each new one from the `first` on (counted from
+    the first pixel that is needed at all), and their weights in units of 2^-22; PIL's arithmetic."""
     begins, counts, weights, exact = table
-    scale = length / size
-    stretch = max(scale, 1.0)
-    for i in range(size):
-        centre = (i + 0.5) * scale
-        begin = max(int(centre - kind * stretch + 0.5), 0)
-        count = min(int(centre + kind * stretch + 0.5), length) - begin
+    scale = length / steps
+    start, _ = _taps(first, length, steps, kind)
+    for i in range(len(begins)):
+        begin, count = _taps(first + i, length, steps, kind)
+        centre = (first + i + 0.5) * scale
         total = 0.0
         for k in range(count):
-            exact[k] = _filter((k + begin - centre + 0.5) * (1.0 / stretch), kind)
+            exact[k] = _filter((k + begin - centre + 0.5) * (1.0 / max(scale, 1.0)), kind)
             total += exact[k]
         for k in range(count):
             weight = exact[k] / total * (1 << BITS)
             weights[i, k] = int(weight + (0.5 if weight >= 0 else -0.5))
-        begins[i], counts[i] = begin, count
+        begins[i], counts[i] = begin - start, count
+
+
+@njit(nogil=True, cache=True)
+def _span(length, steps, first, size, kind):
+    """Where `length` pixels are made into `steps`: the first pixel, and how many, that `size` new ones from the `first`
+    on are made of."""
+    start, _ = _taps(first, length, steps, kind)
+    begin, count = _taps(first + size - 1, length, steps, kind)
+    return start, begin + count - start
+
+
+@njit(nogil=True, cache=True)
+def _taps(place, length, steps, kind):
+    """Where `length` pixels are made into `steps`: the first pixel, and how many, that new pixel `place` is made of."""
+    scale = length / steps
+    centre, reach = (place + 0.5) * scale, kind * max(scale, 1.0)
+    begin = max(int(centre - reach + 0.5), 0)
+    return begin, min(int(centre + reach + 0.5), length) - begin
 
 
 @njit(nogil=True, cache=True)

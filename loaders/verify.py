@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fastssl.config import check
 from fastssl.loaders.beton import Beton, BetonError, SideFile, pointers
 from fastssl.loaders.decode import DecodeError, decode
-from fastssl.loaders.pool import WorkerDied, ordered, usable_cores
+from fastssl.loaders.pool import WorkerDied, cores, ordered
 
 CHUNK = 64  # samples per task of a worker
 LISTED = 100  # problems that a summary lists
@@ -136,7 +136,7 @@ def _verify_file(path: str, options: VerifyOptions, report: Report) -> None:
 
     found = list(_misplaced(beton))
     chunks = range(-(-len(beton) // CHUNK))
-    workers = max(1, min(options.workers or usable_cores(), len(chunks)))
+    workers = max(1, min(options.workers or cores(), len(chunks)))
     results = ordered(_verify_chunk, chunks, workers, _start, (path, checksums, options.decode))
     interval = 0.2 if sys.stderr.isatty() else 10.0
     try:

@@ -65,13 +65,6 @@ def decode(encoded: Encoded, window: Window | None = None) -> Decoded:
     return found or Decoded(images.decode(encoded))
 
 
-def decoder_name() -> str:
-    """What decodes JPEGs here, in words."""
-    if _library:
-        return "libjpeg-turbo, only the window that is needed"
-    return "PIL, whole images (faster: install fastssl again where a C compiler and libjpeg-turbo's headers are)"
-
-
 def _decode_window(encoded: Encoded, window: Window) -> Decoded | None:
     """None where `images.decode` has to say what this is."""
     code, found, message = _call(encoded, window, encoded.mode == "jpg")

@@ -18,8 +18,8 @@ from fastssl.augment import augment
 from fastssl.evaluation.accuracy import Accuracy, class_ranks
 from fastssl.evaluation.data import EvaluationError, default_resize
 from fastssl.loaders.engine import decoding_threads
-from fastssl.loaders.reference_loader import evaluation_batches
 from fastssl.loaders.sources import Source
+from fastssl.loaders.views import evaluation_batches
 from fastssl.training import distributed
 
 

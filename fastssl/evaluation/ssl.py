@@ -9,27 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from fastssl.augment import augment
-from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, Model, View
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError, default_resize
-from fastssl.loaders.ahead import Ahead
 from fastssl.loaders.engine import decoding_threads
-from fastssl.loaders.loader import BadSampleError, part_labels
-from fastssl.loaders.reference_loader import FILTERS, evaluation_view, read_image
-from fastssl.loaders.sources import DecodeError, Source, open_source
+from fastssl.loaders.sources import open_source
+from fastssl.loaders.views import central_batches
 from fastssl.methods import METHODS, view_list
 from fastssl.methods.method import Method
 from fastssl.step import Values
@@ -127,8 +120,14 @@ def evaluate_ssl(options: SSLOptions) -> SSLEvaluation:
     if part_grid and not source.has_parts:
         raise EvaluationError(f"method {config.method} needs part maps, and {options.data} has none")
 
+    views = view_list(config.views)
     batches = central_batches(
-        source, view_list(config.views), part_grid, options.batch_size, decoding_threads(options.workers, 1)
+        source,
+        views,
+        {view.name: default_resize(view.size) for view in views},
+        batch_size=options.batch_size,
+        workers=decoding_threads(options.workers, 1),
+        part_grid=part_grid,
     )
     sums: dict[str, Tensor] = {}
     bar = tqdm(total=len(source), desc="losses", unit="img", leave=False)
@@ -156,67 +155,6 @@ def config_of(content: dict[str, Any]) -> Config:
     kind = METHODS[name]
     views = kind.Views(**{key: View(**group, name=key) for key, group in values["views"].items()})
     return Config(name, views, kind.Settings(**values[name]), model=Model(**values["model"]))
-
-
-def central_batches(
-    source: Source, views: list[View], part_grid: dict[str, int], batch_size: int, workers: int
-) -> Iterator[Batch]:
-    """All images in order as batches of a method, with nothing drawn: every crop of a group shows the central view (the
-    whole image where the group is cut from a squashed one), not flipped.
-
-    Args:
-        views: the method's groups.
-        part_grid: side of the part-label grid by group.
-        workers: decoding threads.
-
-    Yields:
-        uint8 views, boxes, flips and part labels; no photometric parameters.
-
-    Raises:
-        BadSampleError: a sample cannot be read; raised while iterating.
-    """
-    ids = np.arange(len(source))
-
-    def prepare(position: int) -> tuple[Batch, list[Callable[[], None]]]:
-        mine = ids[position * batch_size : (position + 1) * batch_size]
-        batch = Batch(id=torch.tensor(mine), label=torch.tensor(source.labels[mine]))
-        for view in views:
-            shape = (len(mine), view.count)
-            batch.views[view.name] = torch.empty(*shape, 3, view.size, view.size, dtype=torch.uint8)
-            batch.box[view.name] = torch.empty(*shape, 4)
-            batch.flip[view.name] = torch.zeros(shape, dtype=torch.bool)
-            if view.name in part_grid:
-                batch.parts[view.name] = torch.empty(*shape, *[part_grid[view.name]] * 2, dtype=torch.int64)
-        return batch, [partial(fill, batch, row) for row in range(len(mine))]
-
-    def fill(batch: Batch, row: int) -> None:
-        sample = int(batch.id[row])
-        try:
-            image = read_image(source, sample)
-        except DecodeError as error:
-            raise BadSampleError(f"sample {sample} ({source.name(sample)}) {error}") from error
-        for view in views:
-            if view.squash:
-                box = np.array([0.0, 0.0, 1.0, 1.0])
-                squashed = image.resize((view.squash, view.squash), Image.Resampling.BILINEAR)
-                pixels = np.asarray(squashed.resize((view.size, view.size), FILTERS[view.interpolation]))
-            else:
-                box = central_box(image.height, image.width, view.size)
-                pixels = evaluation_view(image, view.size, default_resize(view.size))
-            batch.views[view.name][row] = torch.tensor(pixels).permute(2, 0, 1)
-            batch.box[view.name][row] = torch.from_numpy(box)
-            if view.name in part_grid:
-                upright = np.zeros(1, bool)
-                labels = part_labels(source.parts(sample), box[None], upright, (1, 1), part_grid[view.name])
-                batch.parts[view.name][row] = torch.from_numpy(labels)
-
-    return Ahead(workers, 4).run(prepare, range(-(-len(ids) // batch_size)))
-
-
-def central_box(height: int, width: int, side: int) -> np.ndarray:
-    """Top, left, height, width of the evaluation view of `side` pixels, as fractions of an image of these sides."""
-    extent = min(height, width) * side / default_resize(side) / np.array([height, width])
-    return np.concatenate([(1 - extent) / 2, extent])
 
 
 def _method(config: Config, content: dict[str, Any], path: str) -> Method:

@@ -16,8 +16,7 @@ from fastssl.cli import main
 from fastssl.config import ConfigError
 from fastssl.evaluation import ssl
 from fastssl.evaluation.data import EvaluationError
-from fastssl.evaluation.ssl import SSLOptions, central_batches, central_box, evaluate_ssl
-from fastssl.loaders.sources import open_source
+from fastssl.evaluation.ssl import SSLOptions, evaluate_ssl
 from fastssl.methods import METHODS, view_list
 from fastssl.parse import parse_pretrain
 from fastssl.step import Values
@@ -109,33 +108,6 @@ def test_the_command_prints_json_or_a_table(images, tmp_path, capsys):
     assert values["loss"] == pytest.approx(values["contrastive"] + values["reconstruction"])
     assert main(arguments) == 0
     assert "reconstruction" in capsys.readouterr().out
-
-
-def test_central_views_boxes_and_squashed_groups(images):
-    config, _ = parse_pretrain(["--method=saae", f"--data.path={images}"])
-    views = view_list(config.views)
-    for view in views:
-        view.size, view.squash = 16, 16
-    views[0].squash, views[0].count = 0, 2
-    batches = list(central_batches(open_source(str(images)), views, {}, 6, 1))
-    assert [len(batch) for batch in batches] == [6, 6, 6, 3]
-    assert torch.cat([batch.id for batch in batches]).tolist() == list(range(IMAGES))
-    batch, image = batches[0], Image.open(sorted(images.iterdir())[2])
-    plain, squashed = (batch.views[view.name][2] for view in views[:2])
-    assert plain.shape == (2, 3, 16, 16)
-    assert torch.equal(plain[0], plain[1])
-    whole = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))
-    assert np.array_equal(squashed[0].permute(1, 2, 0).numpy(), whole)
-    assert batch.box[views[1].name][2].tolist() == [[0, 0, 1, 1]]
-    side = min(image.height, image.width)
-    top, left = (image.height - side) / 2 / image.height, (image.width - side) / 2 / image.width
-    expected = [top, left, side / image.height, side / image.width]
-    assert batch.box[views[0].name][2, 1].tolist() == pytest.approx(expected)
-    assert not any(flip.any() for flip in batch.flip.values())
-
-
-def test_box_of_a_larger_view():
-    assert central_box(512, 256, 224).tolist() == pytest.approx([0.28125, 0.0625, 0.4375, 0.875])
 
 
 @pytest.mark.parametrize(

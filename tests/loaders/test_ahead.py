@@ -4,7 +4,7 @@ import traceback
 
 import pytest
 
-from fastssl.loaders.ahead import Ahead
+from fastssl.loaders.ahead import Ahead, read_ahead
 
 
 def loader_threads():
@@ -31,6 +31,15 @@ def squares(position):
 @pytest.mark.parametrize("prefetch", [1, 3, 50])
 def test_items_come_finished_and_in_order(workers, prefetch):
     assert [box[0] for box in Ahead(workers, prefetch).run(squares, range(20))] == [i**2 for i in range(20)]
+
+
+@pytest.mark.parametrize(("workers", "prefetch"), [(0, 0), (3, 0), (3, 1), (1, 50)])
+def test_reading_ahead_makes_something_of_each_key_in_order(workers, prefetch):
+    assert list(read_ahead("some keys", str.upper, workers, prefetch)) == list("SOME KEYS")
+    assert loader_threads() == []
+    made = read_ahead(iter(range(10**9)), str, workers, prefetch)
+    assert next(made) == "0"
+    made.close()
 
 
 def test_no_more_than_prefetch_items_are_begun():
@@ -79,7 +88,7 @@ def test_close_wakes_a_waiting_consumer():
     caught = []
 
     def prepare(position):
-        return position, [lambda: gate.wait(10)]
+        return position, [lambda: gate.wait(100)]
 
     ahead = Ahead(1, 2)
 
@@ -94,6 +103,6 @@ def test_close_wakes_a_waiting_consumer():
     time.sleep(0.1)
     threading.Timer(0.2, gate.set).start()
     ahead.close()
-    consumer.join(5)
+    consumer.join(100)
     assert not consumer.is_alive()
     assert caught == ["the loader was closed while its batches were being read"]

@@ -2,15 +2,12 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from fastssl.augment import augment
@@ -76,13 +73,13 @@ def test_every_peer_works_through_all_images(name, case, folder, tmp_path):
 
 
 def test_cpu_time_of_children_counts():
-    code = "import time\nwhile time.process_time() < 1: pass\nprint(1, flush=True)\ninput()"
+    code = "import time\nwhile time.process_time() < 0.4: pass\nprint(time.process_time(), flush=True)\ninput()"
     before = cpu_seconds()
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
-        child.stdout.readline()
+        theirs = float(child.stdout.readline())
         spent = cpu_seconds() - before
         child.communicate(b"\n")
-    assert 0.9 < spent < 3
+    assert 0.9 * theirs < spent < 1.8 * theirs  # once, and little of our own
 
 
 def test_advice_names_the_bottleneck(folder):
@@ -113,21 +110,3 @@ def test_the_command(folder, capsys):
         assert message in capsys.readouterr().err
     with pytest.raises(ConfigError, match="none of the contenders asked for works here"):
         bench(LoaderBenchOptions(str(folder), "dino", "peer-ffcv", seconds=0.05), augment)
-
-
-def test_first_batch_comes_soon_after_a_cold_start(folder):
-    """With the compiled code cached on disk (as it is by now), a new process delivers within seconds."""
-    code = f"""
-import time
-from fastssl.loaders.bench import DINO
-from fastssl.loaders.engine import make_loader
-from fastssl.loaders.sources import open_source
-begin = time.perf_counter()
-next(make_loader("ffcv", open_source({str(folder)!r}), DINO, batch_size=8, seed=0, workers=2).epoch(0))
-print(time.perf_counter() - begin)
-"""
-    assert torch.get_num_threads() >= 1
-    begin = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
-    assert float(done.stdout) < 5
-    assert time.perf_counter() - begin < 60

@@ -522,7 +522,7 @@ def test_killed_half_way_and_started_again(tmp_path, many):
 def test_interrupted_by_the_keyboard(tmp_path, many):
     with start_slow(many, tmp_path / "a.beton") as process:
         os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=30)
+        _, errors = process.communicate(timeout=300)
     assert os.listdir(tmp_path) == []
     assert errors.count("Traceback") == 1
     assert "KeyboardInterrupt" in errors

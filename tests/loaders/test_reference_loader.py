@@ -14,7 +14,7 @@ from fastssl.config import ConfigError, View
 from fastssl.loaders.draw import draw_all
 from fastssl.loaders.index import order, replacement
 from fastssl.loaders.loader import BadSampleError, part_labels
-from fastssl.loaders.reference_loader import ReferenceLoader, evaluation_batches, evaluation_view
+from fastssl.loaders.reference_loader import ReferenceLoader, evaluation_view
 from fastssl.loaders.sources import DecodeError, Encoded, Source, open_source
 
 JITTER = dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=0.5, solarize=0.2)
@@ -421,30 +421,3 @@ def test_evaluation_view_equals_torchvisions(shape, size, resize):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
     expected = v2.Compose([v2.Resize(resize, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])(image)
     assert np.array_equal(evaluation_view(image, size, resize), np.asarray(expected))
-
-
-@pytest.mark.parametrize("workers", [0, 3])
-def test_evaluation_reads_everything_in_order(workers):
-    source = Memory(11)
-    batches = list(evaluation_batches(source, size=16, resize=18, batch_size=4, workers=workers))
-    assert [len(batch) for batch in batches] == [4, 4, 3]
-    assert torch.cat([batch.id for batch in batches]).tolist() == list(range(11))
-    assert torch.cat([batch.label for batch in batches]).tolist() == source.labels.tolist()
-    assert batches[2].views["eval"].shape == (3, 1, 3, 16, 16)
-    expected = evaluation_view(Image.fromarray(source.images[9]), 16, 18)
-    assert np.array_equal(batches[2].views["eval"][1, 0].numpy(), expected.transpose(2, 0, 1))
-
-
-def test_evaluation_of_some_images():
-    batches = list(evaluation_batches(Memory(11), size=16, resize=18, batch_size=4, ids=[7, 2, 2, 9, 0]))
-    assert [batch.id.tolist() for batch in batches] == [[7, 2, 2, 9], [0]]
-
-
-def test_evaluation_never_leaves_an_image_out():
-    with pytest.raises(BadSampleError, match=r"^sample 6 \(image-6\.png\) is broken$"):
-        list(evaluation_batches(Memory(11, broken=[6]), size=16, resize=18, batch_size=4))
-
-
-def test_evaluation_needs_room_for_the_crop():
-    with pytest.raises(ValueError, match="resize is 16 pixels, smaller than the crop of 18"):
-        evaluation_batches(Memory(11), size=18, resize=16, batch_size=4)

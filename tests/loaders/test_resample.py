@@ -11,7 +11,7 @@ pytest.importorskip("numba")
 from fastssl.config import View
 from fastssl.loaders import resample
 from fastssl.loaders.reference_loader import cut
-from fastssl.loaders.resample import cut_all, squash
+from fastssl.loaders.resample import cut_all, cut_part, part_window, squash
 
 FILTERS = ("bilinear", "bicubic", "lanczos")
 
@@ -125,6 +125,31 @@ def test_squash_is_pils_resize_of_the_whole_image(shape, side):
     assert got.flags.c_contiguous
 
 
+@pytest.mark.parametrize("kind", FILTERS)
+@pytest.mark.parametrize("tall_first", [False, True])
+def test_a_part_of_the_resized_image_is_cut_from_the_pixels_it_is_made_of(monkeypatch, kind, tall_first):
+    monkeypatch.setattr(resample, "TALL_FIRST", tall_first)
+    for shape, grid, corner, size in (
+        ((150, 60), (64, 64), (20, 1), 40), ((60, 150), (64, 200), (0, 160), 40), ((90, 90), (90, 90), (7, 8), 33),
+        ((7, 9), (70, 45), (30, 0), 16), ((300, 40), (50, 50), (49, 0), 1),
+    ):  # fmt: skip
+        image, tall = noise(*shape), tall_first and shape[0] - grid[0] > 2 * max(shape[1] - grid[1], 0)
+        passes = [(image.swapaxes(0, 1), grid[1]), (None, grid[0])] if not tall else [(image, grid[0]), (None, grid[1])]
+        between = one_pass(*passes[0], kind).swapaxes(0, 1)
+        whole = one_pass(between, passes[1][1], kind)
+        whole = whole.swapaxes(0, 1) if tall else whole
+        expected = whole[corner[0] :, corner[1] :][:size, :size].transpose(2, 0, 1)
+        top, left, height, width = part_window(shape, grid, corner, size, kind)
+        frame = image[top : top + height, left : left + width]
+        assert np.array_equal(cut_part(frame, (top, left), shape, grid, corner, size, kind), expected)
+        assert np.array_equal(cut_part(image, (0, 0), shape, grid, corner, size, kind), expected)
+        for rows, columns in ((slice(1, None), slice(None)), (slice(None), slice(1, None)), (slice(-1), slice(None)),
+                              (slice(None), slice(-1))):  # fmt: skip
+            origin = (top + (rows.start or 0), left + (columns.start or 0))
+            with pytest.raises(ValueError, match="leaves the frame"):
+                cut_part(frame[rows, columns], origin, shape, grid, corner, size, kind)
+
+
 # ---- where the pixels lie
 
 
@@ -199,6 +224,7 @@ def test_one_compiled_function_for_all_calls_kept_on_disk_and_without_the_gil():
     for box in (boxes, fixed, boxes.astype(np.int32), np.asfortranarray(np.repeat(boxes, 2, 0))[::2]):
         ours(frame, box, flips, np.int64(8), "bilinear", (np.int64(0), 0))
     squash(frame, 5)
+    cut_part(frame, (0, 0), frame.shape[:2], (np.int64(9), 9), (1, 2), 5, "bicubic")
     compiled = resample._cut_boxes
     assert len(compiled.signatures) == 1
     assert compiled.targetoptions["nogil"]

@@ -9,7 +9,7 @@ from PIL import Image
 from fastssl.loaders import decode as images
 from fastssl.loaders import jpeg, window_decoder
 from fastssl.loaders.decode import DecodeError, Encoded
-from fastssl.loaders.window_decoder import decode, decoder_name
+from fastssl.loaders.window_decoder import decode
 
 needs_library = pytest.mark.skipif(not window_decoder._library, reason="fastssl.loaders._window was not built")
 
@@ -352,10 +352,6 @@ def test_threads_do_not_meet(way):
     for thread in threads:
         thread.join()
     assert wrong == []
-
-
-def test_decoder_name_says_which(way):
-    assert decoder_name().startswith("libjpeg-turbo" if way == "_window" else "PIL")
 
 
 @pytest.mark.skipif(not window_decoder._load(), reason="fastssl.loaders._window was not built")

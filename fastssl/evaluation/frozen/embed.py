@@ -19,8 +19,8 @@ from fastssl.config import ConfigError, Model, check
 from fastssl.evaluation.data import EvaluationError, default_resize, spaced_ids
 from fastssl.evaluation.frozen.features import extract
 from fastssl.loaders.engine import decoding_threads
-from fastssl.loaders.reference_loader import evaluation_batches
 from fastssl.loaders.sources import Source, open_source
+from fastssl.loaders.views import evaluation_batches
 from fastssl.models import check_image_size
 from fastssl.training import distributed
 from fastssl.training.checkpoint import replace_file

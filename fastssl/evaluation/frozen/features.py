@@ -19,8 +19,8 @@ from tqdm import tqdm
 from fastssl.augment import augment
 from fastssl.evaluation.data import EvaluationError, default_resize, device_of, frozen
 from fastssl.loaders.engine import decoding_threads
-from fastssl.loaders.reference_loader import evaluation_batches
 from fastssl.loaders.sources import Source
+from fastssl.loaders.views import evaluation_batches
 from fastssl.training import distributed
 from fastssl.training.checkpoint import replace_file
 

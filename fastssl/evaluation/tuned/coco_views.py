@@ -5,8 +5,10 @@ Letters: N objects of an image, H and W its sides in pixels.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
@@ -15,7 +17,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from fastssl.evaluation.tuned.coco import CocoSet, Target
 from fastssl.evaluation.tuned.label_maps import resized
-from fastssl.loaders.ahead import Ahead
+from fastssl.loaders import ahead
 from fastssl.loaders.philox import below, random_words, uniform
 
 
@@ -83,7 +85,7 @@ def cut(image: Tensor, target: Target, cuts: Cuts, *, seed: int, epoch: int, num
 def read_ahead(
     data: CocoSet, rows: Sequence[Sequence[int]], make: Callable[[dict[str, Any]], Any], workers: int
 ) -> Iterator[list[Any]]:
-    """`make(image)` of the images at each row's positions, row by row; threads work ahead.
+    """`make(image)` of the images at each row's positions, row by row; threads work some rows ahead.
 
     Args:
         data: whose images are meant.
@@ -91,13 +93,8 @@ def read_ahead(
         make: what becomes of one image entry; runs in the threads.
         workers: threads.
     """
-
-    def prepare(row: int) -> tuple[list[Any], list[Any]]:
-        made: list[Any] = [None] * len(rows[row])
-
-        def fill(place: int) -> None:
-            made[place] = make(data.images[rows[row][place]])
-
-        return made, [lambda place=place: fill(place) for place in range(len(made))]
-
-    yield from Ahead(workers, prefetch=max(2, workers)).run(prepare, range(len(rows)))
+    images = (data.images[position] for row in rows for position in row)
+    prefetch = max(2, workers) * max(map(len, rows), default=1)
+    with contextlib.closing(ahead.read_ahead(images, make, workers, prefetch)) as made:
+        for row in rows:
+            yield list(islice(made, len(row)))

@@ -6,10 +6,8 @@ Letters: H and W sides of an image in pixels, S side of a training crop, K class
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +20,7 @@ from tqdm import tqdm
 
 from fastssl.config import ConfigError
 from fastssl.evaluation.data import EvaluationError
-from fastssl.loaders.ahead import Ahead
+from fastssl.loaders.ahead import read_ahead
 from fastssl.loaders.decode import SUFFIXES, DecodeError, open_image, to_rgb
 from fastssl.loaders.philox import below, random_words, uniform
 from fastssl.loaders.sources import read_file
@@ -33,8 +31,6 @@ IGNORED = -1  # the label of a pixel that does not count
 LABEL_FOLDERS = ("labels", "annotations", "masks")
 CROPS = 11  # a crop that one class dominates is drawn anew, up to ten times
 DOMINATED = 0.75
-
-Key, Made = TypeVar("Key"), TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -189,11 +185,6 @@ def read_labels(
             f"no pixel of the {len(data)} label pictures beside {data.images[0].parent} counts; all are ignored"
         )
     return largest + 1
-
-
-def read_ahead(keys: Iterable[Key], make: Callable[[Key], Made], workers: int, prefetch: int = 0) -> Iterator[Made]:
-    """`make(key)` of each key, in order; `workers` threads work ahead, on `prefetch` keys (0: two for each thread)."""
-    yield from Ahead(workers, prefetch or 2 * max(1, workers)).run(lambda key: (make(key), ()), keys)
 
 
 def resized(height: int, width: int, short: int, long: int) -> tuple[int, int]:

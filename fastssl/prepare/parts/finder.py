@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fastssl.augment import augment
 from fastssl.batch import Batch
-from fastssl.config import Model
-from fastssl.loaders.ahead import Ahead
+from fastssl.config import Model, View
 from fastssl.loaders.engine import decoding_threads
-from fastssl.loaders.loader import BadSampleError
-from fastssl.loaders.reference_loader import read_image
-from fastssl.loaders.sources import DecodeError, Source
+from fastssl.loaders.sources import Source
+from fastssl.loaders.views import central_batches
 from fastssl.models import build_backbone
 from fastssl.models.vit import ViT
 from fastssl.prepare.parts.learner import PartLearner, add_background
@@ -131,24 +128,8 @@ def whole_images(source: Source, ids: np.ndarray, size: int, batch_size: int, wo
     Raises:
         BadSampleError: an image cannot be read; raised while iterating.
     """
-
-    def prepare(position: int) -> tuple[Batch, list[Callable[[], None]]]:
-        mine = ids[position * batch_size : (position + 1) * batch_size]
-        pixels = torch.empty((len(mine), 1, 3, size, size), dtype=torch.uint8)
-        batch = Batch(id=torch.tensor(mine), label=torch.tensor(source.labels[mine]), views={"whole": pixels})
-
-        def fill(row: int) -> None:
-            sample = int(mine[row])
-            try:
-                image = read_image(source, sample)
-            except DecodeError as error:
-                raise BadSampleError(f"sample {sample} ({source.name(sample)}) {error}") from error
-            square = np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
-            pixels[row, 0] = torch.tensor(square).permute(2, 0, 1)
-
-        return batch, [lambda row=row: fill(row) for row in range(len(mine))]
-
-    return Ahead(decoding_threads(workers, 1), 4).run(prepare, range(-(-len(ids) // batch_size)))
+    view = View(name="whole", size=size, squash=size, interpolation="bilinear")
+    return central_batches(source, [view], {}, batch_size=batch_size, workers=decoding_threads(workers, 1), ids=ids)
 
 
 def normalised(batch: Batch, device: torch.device) -> Tensor:

@@ -1,0 +1,166 @@
+"""Central views: every image once, in order, with nothing drawn. All evaluation reads through here.
+
+The shorter side is resized to so many pixels (bicubic, antialiased), then the centre is cropped: torchvision's Resize
+and CenterCrop on a PIL image, to the bit. Only those pixels are decoded and resized that the centre is made of.
+
+Letters: B images in the batch, n crops of the group, S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+
+from fastssl.batch import Batch
+from fastssl.config import View
+from fastssl.loaders import resample, window_decoder
+from fastssl.loaders.ahead import Ahead
+from fastssl.loaders.loader import BadSampleError, part_labels
+from fastssl.loaders.sources import DecodeError, Encoded, Source, decode
+from fastssl.loaders.window_decoder import Decoded, Window
+
+
+def evaluation_batches(
+    source: Source,
+    *,
+    size: int,
+    resize: int,
+    batch_size: int,
+    workers: int = 0,
+    prefetch: int = 4,
+    ids: Sequence[int] | np.ndarray | None = None,
+) -> Iterator[Batch]:
+    """Every image in its central view, in order, the last incomplete batch included.
+
+    Args:
+        source: where the encoded images come from.
+        size: S, the side of the crop, in pixels.
+        resize: shorter side before cropping, in pixels; at least `size`.
+        batch_size: images per batch.
+        workers: decoding threads; 0 counts as 1.
+        prefetch: batches in work beyond the one that is asked for.
+        ids: sample ids to read, in this order; None reads all.
+
+    Yields:
+        Batches with ids, labels and the group "eval", uint8 [B, 1, 3, S, S].
+
+    Raises:
+        ValueError: `resize` is smaller than `size`.
+        BadSampleError: a sample cannot be read; raised while iterating. Leaving it out would falsify the evaluation.
+    """
+    if resize < size:
+        raise ValueError(f"resize is {resize} pixels, smaller than the crop of {size}")
+    view = View(name="eval", size=size)
+    return central_batches(
+        source, [view], {"eval": resize}, batch_size=batch_size, workers=workers, prefetch=prefetch, ids=ids
+    )
+
+
+def central_batches(
+    source: Source,
+    views: Sequence[View],
+    resize: Mapping[str, int],
+    *,
+    batch_size: int,
+    workers: int = 0,
+    prefetch: int = 4,
+    ids: Sequence[int] | np.ndarray | None = None,
+    part_grid: Mapping[str, int] | None = None,
+) -> Iterator[Batch]:
+    """All view groups of every image, in order: each crop shows the central view, not flipped.
+
+    A group that is cut from a squashed image shows all of that: resized to a square (bilinear), then to the group's
+    size by its own filter.
+
+    Args:
+        views: the groups; what they say about draws is ignored.
+        resize: shorter side before cropping by group, in pixels, at least the group's size; not read for squashed ones.
+        part_grid: side of the part-label grid by group; None delivers no part labels.
+        source, batch_size, workers, prefetch, ids: as for `evaluation_batches`.
+
+    Yields:
+        Batches with ids, labels, uint8 views [B, n, 3, S, S], boxes, flips (none is) and part labels.
+
+    Raises:
+        BadSampleError: a sample cannot be read; raised while iterating.
+    """
+    order = np.arange(len(source)) if ids is None else np.asarray(ids, dtype=np.int64)
+    grids = part_grid or {}
+
+    def prepare(position: int) -> tuple[Batch, list[Callable[[], None]]]:
+        mine = order[position * batch_size : (position + 1) * batch_size]
+        batch = Batch(id=torch.tensor(mine), label=torch.tensor(source.labels[mine]))
+        for view in views:
+            shape = (len(mine), view.count)
+            batch.views[view.name] = torch.empty(*shape, 3, view.size, view.size, dtype=torch.uint8)
+            batch.box[view.name] = torch.empty(*shape, 4)
+            batch.flip[view.name] = torch.zeros(shape, dtype=torch.bool)
+            if grid := grids.get(view.name):
+                batch.parts[view.name] = torch.empty(*shape, grid, grid, dtype=torch.int64)
+        return batch, [partial(fill, batch, row) for row in range(len(mine))]
+
+    def fill(batch: Batch, row: int) -> None:
+        sample = int(batch.id[row])
+        try:
+            encoded = source.read(sample)
+            image = _decode(encoded, views, resize)
+        except DecodeError as error:
+            raise BadSampleError(f"sample {sample} ({source.name(sample)}) {error}") from error
+        shape = (encoded.height, encoded.width)
+        for view in views:
+            box = np.array([0.0, 0.0, 1.0, 1.0]) if view.squash else central_box(*shape, view.size, resize[view.name])
+            batch.views[view.name][row] = torch.from_numpy(_cut(image, shape, view, resize))
+            batch.box[view.name][row] = torch.from_numpy(box)
+            if grid := grids.get(view.name):
+                labels = part_labels(source.parts(sample), box[None], np.zeros(1, bool), (1, 1), grid)
+                batch.parts[view.name][row] = torch.from_numpy(labels)
+
+    return Ahead(workers, prefetch).run(prepare, range(-(-len(order) // batch_size)))
+
+
+def central_box(height: int, width: int, size: int, resize: int) -> np.ndarray:
+    """Top, left, height, width of the central view as fractions of an image of these sides, float64 [4]."""
+    extent = min(height, width) * size / resize / np.array([height, width])
+    return np.concatenate([(1 - extent) / 2, extent])
+
+
+def _decode(encoded: Encoded, views: Sequence[View], resize: Mapping[str, int]) -> Decoded:
+    """As much of an image as the groups need; also of a damaged file, where PIL makes an image of it."""
+    try:
+        return window_decoder.decode(encoded, _window(encoded, views, resize))
+    except DecodeError:  # PIL fills missing pixels with gray; an evaluation leaves no image out
+        return Decoded(decode(encoded))
+
+
+def _window(encoded: Encoded, views: Sequence[View], resize: Mapping[str, int]) -> Window | None:
+    """The smallest window of an image that all groups are made of; None where that is all of it."""
+    shape = (encoded.height, encoded.width)
+    if any(view.squash for view in views) or min(shape) < 1:
+        return None
+    parts = [_central(*shape, view.size, resize[view.name]) for view in views]
+    windows = [
+        resample.part_window(shape, *part, view.size, "bicubic") for part, view in zip(parts, views, strict=True)
+    ]
+    top, left = (min(window[axis] for window in windows) for axis in (0, 1))
+    bottom, right = (max(window[axis] + window[axis + 2] for window in windows) for axis in (0, 1))
+    return top, left, bottom - top, right - left
+
+
+def _cut(image: Decoded, shape: tuple[int, int], view: View, resize: Mapping[str, int]) -> np.ndarray:
+    """What a group shows of a decoded image of `shape` (height, width): uint8 [3, S, S]."""
+    side = view.size
+    if view.squash:
+        square = resample.squash(image.pixels, view.squash)
+        return resample.cut_part(square, (0, 0), square.shape[:2], (side, side), (0, 0), side, view.interpolation)
+    grid, corner = _central(*shape, side, resize[view.name])
+    return resample.cut_part(image.pixels, (image.top, image.left), shape, grid, corner, side, "bicubic")
+
+
+def _central(height: int, width: int, size: int, resize: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Height and width of the resized image, and top and left of its centre; in pixels."""
+    short = min(height, width)
+    rows, columns = (resize if side == short else int(resize * side / short) for side in (height, width))
+    return (rows, columns), (round((rows - size) / 2), round((columns - size) / 2))
