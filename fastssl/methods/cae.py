@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, View, check
 from fastssl.kernels.token_cross_entropy import token_cross_entropy
 from fastssl.masks import block_mask
+from fastssl.methods import names
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.dvae import PUBLISHED, Tokenizer, load_tokenizer
@@ -120,6 +121,7 @@ class CAE(Method):
         "monitor.mean_patch": True,  # the class token's output has no loss at all
     }
     backbone_prefix = "encoder."
+    layout = names.CAE
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -161,9 +163,7 @@ class CAE(Method):
         with section("encoder"):
             seen = self.encoder.tokens(images, visible)[:, 1:]  # [B, V, C]
         latent, tokens = self.complete(seen, visible, masked)  # [B, M, D] both
-        with section(
-            "alignment"
-        ):  # last: autocast keeps the weights that it has cast; these have no gradient
+        with section("alignment"):  # last: autocast keeps the weights that it has cast; these have no gradient
             target = self.target(images, masked)  # [B, M, D]
 
         with section("loss"):
@@ -278,55 +278,6 @@ class CAE(Method):
         painted = [tokenizer.paint(map_) for map_ in maps]
         columns += [F.interpolate(pixels, picture.shape[-2:]) for pixels in painted if pixels is not None]
         return {"codes": torch.stack(columns, dim=1)}
-
-    @staticmethod
-    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-        """The authors' file as our state dict.
-
-        Args:
-            checkpoint: a training file (`model` inside it) or its plain keys, of the current code (`regresser.`) or of
-                the one that made the released models (`pretext_neck.`); or the bare encoder.
-
-        Returns:
-            All keys of ours for a full file; only `encoder.` for a bare encoder. An unknown key keeps its name.
-
-        Raises:
-            ConfigError: the attention's inner width is not that of the tokens, which no model here has.
-        """
-        theirs = {key.removeprefix("module."): value for key, value in checkpoint.get("model", checkpoint).items()}
-        if not any(key.startswith("encoder.") for key in theirs):
-            theirs = {f"encoder.{key}": value for key, value in theirs.items()}
-        ours: dict[str, Tensor] = {}
-        for key, value in theirs.items():
-            if key.startswith(("alignment_encoder.", "teacher.")) or key.endswith(".attn.v_bias"):
-                continue  # a copy of the encoder; a part of the bias below
-            if key.endswith((".attn.qkv.weight", ".cross_attn.q.weight")) and len(value) % value.shape[1]:
-                raise ConfigError(
-                    f"{key} is {list(value.shape)}; an attention narrower than its tokens is not supported"
-                )
-            if key.endswith(".attn.q_bias"):
-                value = torch.cat([value, torch.zeros_like(value), theirs[key.replace("q_bias", "v_bias")]])
-                key = key.replace("q_bias", "qkv.bias")
-            ours[_our_name(key)] = value
-        if "mask_token" in ours and "pos_embed" not in ours:
-            side = math.isqrt(ours["encoder.pos_embed"].shape[1] - 1)
-            ours["pos_embed"] = sincos_positions(ours["mask_token"].shape[-1], side, side, rows_first=True)
-        return ours
-
-    @staticmethod
-    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
-        """Our state dict as the authors' current code saves it; `alignment_encoder` is the encoder once more."""
-        theirs: dict[str, Tensor] = {}
-        for key, value in state.items():
-            name = _their_name(key)
-            if key.endswith("attn.qkv.bias"):
-                q, _, v = value.chunk(3)
-                for part_name, bias in (("q_bias", q), ("v_bias", v)):
-                    theirs[name.replace("qkv.bias", part_name)] = bias
-            else:
-                theirs[name] = value
-        copies = {f"alignment_{key}": value for key, value in theirs.items() if key.startswith("encoder.")}
-        return {"model": {**theirs, **copies}}
 
 
 class Regressor(nn.Module):
@@ -453,62 +404,3 @@ def init_(method: CAE, fix_init: bool) -> None:
             attention = block.proj if isinstance(block, RegressorBlock) else block.attn.proj
             for last in (attention, block.mlp.fc2):
                 last.weight.div_(math.sqrt(2 * number))
-
-
-# Names in the authors' files and here: where a part stands, in their current code and in the one before it ...
-PLACES = [
-    ("encoder_to_regresser_norm.", "project.1."),
-    ("encoder_to_regresser.", "project.0."),
-    ("rd_pos_embed", "pos_embed"),
-    ("regresser.regressor_blocks.", "regressor.blocks."),
-    ("regresser.norm.", "regressor.norm."),
-    ("decoder.decoder_blocks.", "decoder.blocks."),
-]
-OLD_PLACES = [
-    ("encoder_to_decoder_norm.", "project.1."),
-    ("encoder_to_decoder.", "project.0."),
-    ("pretext_neck.regressor_blocks.", "regressor.blocks."),
-    ("pretext_neck.decoder_blocks.", "decoder.blocks."),
-    ("pretext_neck.norm.", "regressor.norm."),
-    ("pretext_neck.norm2.", "decoder.norm."),
-    ("pretext_neck.head.", "decoder.head."),
-]
-# ... and what it is called inside a block, of the encoder or decoder, and of the regressor.
-BLOCK = [(".gamma_1", ".ls1.gamma"), (".gamma_2", ".ls2.gamma")]
-CROSS_BLOCK = [
-    (".gamma_1_cross", ".gamma1"),
-    (".gamma_2_cross", ".gamma2"),
-    (".norm1_q.", ".norm_q."),
-    (".norm1_k.", ".norm_k."),
-    (".norm1_v.", ".norm_v."),
-    (".norm2_cross.", ".norm2."),
-    (".cross_attn.q_bias", ".query.bias"),
-    (".cross_attn.v_bias", ".value.bias"),
-    (".cross_attn.q.", ".query."),
-    (".cross_attn.k.", ".key."),
-    (".cross_attn.v.", ".value."),
-    (".cross_attn.proj.", ".proj."),
-    (".mlp_cross.", ".mlp."),
-]
-
-
-def _our_name(key: str) -> str:
-    for theirs, ours in [*PLACES, *OLD_PLACES]:
-        if key.startswith(theirs):
-            key = ours + key.removeprefix(theirs)
-            break
-    for theirs, ours in CROSS_BLOCK if key.startswith("regressor.") else BLOCK:
-        if theirs in key:
-            return key.replace(theirs, ours)
-    return key
-
-
-def _their_name(key: str) -> str:
-    for theirs, ours in CROSS_BLOCK if key.startswith("regressor.blocks.") else BLOCK:
-        if ours in key:
-            key = key.replace(ours, theirs)
-            break
-    for theirs, ours in PLACES:
-        if key.startswith(ours):
-            return theirs + key.removeprefix(ours)
-    return key

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fastssl.batch import Batch
 from fastssl.config import Config, View, check
 from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
+from fastssl.methods import names
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.heads import DINOHead
@@ -119,6 +120,7 @@ class DINO(Method):
         "schedule.warmup_epochs": 10,
     }
     backbone_prefix = "teacher.backbone."
+    layout = names.DINO
 
     @staticmethod
     def network(config: Config, drop_path: float | None = None) -> nn.Module:
@@ -191,37 +193,6 @@ class DINO(Method):
             columns += [picture, heat(picture, attention(self.teacher.backbone, crop))]
         return {"attention": torch.stack(columns, dim=1)}
 
-    @staticmethod
-    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-        """The authors' file as our state dict.
-
-        Args:
-            checkpoint: a full training file (`student`, `teacher`, `dino_loss`), or a file with the bare backbone.
-
-        Returns:
-            All keys of ours for a full file; only `teacher.backbone.` for a bare backbone.
-        """
-        if "teacher" not in checkpoint:
-            return {f"{DINO.backbone_prefix}{key}": value for key, value in checkpoint.items()}
-        ours = {
-            f"{name}.{key.removeprefix('module.')}": value
-            for name in ("student", "teacher")
-            for key, value in checkpoint[name].items()
-        }
-        if "dino_loss" in checkpoint:
-            ours["center"] = checkpoint["dino_loss"]["center"].flatten()
-        return ours
-
-    @staticmethod
-    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
-        """Our state dict as the weights of the authors' training file (`student`, `teacher`, `dino_loss`)."""
-        student = {f"module.{key}": value for key, value in beneath("student.", state).items()}
-        return {
-            "student": student,
-            "teacher": beneath("teacher.", state),
-            "dino_loss": {"center": state["center"][None]},
-        }
-
 
 class Network(nn.Module):
     """A backbone with DINO's head."""
@@ -282,8 +253,3 @@ def attention(backbone: ViT | ResNet, images: Tensor) -> Tensor:
     q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
     weights = (block.attn.scale * q[:, :, :1] @ k.transpose(-2, -1)).softmax(-1)[:, :, 0, 1:]  # [B, heads, N]
     return weights.mean(dim=1).unflatten(1, patch_grid(images, backbone.patch_size))
-
-
-def beneath(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The entries of a state dict whose keys begin with `prefix`, without it."""
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}

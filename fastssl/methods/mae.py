@@ -9,7 +9,7 @@ Letters: B images, N patches, K visible, M masked, p side of a patch, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, View, check
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
 from fastssl.masks import random_mask
+from fastssl.methods import names
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.decoders import MAEDecoder
@@ -84,6 +85,7 @@ class MAE(Method):
         "monitor.mean_patch": True,  # the class token alone has no loss of its own
     }
     backbone_prefix = "encoder."
+    layout = names.MAE
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -144,32 +146,6 @@ class MAE(Method):
         hidden = hidden.scatter(1, masked, True).unflatten(1, (rows, columns))
         picture = to_picture(images)
         return {"reconstruction": torch.stack([picture, cover(picture, hidden), to_picture(painted)], dim=1)}
-
-    @staticmethod
-    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-        """The authors' file as our state dict.
-
-        Args:
-            checkpoint: a training file (`model` inside it), or its plain keys; a file of the encoder alone gives only
-                `encoder.` keys.
-        """
-
-        def ours(key: str) -> str:
-            if key == "mask_token" or key.startswith("decoder_"):
-                return f"decoder.{key.removeprefix('decoder_')}"
-            return f"encoder.{key}"
-
-        return {ours(key): value for key, value in checkpoint.get("model", checkpoint).items()}
-
-    @staticmethod
-    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
-        """Our state dict as the authors' training file."""
-
-        def theirs(key: str) -> str:
-            side, _, rest = key.partition(".")
-            return rest if side == "encoder" or rest == "mask_token" else f"decoder_{rest}"
-
-        return {"model": {theirs(key): value for key, value in state.items()}}
 
 
 def paste_patches(images: Tensor, prediction: Tensor, masked: Tensor, patch_size: int, norm_pixels: bool) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastssl.batch import Batch
 from fastssl.config import Config
+from fastssl.methods.names import Names
 from fastssl.step import Step, Values
 
 
@@ -18,12 +19,14 @@ class Method(nn.Module):
         Views, Settings: dataclasses; the view groups and the method's own numbers.
         defaults: the paper's recipe, as dotted configuration keys.
         backbone_prefix: where the backbone stands in the state dict.
+        layout: how the keys of the authors' files and of the state dict are named after each other.
     """
 
     Views: ClassVar[type]
     Settings: ClassVar[type]
     defaults: ClassVar[dict[str, object]]
     backbone_prefix: ClassVar[str]
+    layout: ClassVar[Names]
 
     @property
     def backbone(self) -> nn.Module:
@@ -58,12 +61,13 @@ class Method(nn.Module):
         """Side of the part-label grid wanted per view group (`Batch.parts`); None where the method needs no parts."""
         return None
 
-    @staticmethod
-    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-        """The authors' checkpoint file, loaded -> our state dict."""
-        raise NotImplementedError
+    @classmethod
+    def official(cls, checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+        """The authors' checkpoint file, loaded -> our state dict: all of it for a training file, the keys of
+        `backbone_prefix` alone for a file of the bare backbone."""
+        return cls.layout.ours(checkpoint)
 
-    @staticmethod
-    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
+    @classmethod
+    def to_official(cls, state: dict[str, Tensor]) -> dict[str, Any]:
         """Our state dict -> what the authors' code would load: the inverse of `official` for a full training file."""
-        raise NotImplementedError
+        return cls.layout.theirs(state)

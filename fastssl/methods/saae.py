@@ -26,6 +26,8 @@ from fastssl.kernels.masked_attention_gather import gather_tokens
 from fastssl.kernels.patch_contrast import patch_contrast
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
 from fastssl.kernels.uncrop import cells, uncrop, unseen
+from fastssl.methods import names
+from fastssl.methods.contrast import nt_xent
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.vit import ViT, sincos_positions, transformer_blocks
@@ -125,6 +127,7 @@ class SAAE(Method):
         "schedule.warmup_epochs": 10,
     }
     backbone_prefix = "encoder."
+    layout = names.SAAE
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -164,7 +167,7 @@ class SAAE(Method):
             pixel = 0.0
             for k, half in enumerate(zip(painted.chunk(2), ids.chunk(2), count.chunk(2), strict=True)):
                 pixel = pixel + share[k] * self.pixel_loss(*half, target)
-            contrast = nt_xent(*cls.chunk(2), s.temperature)
+            contrast = nt_xent(cls.unflatten(0, (2, -1)), s.temperature)
             summed = patch_contrast(*canvas.chunk(2), shared, s.temperature)
             agreement = share[2] * summed.total / summed.count.clamp_min(1)
             aligner = s.cls_weight * contrast + s.patch_weight * agreement
@@ -234,62 +237,6 @@ class SAAE(Method):
             filling = cover(to_picture(own), ~cells_hidden, colour=0.0)
             columns += [to_picture(batch.views[name][:, 0]), seen, cover(image, cells_hidden, colour=0.0) + filling]
         return {"reconstruction": torch.stack([*columns, image], dim=1)}
-
-    @staticmethod
-    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-        """The authors' file as our state dict.
-
-        Args:
-            checkpoint: a training file, of which the student is taken (their teacher is never run, nor evaluated by
-                their own recipe), or a file with the bare backbone.
-
-        Returns:
-            All keys of ours for a training file; only `encoder.` for a bare backbone.
-        """
-        if "student" not in checkpoint:
-            return {f"encoder.{key}": value for key, value in checkpoint.items()}
-        return {_renamed(key.removeprefix("module."), NAMES): value for key, value in checkpoint["student"].items()}
-
-    @staticmethod
-    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
-        """Our state dict as the authors' training file.
-
-        Returns:
-            `student` and `teacher`. The teacher's backbone is ours if there is one, else the student's; its head is
-            the student's.
-        """
-        back = {ours: theirs for theirs, ours in NAMES.items()}
-        student = {
-            f"module.{_renamed(key, back)}": value for key, value in state.items() if not key.startswith("teacher.")
-        }
-        average = {
-            f"module.backbone.{key.removeprefix('teacher.')}": value
-            for key, value in state.items()
-            if key.startswith("teacher.")
-        }
-        return {"student": student, "teacher": student | average}
-
-
-NAMES = {
-    "backbone.": "encoder.",
-    "head.mask_feat": "mask_code",
-    "head.mlp.": "projector.",
-    "head.decoder_pos_embed_": "decoder.pos_embed",
-    "head._blocks_.": "decoder.blocks.",
-    "head._norm_.": "decoder.norm.",
-    "head.slp.": "decoder.linear.",
-    "head._norm1_.": "decoder.last_norm.",
-    "head.unconv.": "decoder.unconv.",
-}
-"""Beginnings of the authors' keys, and of ours."""
-
-
-def _renamed(key: str, names: dict[str, str]) -> str:
-    """`key` with its beginning replaced; raises KeyError if none of the names fits."""
-    for old, new in names.items():
-        if key.startswith(old):
-            return new + key.removeprefix(old)
-    raise KeyError(key)
 
 
 def check_views(config: Config) -> tuple[int, int]:
@@ -375,34 +322,6 @@ def hidden_first(hidden: Tensor) -> tuple[Tensor, Tensor]:
     counts, spare the wait for that number.
     """
     return hidden.to(torch.uint8).argsort(dim=1, descending=True, stable=True), hidden.sum(dim=1)
-
-
-def nt_xent(first: Tensor, second: Tensor, temperature: float) -> Tensor:
-    """Contrast of two crops' class codes over all processes' images (NT-Xent: Chen et al. 2020, arXiv 2002.05709).
-
-        z = the 2 N codes of all processes, at length 1
-        for a in this process's codes:  # p: the other crop of a's image
-            total += -log(exp(z[a] . z[p] / t) / sum(exp(z[a] . z[b] / t) for b in all codes, b != a))
-        loss = total / how many
-
-    The mean of the processes' losses is the loss of the whole batch, and the mean of their gradients its gradient.
-
-    Args:
-        first, second: [B, C], as many on every process; arithmetic is float32 (or float64) even under autocast.
-        temperature: t.
-
-    Returns:
-        Scalar; 0 for a single image.
-    """
-    with torch.autocast(first.device.type, enabled=False):
-        z = torch.stack([first, second], dim=1)  # [B, 2, C]
-        z = z.to(torch.promote_types(z.dtype, torch.float32))
-        z = z / (z.norm(dim=2, keepdim=True) + 1e-10)
-        own, everyone = z.flatten(0, 1), distributed.gather(z).flatten(0, 1)  # [2 B, C], [2 N, C]
-        places = torch.arange(len(everyone), device=z.device)
-        mine = places[: len(own)] + distributed.rank() * len(own)
-        logits = (own @ everyone.t() / temperature).masked_fill(mine[:, None] == places, -torch.inf)
-        return F.cross_entropy(logits, mine ^ 1)
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,8 @@ from fastssl.batch import Batch
 from fastssl.config import Config, View, check
 from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 from fastssl.kernels.feature_search import residual_pool, scale_norm_relu, scaled_moments, search_maps
-from fastssl.methods import dino
-from fastssl.methods.dino import DINO, beneath, update_center
+from fastssl.methods import dino, names
+from fastssl.methods.dino import DINO, update_center
 from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT, patch_grid
 from fastssl.pictures import heat, to_picture
@@ -113,6 +113,7 @@ class SCFS(DINO):
         "schedule.epochs": 200,
         "schedule.warmup_epochs": 10,
     }
+    layout = names.SCFS
 
     @staticmethod
     def network(config: Config, drop_path: float | None = None) -> Network:
@@ -206,53 +207,6 @@ class SCFS(DINO):
             for local, seen in zip(student.stages[0], teacher.stages[0], strict=True):
                 columns.append(heat(picture, search(local.map, seen.map[0])[m]))
         return {"search": torch.stack(columns, dim=1)}
-
-    @staticmethod
-    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-        """The authors' file as our state dict (their networks are ResNets with taps 2, 3 and 4).
-
-        Args:
-            checkpoint: a full training file (`student`, `teacher`, `dino_loss_fn`, `dino_loss_l2_fn`, ..), or a bare
-                backbone with torchvision's keys.
-
-        Returns:
-            All keys of ours for a full file; only `teacher.backbone.` for a bare backbone.
-        """
-        if "teacher" not in checkpoint:
-            return {f"{SCFS.backbone_prefix}{key}": value for key, value in checkpoint.items()}
-        ours = {
-            f"{name}.{_renamed(key, FROM_OFFICIAL)}": value
-            for name in ("student", "teacher")
-            for key, value in checkpoint[name].items()
-        }
-        for name, key in CENTERS.items():
-            if name in checkpoint:
-                ours[key] = checkpoint[name]["center"].flatten()
-        return ours
-
-    @staticmethod
-    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
-        """Our state dict as the weights of the authors' training file."""
-        networks = {
-            name: {_renamed(key, TO_OFFICIAL): value for key, value in beneath(f"{name}.", state).items()}
-            for name in ("student", "teacher")
-        }
-        return networks | {name: {"center": state[key][None]} for name, key in CENTERS.items() if key in state}
-
-
-CENTERS = {"dino_loss_fn": "center", **{f"dino_loss_l{tap}_fn": f"center_{tap}" for tap in (2, 3, 4)}}
-TO_OFFICIAL = {"backbone.": "module.backbone.model.", "head.": "module.head."}
-TO_OFFICIAL |= {f"stage_heads.{tap}.": f"module.layer{tap}_head." for tap in (2, 3, 4)}
-FROM_OFFICIAL = {theirs: ours for ours, theirs in TO_OFFICIAL.items()} | {
-    "module.head.last_layer.parametrizations.weight.original0": "head.last_layer.weight_g",
-    "module.head.last_layer.parametrizations.weight.original1": "head.last_layer.weight_v",
-}
-
-
-def _renamed(key: str, prefixes: dict[str, str]) -> str:
-    """The key with the longest prefix that fits replaced."""
-    old = max((prefix for prefix in prefixes if key.startswith(prefix)), key=len, default="")
-    return prefixes.get(old, "") + key.removeprefix(old)
 
 
 # -- networks ---------------------------------------------------------------------------------------------------------

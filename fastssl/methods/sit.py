@@ -13,28 +13,29 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.batch import Batch
-from fastssl.config import Config, ConfigError, View, check, check_probability
+from fastssl.config import Config, View, check, check_probability
 from fastssl.kernels.corrupt import ALIEN, NOISE, ZERO, corrupt, draw_blocks
 from fastssl.masks import philox
+from fastssl.methods import names
+from fastssl.methods.contrast import teacher_contrast
+from fastssl.methods.damage import NAMES, Damaged, alien_source, check_group, check_views, picture_rows, pixel_loss
 from fastssl.methods.method import Method
-from fastssl.models import RESNETS, build_backbone, check_image_size
+from fastssl.models import build_backbone
 from fastssl.models.decoders import PixelDecoder
 from fastssl.models.vit import patch_grid
-from fastssl.pictures import to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
 from fastssl.training.ema import ema_update
 from fastssl.training.schedule import cosine
 from fastssl.training.timing import section
 
-NAMES = ("view1", "view2")
 _CROP: dict[str, Any] = {"size": 224, "scale": (0.2, 1.0), "jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray": 0.2}
 
 
@@ -119,6 +120,7 @@ class SiT(Method):
         "schedule.warmup_epochs": 10,
     }
     backbone_prefix = "teacher.backbone."
+    layout = names.SIT
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -145,7 +147,7 @@ class SiT(Method):
         with section("decoder"):
             painted = self.student.reconstruct(seen, damaged)
         with section("loss"):
-            contrastive, right = contrastive_loss(codes, keys, s.temperature)
+            contrastive, right = teacher_contrast(codes, keys, s.temperature)
             reconstruction = pixel_loss(painted, clean, mask if s.rec_region == "damaged" else None)
         metrics = {
             "contrastive": contrastive.detach(),
@@ -216,36 +218,6 @@ class SiT(Method):
         clean = torch.cat([batch.views[name][:, 0] for name in NAMES])
         return {"reconstruction": picture_rows(clean, damaged, painted)}
 
-    @staticmethod
-    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-        """The authors' file as our state dict.
-
-        Args:
-            checkpoint: a full training file (`student`, `teacher`), or a file with the bare backbone.
-
-        Returns:
-            All keys of ours for a full file; only `teacher.backbone.` for a bare backbone.
-        """
-        if "teacher" not in checkpoint:
-            return {f"{SiT.backbone_prefix}{key}": value for key, value in checkpoint.items()}
-        ours = {}
-        for name in ("student", "teacher"):
-            for key, value in checkpoint[name].items():
-                key = key.removeprefix("module.").replace("head.mlp.", "head.").replace("head_recons.", "decoder.")
-                ours[f"{name}.{key}"] = value
-        return ours
-
-    @staticmethod
-    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
-        """Our state dict as the authors' `student` and `teacher`."""
-        official: dict[str, Any] = {"student": {}, "teacher": {}}
-        for key, value in state.items():
-            name, _, key = key.partition(".")
-            if key.startswith("head."):
-                key = key.replace("head.", "head.mlp.", 1)
-            official[name][f"module.{key.replace('decoder.', 'head_recons.', 1)}"] = value
-        return official
-
 
 class Network(nn.Module):
     """A backbone with SiT's contrastive head and its decoder."""
@@ -280,115 +252,3 @@ def contrastive_head(width: int, hidden: int, out: int) -> nn.Sequential:
             nn.init.trunc_normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
     return head
-
-
-def contrastive_loss(codes: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """A student's view against the teacher's other view, among the images of all processes.
-
-        loss = 0
-        for a, b in ((0, 1), (1, 0)):
-            for i in range(B):
-                p = softmax([cos(codes[a, i], keys[b, n]) / temperature for n in range(N)])
-                loss -= 2 * temperature * log(p[i]) / B
-
-    The factor 2 x temperature holds the gradient's size as in MoCo v3. Logits are float32 also under autocast. No
-    gradient flows to the keys.
-
-    Args:
-        codes, keys: [2, B, K] by view.
-        temperature: of the softmax.
-
-    Returns:
-        The loss, 4 x temperature x ln N where all codes are equal, and the share of codes whose nearest key is the
-        right one, detached.
-    """
-    with torch.autocast(codes.device.type, enabled=False):
-        images = codes.shape[1]
-        query, own = (F.normalize(wide(x), dim=-1) for x in (codes, keys.detach()))
-        every = distributed.gather(own.transpose(0, 1).contiguous()).transpose(0, 1)  # [2, N, K]
-        logits = query @ every.flip(0).transpose(1, 2) / temperature  # [2, B, N]
-        target = torch.arange(images, device=codes.device) + images * distributed.rank()
-        loss = F.cross_entropy(logits.flatten(0, 1), target.repeat(2))  # mean over 2B
-        right = (logits.detach().argmax(-1) == target).float().mean()
-        return 4 * temperature * loss, right
-
-
-def pixel_loss(painted: Tensor, clean: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of |painted - clean|, over the damaged pixels or over all.
-
-    The mean is over the damaged pixels of all processes together: their losses average to it. (The authors' is over
-    each process's own pixels, so that a pixel's weight depends on the process it fell to.)
-
-    Args:
-        painted, clean: [B, 3, S, S].
-        mask: bool [B, S, S], the pixels that count; None: all.
-    """
-    error = (wide(painted) - wide(clean)).abs().mean(dim=1)  # [B, S, S]
-    if mask is None:
-        return error.mean()
-    count = distributed.all_reduce_mean(mask.sum().to(error.dtype))  # per process
-    return (error * mask).sum() / count.clamp_min(1)
-
-
-class Damaged(NamedTuple):
-    """Damaged views [.., 3, S, S], and where they are damaged, bool [.., S, S]."""
-
-    views: Tensor
-    mask: Tensor
-
-
-def alien_source(words: Tensor, group: int) -> Tensor:
-    """The image that another one's alien blocks show, int64 [B], as an index into the batch.
-
-    Args:
-        words: int64 [B], one random 32-bit number per image.
-        group: another image of so many consecutive ones; 0: any image of the batch, itself included.
-    """
-    count = len(words)
-    here = torch.arange(count, device=words.device)
-    if group == 0:
-        return words * count >> 32
-    begin = here // group * group
-    size = (count - begin).clamp_max(group)
-    return begin + (here - begin + 1 + (words * (size - 1) >> 32)) % size
-
-
-def picture_rows(clean: Tensor, damaged: Damaged, painted: Tensor) -> Tensor:
-    """For both views: clean, damaged, painted, and painted where it was damaged (clean elsewhere).
-
-    Args:
-        clean, damaged, painted: [2B, 3, S, S], first views first.
-
-    Returns:
-        Pictures [B, 8, 3, S, S].
-    """
-    restored = torch.where(damaged.mask[:, None], painted.to(clean.dtype), clean)
-    kinds = [to_picture(kind) for kind in (clean, damaged.views, painted, restored)]
-    return torch.stack([view for pair in zip(*(kind.chunk(2) for kind in kinds), strict=True) for view in pair], dim=1)
-
-
-def check_views(method: str, config: Config) -> int:
-    """The side of the two views of a SiT, once it is sure that its networks can take them.
-
-    Raises:
-        ConfigError: several crops per view, different sides, a side that the patch does not divide, or no ViT.
-    """
-    for name in NAMES:
-        view: View = getattr(config.views, name)
-        check(view.count == 1, f"views.{name}.count", view.count, f"1 with method {method}")
-        check_image_size(config.model, f"views.{name}.size", view.size)
-    side = config.views.view1.size
-    check(config.views.view2.size == side, "views.view2.size", config.views.view2.size, f"that of view1, {side}")
-    if config.model.name in RESNETS:
-        raise ConfigError(f"model.name is '{config.model.name}'; method {method} needs a ViT")
-    return side
-
-
-def check_group(key: str, group: int) -> None:
-    """Raises ConfigError unless `group` is 0 or at least 2."""
-    check(group == 0 or group >= 2, key, group, "0 (the whole batch) or 2 or more")
-
-
-def wide(x: Tensor) -> Tensor:
-    """At least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -22,8 +22,9 @@ from fastssl.batch import Batch
 from fastssl.config import Config, View, check
 from fastssl.kernels.corrupt import ALIEN, NOISE, corrupt
 from fastssl.masks import philox
-from fastssl.methods.method import Method
-from fastssl.methods.sit import (
+from fastssl.methods import names
+from fastssl.methods.contrast import nt_xent
+from fastssl.methods.damage import (
     NAMES,
     Damaged,
     alien_source,
@@ -33,6 +34,7 @@ from fastssl.methods.sit import (
     pixel_loss,
     wide,
 )
+from fastssl.methods.method import Method
 from fastssl.models import build_backbone
 from fastssl.models.decoders import PixelDecoder
 from fastssl.models.vit import patch_grid
@@ -43,13 +45,6 @@ from fastssl.training.timing import section
 BLOCKS = 48  # candidates for a view's noise (alien) blocks; about 8 are used, and 16 where the budget is largest
 BLUR = 7  # pixels to each side of the widest blur
 KAPPA = {"rotation": 1.0, "contrastive": 1.0, "reconstruction": 0.5}
-HEADS = {  # ours: the authors'
-    "rotation_head.": "rot_head.",
-    "contrastive_head.": "contrastive_head.",
-    "decoder.convTrans.": "convTrans.",
-}
-SCALARS = {"uncertainty.rotation": "rot_w", "uncertainty.contrastive": "contrastive_w",
-           "uncertainty.reconstruction": "recons_w"}  # fmt: skip
 _CROP: dict[str, Any] = {"size": 224, "scale": (0.08, 1.0), "jitter": (0.4, 0.4, 0.4, 0.0), "jitter_p": 1.0}
 
 
@@ -115,6 +110,7 @@ class SiTv1(Method):
         "schedule.warmup_epochs": 5,
     }
     backbone_prefix = "encoder."
+    layout = names.SIT_V1
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -191,82 +187,8 @@ class SiTv1(Method):
         painted = self.reconstruct(self.tokens(damaged.views), damaged.views)
         return {"reconstruction": picture_rows(clean, damaged, painted)}
 
-    @staticmethod
-    def official(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-        """The authors' file (`model` inside it), or its plain keys, as our state dict."""
-        ours = {}
-        for key, value in checkpoint.get("model", checkpoint).items():
-            if key == "pos_embed":
-                ours["rotation_position"], ours["encoder.pos_embed"] = value[:, :1], value[:, 1:]
-            else:
-                ours[_ours(key)] = value
-        return ours
-
-    @staticmethod
-    def to_official(state: dict[str, Tensor]) -> dict[str, Any]:
-        """Our state dict as the authors' `model`."""
-        official = {}
-        for key, value in state.items():
-            if key == "encoder.pos_embed":
-                official["pos_embed"] = torch.cat([state["rotation_position"], value], dim=1)
-            elif key != "rotation_position":
-                official[_theirs(key)] = value
-        return {"model": official}
-
-
-def _theirs(key: str) -> str:
-    """The authors' name of one of our keys that has one."""
-    names = {"rotation_token": "rot_token", "encoder.cls_token": "contrastive_token", **SCALARS}
-    if key in names:
-        return names[key]
-    for mine, theirs in HEADS.items():
-        if key.startswith(mine):
-            return key.replace(mine, theirs, 1)
-    return key.removeprefix("encoder.")
-
-
-def _ours(key: str) -> str:
-    names = {"rot_token": "rotation_token", "contrastive_token": "encoder.cls_token"}
-    names |= {theirs: mine for mine, theirs in SCALARS.items()}
-    if key in names:
-        return names[key]
-    for mine, theirs in HEADS.items():
-        if key.startswith(theirs):
-            return key.replace(theirs, mine, 1)
-    return f"encoder.{key}"
-
 
 # -- the losses --------------------------------------------------------------------------------------------------------
-
-
-def nt_xent(codes: Tensor, temperature: float, gather: bool = False) -> Tensor:
-    """Each view's code must find the image's other view among all other views (NT-Xent of SimCLR).
-
-        loss = 0
-        for a in all 2B views:  # b: all views but a; p: the other view of a's image
-            loss -= log(exp(cos(a, p) / temperature) / sum(exp(cos(a, b) / temperature) for b)) / 2B
-
-    Args:
-        codes: [2, B, K] by view.
-        temperature: of the softmax.
-        gather: b goes through the views of all processes, rather than of this one alone.
-
-    Returns:
-        Scalar; ln(2B - 1) where all codes are equal. Float32 also under autocast.
-    """
-    with torch.autocast(codes.device.type, enabled=False):
-        images, first = codes.shape[1], 0
-        query = F.normalize(wide(codes), dim=-1)
-        keys = query
-        if gather:
-            keys = distributed.gather(query.transpose(0, 1).contiguous()).transpose(0, 1)
-            first = images * distributed.rank()
-        count = keys.shape[1]
-        logits = query.flatten(0, 1) @ keys.flatten(0, 1).t() / temperature  # [2B, 2N]
-        column = first + torch.arange(images, device=codes.device)
-        own, other = torch.cat([column, count + column]), torch.cat([count + column, column])
-        itself = own[:, None] == torch.arange(2 * count, device=codes.device)
-        return F.cross_entropy(logits.masked_fill(itself, -math.inf), other)
 
 
 def weighted_sum(losses: dict[str, Tensor], scalars: dict[str, Tensor]) -> Tensor:

@@ -20,20 +20,23 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
 
 
 class SyncBatchNorm(_BatchNorm):
-    """For processes on the CPU (gloo); each must bring as many values. Sums are taken in float32 or float64."""
+    """For processes on the CPU (gloo). They may bring different numbers of values, or none at all; each must take part in
+    forward and backward. Sums are taken in float32 or float64."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...] -> the same shape."""
         if not self.training or distributed.world() == 1:
             return super().forward(x)
         dims = [0, *range(2, x.ndim)]
-        count = x.numel() // x.shape[1] * distributed.world()
         shape = [1, -1, *[1] * (x.ndim - 2)]
         wide = x if x.dtype == torch.float64 else x.float()
-        mean = distributed.total(wide.sum(dims)) / count
+        values = wide.new_tensor([x.numel() // x.shape[1]])  # per channel
+        sums = distributed.total(torch.cat([wide.sum(dims), values]))
+        count = sums[-1].detach().clamp_min(1)
+        mean = sums[:-1] / count
         centred = wide - mean.view(shape)
         var = distributed.total(centred.square().sum(dims)) / count
-        update_running(self, mean.detach(), var.detach(), count)
+        update_running(self, mean.detach(), var.detach(), int(count))
         out = centred * (var + self.eps).rsqrt().view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)

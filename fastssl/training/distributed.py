@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,20 +72,47 @@ def all_reduce_mean(value: Tensor) -> Tensor:
     return all_reduce_sum(value).div_(world())
 
 
-def gather(value: Tensor, gradient: Literal["all", "own"] = "all") -> Tensor:
+def gather(value: Tensor) -> Tensor:
     """The rows of all processes, in the order of their ranks; gradients flow through it.
+
+    What comes back to a process's rows is the sum of what every process's loss sends to them. With DDP's average over
+    processes that is the exact gradient of the mean of the processes' losses.
 
     Args:
         value: [n, ...], the same shape on every process.
-        gradient: what comes back to a process's rows. "all": what every process's loss sends to them, summed; with
-            DDP's average over processes that is the exact gradient of the mean of the processes' losses. "own": only
-            what this process's loss sends (some authors' gather cuts the rest off): 1 / world of it where every
-            process computes the same loss.
 
     Returns:
         [world x n, ...].
     """
-    return value if world() == 1 else _Gather.apply(value, gradient == "all")
+    return value if world() == 1 else _Gather.apply(value)
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum of `value` over all processes; the gradient is the sum of all processes' gradients."""
+    return value if world() == 1 else _Total.apply(value)
+
+
+# torch.distributed.nn.functional has both, but torch 2.14 calls it deprecated and points to private functions.
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        rows = [torch.empty_like(value) for _ in range(world())]
+        dist.all_gather(rows, value.contiguous())
+        return torch.cat(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_reduce_sum(grad.clone()).chunk(world())[rank()]
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return all_reduce_sum(value.clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return all_reduce_sum(grad.clone())
 
 
 def gather_rows(rows: Tensor, count: int, device: torch.device) -> Tensor:
@@ -111,36 +138,6 @@ def gather_rows(rows: Tensor, count: int, device: torch.device) -> Tensor:
         mine = torch.cat([mine, mine.new_zeros(short, *mine.shape[1:])])
         table[begin : begin + piece] = gather(mine[None]).transpose(0, 1).cpu()
     return table.flatten(0, 1)[:count]
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value: Tensor, everyone: bool) -> Tensor:
-        ctx.everyone = everyone
-        rows = [torch.empty_like(value) for _ in range(world())]
-        dist.all_gather(rows, value.contiguous())
-        return torch.cat(rows)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        if ctx.everyone:
-            grad = all_reduce_sum(grad.clone())
-        return grad.unflatten(0, (world(), -1))[rank()], None
-
-
-def total(value: Tensor) -> Tensor:
-    """The sum of `value` over all processes; the gradient is the sum of all processes' gradients."""
-    return value if world() == 1 else _Total.apply(value)
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value: Tensor) -> Tensor:
-        return all_reduce_sum(value.clone())
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return all_reduce_sum(grad.clone())
 
 
 @torch.no_grad()
@@ -178,3 +175,35 @@ def barrier() -> None:
     """Waits until every process has come here."""
     if world() > 1:
         dist.barrier()
+
+
+class Agreement:
+    """Whether any process has raised its flag, asked once per step; the answer is one step old, so nobody waits for it.
+
+    The flags travel between the hosts (gloo), beside what the GPUs exchange.
+    """
+
+    def __init__(self) -> None:
+        self._group: dist.ProcessGroup | None = None
+        self._flag = torch.zeros(1)
+        self._work: dist.Work | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        """Tells the other processes this one's flag. True, for all at the same call, when one was raised before."""
+        if world() == 1:
+            return flag
+        if self.close():
+            return True
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        self._flag.fill_(float(flag))
+        self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return False
+
+    def close(self) -> bool:
+        """Waits for what is still travelling; whether a flag was raised in it."""
+        if self._work is None:
+            return False
+        self._work.wait()
+        self._work = None
+        return bool(self._flag.item())

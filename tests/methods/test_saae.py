@@ -15,7 +15,7 @@ from fastssl.kernels.patch_contrast import patch_contrast
 from fastssl.kernels.uncrop import cells, uncrop, unseen
 from fastssl.loaders.draw import draw_all
 from fastssl.methods import METHODS, view_list
-from fastssl.methods.saae import SAAE, hidden_first, nt_xent, projector, scale_gradient
+from fastssl.methods.saae import SAAE, hidden_first, projector, scale_gradient
 from fastssl.models.vit import sincos_positions
 from fastssl.parse import parse_pretrain
 from fastssl.step import Values
@@ -354,20 +354,6 @@ def test_hidden_cells_come_first():
 
 
 # -- the terms -------------------------------------------------------------------------------------------------------
-
-
-def test_known_values_of_the_class_contrast():
-    torch.manual_seed(0)
-    a, b = torch.randn(2, 8, 16, dtype=torch.float64)
-    assert nt_xent(a[:1], b[:1], 0.2) == 0
-    assert nt_xent(a[:1].expand(8, -1), a[:1].expand(8, -1), 0.2).item() == pytest.approx(math.log(15), abs=1e-7)
-    axes = torch.eye(8, 16, dtype=torch.float64)
-    expected = math.log(1 + 14 * math.exp(-5))
-    assert nt_xent(axes, axes, 0.2).item() == pytest.approx(expected, abs=1e-7)
-    assert expected == pytest.approx(0.0901, abs=1e-4)
-    torch.testing.assert_close(nt_xent(3 * a, 3 * b, 0.2), nt_xent(a, b, 0.2))
-    slow = Slow({}, make_config())
-    torch.testing.assert_close(nt_xent(a, b, 0.2), slow.contrast(torch.cat([a, b]), 0.2))
 
 
 def test_known_values_of_the_patch_contrast():

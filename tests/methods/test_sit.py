@@ -15,7 +15,7 @@ from fastssl.config import Config, ConfigError, Model
 from fastssl.kernels.corrupt import draw_blocks
 from fastssl.masks import philox
 from fastssl.methods import METHODS, view_list
-from fastssl.methods.sit import SiT, alien_source, contrastive_loss, pixel_loss
+from fastssl.methods.sit import SiT
 from fastssl.step import Values
 from fastssl.training import distributed
 from fastssl.training.batch_norm import synchronise_batch_norm
@@ -241,65 +241,6 @@ def test_enough_blocks_are_drawn(share, align, max_side):
     method = make_method(make_config(drop=share, alien=0.0, align=align, max_side=max_side))
     cover = torch.cat([method.damage(make_batch(64), seed).mask.double().mean((1, 2)) for seed in range(3)])
     assert cover.min() >= min(0.5, share)
-
-
-def test_the_other_image():
-    words = torch.randint(2**32, (20000,))
-    source, here = alien_source(words, 8), torch.arange(20000)
-    assert (source // 8 == here // 8).all()
-    assert (source != here).all()
-    assert torch.bincount((source - here) % 8, minlength=8)[1:].min() > 2600  # of about 2857
-    assert alien_source(words[:5], 4).tolist()[4] == 4  # alone in its group
-    whole = alien_source(words, 0)
-    assert whole.min() < 20
-    assert whole.max() > 19980
-
-
-# -- losses ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("images", "expected"), [(256, 4.4361), (64, 0.8 * math.log(64))])
-def test_equal_codes_give_ln_n(images, expected):
-    codes = torch.ones(2, images, 8)
-    assert contrastive_loss(codes, 3 * codes, 0.2)[0].item() == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.parametrize(("images", "expected"), [(256, 0.8), (64, 0.2831)])
-def test_orthogonal_images_seen_alike(images, expected):
-    codes = torch.eye(images).expand(2, -1, -1)
-    loss, right = contrastive_loss(codes, 2 * codes, 0.2)
-    assert loss.item() == pytest.approx(expected, abs=1e-4)
-    assert right.item() == 1
-
-
-def test_contrastive_loss_has_no_gradient_for_keys_and_compares_the_other_view():
-    codes, keys = (torch.randn(2, 6, 5, dtype=DOUBLE).requires_grad_() for _ in range(2))
-    loss, _ = contrastive_loss(codes, keys, 0.2)
-    loss.backward()
-    assert keys.grad is None
-    moved = keys.detach().clone()
-    moved[1] += 1  # only students of view 0 look there
-    codes2 = codes.detach().clone().requires_grad_()
-    contrastive_loss(codes2, moved, 0.2)[0].backward()
-    torch.testing.assert_close(codes2.grad[1], codes.grad[1])
-    assert not torch.allclose(codes2.grad[0], codes.grad[0])
-
-
-def test_pixel_loss():
-    clean = torch.randn(3, 3, 8, 8, dtype=DOUBLE)
-    mask = torch.rand(3, 8, 8) < 0.4
-    painted = (clean + 0.25).requires_grad_()
-    loss = pixel_loss(painted, clean, mask)
-    assert loss.item() == pytest.approx(0.25)
-    loss.backward()
-    expected = mask[:, None].expand_as(clean).double() / (3 * mask.sum())
-    torch.testing.assert_close(painted.grad, expected)
-    changed = torch.where(mask[:, None], clean, clean + 9)
-    assert pixel_loss(painted, changed, mask).item() == pytest.approx(0.25)
-    assert pixel_loss(painted, clean, torch.zeros_like(mask)).item() == 0
-    painted.grad = None
-    pixel_loss(painted, clean, None).backward()
-    torch.testing.assert_close(painted.grad, torch.full_like(clean, 1 / clean.numel()))
 
 
 # -- several processes -------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from fastssl.kernels.corrupt import corrupt
 from fastssl.masks import philox
 from fastssl.methods import METHODS, view_list
 from fastssl.methods import sit_v1 as module
-from fastssl.methods.sit import alien_source
-from fastssl.methods.sit_v1 import SiTv1, damage, nt_xent, rotate, rotated_views, weighted_sum
+from fastssl.methods.damage import alien_source
+from fastssl.methods.sit_v1 import SiTv1, damage, rotate, rotated_views, weighted_sum
 from fastssl.models import build_backbone
 from fastssl.step import Values
 from fastssl.training import distributed
@@ -262,20 +262,6 @@ def test_damage_does_not_depend_on_the_rest_of_the_batch():
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
-
-
-def test_contrastive_loss_of_known_codes():
-    assert nt_xent(torch.ones(2, 72, 8), 0.5).item() == pytest.approx(4.9628, abs=1e-4)
-    for images, expected in ((72, 3.0066), (8, 1.0629)):
-        assert nt_xent(torch.eye(images).expand(2, -1, -1), 0.5).item() == pytest.approx(expected, abs=1e-4)
-
-
-def test_contrastive_loss_does_not_see_lengths_or_order():
-    codes = torch.randn(2, 9, 5, dtype=DOUBLE)
-    loss = nt_xent(codes, 0.5)
-    torch.testing.assert_close(nt_xent(codes * (torch.rand(2, 9, 1, dtype=DOUBLE) + 0.1), 0.5), loss)
-    torch.testing.assert_close(nt_xent(codes[:, torch.randperm(9)], 0.5), loss)
-    torch.testing.assert_close(nt_xent(codes.flip(0), 0.5), loss)
 
 
 def test_weights_at_the_start_and_where_they_settle():

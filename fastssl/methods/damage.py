@@ -1,0 +1,100 @@
+"""What both versions of SiT share: their views, whose blocks another image's show, the loss of the painted pixels, and
+its pictures.
+
+Letters: B images per process, S side of a view in pixels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastssl.config import Config, ConfigError, View, check
+from fastssl.models import RESNETS, check_image_size
+from fastssl.pictures import to_picture
+from fastssl.training import distributed
+
+NAMES = ("view1", "view2")
+
+
+def check_views(method: str, config: Config) -> int:
+    """The side of the two views of a SiT, once it is sure that its networks can take them.
+
+    Raises:
+        ConfigError: several crops per view, different sides, a side that the patch does not divide, or no ViT.
+    """
+    for name in NAMES:
+        view: View = getattr(config.views, name)
+        check(view.count == 1, f"views.{name}.count", view.count, f"1 with method {method}")
+        check_image_size(config.model, f"views.{name}.size", view.size)
+    side = config.views.view1.size
+    check(config.views.view2.size == side, "views.view2.size", config.views.view2.size, f"that of view1, {side}")
+    if config.model.name in RESNETS:
+        raise ConfigError(f"model.name is '{config.model.name}'; method {method} needs a ViT")
+    return side
+
+
+def check_group(key: str, group: int) -> None:
+    """Raises ConfigError unless `group` is 0 or at least 2."""
+    check(group == 0 or group >= 2, key, group, "0 (the whole batch) or 2 or more")
+
+
+class Damaged(NamedTuple):
+    """Damaged views [.., 3, S, S], and where they are damaged, bool [.., S, S]."""
+
+    views: Tensor
+    mask: Tensor
+
+
+def alien_source(words: Tensor, group: int) -> Tensor:
+    """The image that another one's alien blocks show, int64 [B], as an index into the batch.
+
+    Args:
+        words: int64 [B], one random 32-bit number per image.
+        group: another image of so many consecutive ones; 0: any image of the batch, itself included.
+    """
+    count = len(words)
+    here = torch.arange(count, device=words.device)
+    if group == 0:
+        return words * count >> 32
+    begin = here // group * group
+    size = (count - begin).clamp_max(group)
+    return begin + (here - begin + 1 + (words * (size - 1) >> 32)) % size
+
+
+def pixel_loss(painted: Tensor, clean: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of |painted - clean|, over the damaged pixels or over all.
+
+    The mean is over the damaged pixels of all processes together: their losses average to it. (The authors' is over
+    each process's own pixels, so that a pixel's weight depends on the process it fell to.)
+
+    Args:
+        painted, clean: [B, 3, S, S].
+        mask: bool [B, S, S], the pixels that count; None: all.
+    """
+    error = (wide(painted) - wide(clean)).abs().mean(dim=1)  # [B, S, S]
+    if mask is None:
+        return error.mean()
+    count = distributed.all_reduce_mean(mask.sum().to(error.dtype))  # per process
+    return (error * mask).sum() / count.clamp_min(1)
+
+
+def picture_rows(clean: Tensor, damaged: Damaged, painted: Tensor) -> Tensor:
+    """For both views: clean, damaged, painted, and painted where it was damaged (clean elsewhere).
+
+    Args:
+        clean, damaged, painted: [2B, 3, S, S], first views first.
+
+    Returns:
+        Pictures [B, 8, 3, S, S].
+    """
+    restored = torch.where(damaged.mask[:, None], painted.to(clean.dtype), clean)
+    kinds = [to_picture(kind) for kind in (clean, damaged.views, painted, restored)]
+    return torch.stack([view for pair in zip(*(kind.chunk(2) for kind in kinds), strict=True) for view in pair], dim=1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
