@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from fastssl.config import ConfigError
+from fastssl.kernels._philox import philox
 
-LOW = 0xFFFFFFFF
 TRIES = 64
 
 
@@ -292,21 +292,3 @@ def kept_patches(num_patches: int, ratio: float) -> int:
     if keep < 1:
         raise ConfigError(f"mask ratio {ratio} keeps none of {num_patches} patches; it must be from 0 to less than 1")
     return keep
-
-
-def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 on the device: the words of `fastssl.loaders.philox`, as int64 tensors.
-
-    Args:
-        counter: four 32-bit numbers or int64 tensors of them that broadcast together; at least one tensor.
-        key: two 32-bit numbers.
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # The products need 64 bits: int64 wraps, and the mask takes the sign extension off the upper half.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = (p1 >> 32 & LOW) ^ c1 ^ k0, p1 & LOW
-        c2, c3 = (p0 >> 32 & LOW) ^ c3 ^ k1, p0 & LOW
-        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
-    return torch.broadcast_tensors(c0, c1, c2, c3)

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastssl.kernels._check import KernelError, check
-from fastssl.kernels._compile import ARCHS, Build, build_all, device_arch
+from fastssl.kernels._compile import ARCHS, Build, build_all, device_arch, triton_version
 from fastssl.kernels._path import forced, has_triton
 from fastssl.kernels._spec import Case, Maker, Op, map_tensors, tensors
 from fastssl.kernels._verify import verify
@@ -69,19 +69,23 @@ class KernelBenchOptions:
 
 @dataclass
 class KernelBench:
-    """The result: facts about the machine, one row per contender and pass, and proofs that failed."""
+    """The result: facts about the machine, one row per contender and pass, proofs and builds that failed, known spills.
+
+    Known spills (`fastssl.kernels._compile.KNOWN_SPILLS`) are no failures.
+    """
 
     env: dict[str, Any]
     rows: list[dict[str, Any]]
     failures: list[str]
+    known: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
-        """Whether every proof passed and every build is free of spills."""
+        """Whether every proof passed and no build has spills that are not known."""
         return not self.failures
 
     def as_dict(self) -> dict[str, Any]:
-        return {"env": self.env, "rows": self.rows, "failures": self.failures}
+        return {"env": self.env, "rows": self.rows, "failures": self.failures, "known": self.known}
 
     def table(self) -> str:
         """Fixed-width text."""
@@ -91,7 +95,7 @@ class KernelBench:
         widths = [max(len(line[i]) for line in texts) for i in range(len(columns))]
         head = [f"{key} {value}" for key, value in self.env.items()]
         lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in texts]
-        return "\n".join([", ".join(head), "", *(line.rstrip() for line in lines), *self.failures])
+        return "\n".join([", ".join(head), "", *(line.rstrip() for line in lines), *self.known, *self.failures])
 
 
 _TIME_COLUMNS = {
@@ -137,7 +141,9 @@ def bench(options: KernelBenchOptions) -> KernelBench:
         archs = tuple(int(arch) for arch in _listed(options.arch))
         builds = build_all(ops, archs)
         rows = [build.as_dict() for build in builds]
-        result = KernelBench(_versions(), rows, [_complaint(build) for build in builds if not build.ok])
+        failures = [_complaint(build) for build in builds if not build.ok]
+        known = [f"known of triton {triton_version()}: {_complaint(build)}" for build in builds if build.known]
+        result = KernelBench(_versions(), rows, failures, known)
     else:
         if not torch.cuda.is_available():
             raise KernelError("no CUDA device here; --compile-only builds the kernels without one")

@@ -18,7 +18,7 @@ ALLOWED = {
     "batch": set(),
     "pictures": set(),
     "memory": {"batch"},
-    "masks": {"config"},
+    "masks": {"config", "kernels"},
     "augment": {"batch", "kernels", "memory"},
     "loaders": {"batch", "config", "memory"},
     "models": {"config", "kernels"},

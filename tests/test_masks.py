@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastssl.config import ConfigError
+from fastssl.kernels._philox import philox
 from fastssl.loaders.loader import part_labels
 from fastssl.loaders.philox import random_words
 from fastssl.masks import (
@@ -19,7 +20,6 @@ from fastssl.masks import (
     _hide_parts,
     block_mask,
     kept_patches,
-    philox,
     random_mask,
     semantic_mask,
     semantic_schedule,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastssl.kernels._launch import cdiv, launch, power_of_2
 
-FEW = 1024  # programs that keep the largest cards busy
+FEW = 1024  # programs that keep the largest cards busy; not measured yet
 
 
 @triton.jit
@@ -219,7 +219,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _tile(crops: int, classes: int) -> dict[str, int]:
-    """Rows and columns that one program holds at once: about 4096 values."""
+    """Rows and columns that one program holds at once: about 4096 values (not measured yet)."""
     rows = power_of_2(crops)
     block = min(power_of_2(classes), max(64, 4096 // rows))
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(8, rows * block // 1024))}
@@ -247,6 +247,7 @@ def forward(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
 
+    # Blocks of 512, and groups of at least 32 rows where that leaves enough programs: not measured yet.
     block = min(power_of_2(classes), 512)
     at_once = max(2, block // 64)
     blocks = cdiv(classes, block)
@@ -259,6 +260,7 @@ def forward(
     teacher_lse, mean_logit = _combined(partial, weighted=True)
 
     tile = _tile(crops, classes)
+    # At least 4 blocks per program: not measured yet.
     stretches = max(1, min(cdiv(classes, 4 * tile["BLOCK"]), cdiv(FEW, images)))
     stretch = tile["BLOCK"] * cdiv(classes, tile["BLOCK"] * stretches)
     partial = empty(3, cdiv(classes, stretch), crops * images)

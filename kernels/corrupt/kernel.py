@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels._launch import cdiv, launch, power_of_2
-from fastssl.kernels.corrupt.reference import BLOCKS_KEY, LOW, NOISE_KEY
+from fastssl.kernels._philox import LOW
+from fastssl.kernels.corrupt.reference import BLOCKS_KEY, NOISE_KEY
 
 
 @triton.jit
@@ -227,7 +228,7 @@ def paint(
     out = torch.empty_like(views)
     mask = torch.empty(images, height, width, dtype=torch.bool, device=views.device)
     group = 16 // views.element_size()
-    block_h, block_w = 32, 64
+    block_h, block_w = 32, 64  # not measured yet
     tiles = cdiv(width, block_w)
     launch(
         _paint, (cdiv(height, block_h) * tiles, images),

@@ -8,7 +8,8 @@ import zlib
 import torch
 from torch import Tensor
 
-LOW = 0xFFFFFFFF
+from fastssl.kernels._philox import LOW, philox
+
 NOISE_KEY = zlib.crc32(b"noise") & LOW >> 1  # second halves of the keys; below 2^31
 BLOCKS_KEY = zlib.crc32(b"blocks") & LOW >> 1
 
@@ -124,15 +125,3 @@ def half_even(length: Tensor, align: int) -> Tensor:
 def below(word: Tensor, n: Tensor | int) -> Tensor:
     """An integer uniform in {0, .., n - 1} from a word."""
     return word * n >> 32
-
-
-def philox(counter: tuple[Tensor | int, ...], key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011): four 32-bit words as int64 tensors, from four counters and two keys."""
-    c0, c1, c2, c3 = (c & LOW for c in counter)
-    k0, k1 = (k & LOW for k in key)
-    for _ in range(10):
-        # int64 wraps, and the mask takes the sign extension off the upper half of a product.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1, c2, c3 = (p1 >> 32 & LOW) ^ c1 ^ k0, p1 & LOW, (p0 >> 32 & LOW) ^ c3 ^ k1, p0 & LOW
-        k0, k1 = (k0 + 0x9E3779B9) & LOW, (k1 + 0xBB67AE85) & LOW
-    return torch.broadcast_tensors(c0, c1, c2, c3)

@@ -7,13 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastssl.kernels._check import FLOATS, KernelError, check
+from fastssl.kernels._check import KernelError, check
 from fastssl.kernels._path import use_triton
 from fastssl.kernels.ema_update import reference
-
-NAME = "ema_update"
-ADAMW = "adamw_ema"
-Items = Sequence[Tensor | None]
+from fastssl.kernels.ema_update.lists import ADAMW, NAME, check_adamw, check_ema, kind
 
 
 @torch.no_grad()
@@ -117,7 +114,7 @@ def adamw_ema(
         )
     if grad_scale is not None:
         fits = isinstance(grad_scale, Tensor) and grad_scale.ndim == 0 and grad_scale.is_floating_point()
-        check(fits, ADAMW, "grad_scale", "a floating-point scalar tensor", _kind(grad_scale))
+        check(fits, ADAMW, "grad_scale", "a floating-point scalar tensor", kind(grad_scale))
         device = params[0].device if params and isinstance(params[0], Tensor) else grad_scale.device
         if grad_scale.device != device:
             raise KernelError(f"{ADAMW}: grad_scale is on {grad_scale.device}, the other arguments on {device}")
@@ -133,62 +130,3 @@ def adamw_ema(
         params, grads, exp_avgs, exp_avg_sqs, step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
         teacher=teacher, momentum=momentum, copies=copies, teacher_copies=teacher_copies, grad_scale=grad_scale,
     )  # fmt: skip
-
-
-def check_ema(teacher: Items, student: Items, copies: Items) -> None:
-    """Raises KernelError where the lists do not fit together; [] stands for no copies."""
-    _check_lists(NAME, {"teacher": teacher, "student": student} | ({"copies": copies} if copies else {}))
-
-
-def check_adamw(
-    params: Items,
-    grads: Items,
-    exp_avgs: Items,
-    exp_avg_sqs: Items,
-    teacher: Items,
-    copies: Items,
-    teacher_copies: Items,
-) -> None:
-    """Likewise; [] stands for no teacher and no copies."""
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    extra = {"teacher": teacher, "copies": copies, "teacher_copies": teacher_copies}
-    _check_lists(ADAMW, lists | {name: items for name, items in extra.items() if items}, tuple(lists | extra)[1:])
-    check(bool(teacher) or not teacher_copies, ADAMW, "teacher_copies", "None without a teacher", "a list")
-    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        exact = param.dtype in (torch.float32, torch.float64)
-        check(exact, ADAMW, f"params[{i}]", "float32 or float64", _name(param.dtype))
-        for name in ("exp_avgs", "exp_avg_sqs"):
-            moment = lists[name][i]
-            check(grad is None or moment is not None, ADAMW, f"{name}[{i}]", "a tensor where a gradient is", None)
-            same = moment is None or moment.dtype == param.dtype
-            check(same, ADAMW, f"{name}[{i}]", f"{_name(param.dtype)} as params[{i}]", _kind(moment))
-        if teacher_copies and teacher_copies[i] is not None:
-            check(teacher[i] is not None, ADAMW, f"teacher_copies[{i}]", f"None as teacher[{i}]", "a tensor")
-
-
-def _check_lists(op: str, lists: dict[str, Items], may_miss: tuple[str, ...] = ()) -> None:
-    """Item i of every list must be a tensor like item i of the first (or None in the lists that `may_miss` names)."""
-    (first, leaders), *_ = lists.items()
-    for name, items in lists.items():
-        check(len(items) == len(leaders), op, name, f"a list of {len(leaders)} as {first}", f"a list of {len(items)}")
-        for i, (item, leader) in enumerate(zip(items, leaders, strict=True)):
-            if item is None and name in may_miss:
-                continue
-            here = f"{name}[{i}]"
-            check(isinstance(item, Tensor), op, here, "a tensor", type(item).__name__)
-            if item.dtype not in FLOATS:
-                check(False, op, here, "float32 or float16 or bfloat16 or float64", _name(item.dtype))
-            if item.shape != leader.shape:
-                check(False, op, here, f"{list(leader.shape)} as {first}[{i}]", list(item.shape))
-            if item.device != leaders[0].device:
-                raise KernelError(f"{op}: {here} is on {item.device}, {first}[0] on {leaders[0].device}")
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _kind(value: object) -> str:
-    if not isinstance(value, Tensor):
-        return type(value).__name__
-    return f"{_name(value.dtype)} {list(value.shape)}" if value.ndim else f"{_name(value.dtype)} scalar"

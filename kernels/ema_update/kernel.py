@@ -23,10 +23,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels import ema_update as public
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._launch import launch
 from fastssl.kernels.ema_update import reference
+from fastssl.kernels.ema_update.lists import check_adamw, check_ema
 
 # A row of the table: addresses of param, grad, exp_avg, exp_avg_sq, teacher, copy and teacher_copy (0: none), number of
 # values, index of the kind, and whether accesses of the kind's full width are aligned.
@@ -139,6 +139,9 @@ def _step(
     RAGGED: tl.constexpr,  # some blocks cannot be moved in accesses of full width
     RATES: tl.constexpr,
     SCALE: tl.constexpr,
+    NUMEL: tl.constexpr,  # columns of the table
+    KIND: tl.constexpr,
+    WIDE: tl.constexpr,
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -146,12 +149,12 @@ def _step(
     tensor = tl.load(blocks + 2 * program)
     start = tl.load(blocks + 2 * program + 1).to(tl.int64) * BLOCK
     row = table + tensor * COLUMNS
-    size = tl.minimum(tl.load(row + 7) - start, BLOCK).to(tl.int32)
+    size = tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
     if RATES:
         rate = tl.load(rates + 2 * tensor)
         shrink = tl.load(rates + 2 * tensor + 1)
-    kind = tl.load(row + 8)
-    wide = tl.load(row + 9)
+    kind = tl.load(row + KIND)
+    wide = tl.load(row + WIDE)
     for k in tl.static_range(len(KINDS)):
         if len(KINDS) == 1 or kind == k:
             if not RAGGED or (wide > 0 and size % KINDS[k][5] == 0):
@@ -291,7 +294,7 @@ def _lay_out(lists: Lists, device: torch.device) -> _Layout:
             kinds.append(None)
             numel.append(0)
     constants = sorted(set(kinds) - {None})
-    rows = [[0] * 7 + [n, constants.index(kind) if kind else 0, 1] for n, kind in zip(numel, kinds, strict=True)]
+    rows = [[0] * NUMEL + [n, constants.index(kind) if kind else 0, 1] for n, kind in zip(numel, kinds, strict=True)]
     slots, widths = [], []
     for column, items in enumerate(lists):
         for i, item in enumerate(items):
@@ -343,7 +346,7 @@ def _launch(plan: _Plan, rates: Tensor | None, grad_scale: Tensor | None, *numbe
     launch(
         _step, (layout.blocks.shape[0],), plan.table, layout.blocks, rates, grad_scale, *numbers,
         KINDS=layout.kinds, RAGGED=plan.ragged, RATES=rates is not None, SCALE=grad_scale is not None,
-        COLUMNS=COLUMNS, BLOCK=layout.values, num_warps=WARPS,
+        NUMEL=NUMEL, KIND=KIND, WIDE=WIDE, COLUMNS=COLUMNS, BLOCK=layout.values, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -358,7 +361,7 @@ def ema_update_eager(
 def _ema_update(
     teacher: Sequence[Tensor], student: Sequence[Tensor], copies: Sequence[Tensor], momentum: float
 ) -> None:
-    plan = _plan((student, (), (), (), teacher, (), copies), lambda: public.check_ema(teacher, student, copies))
+    plan = _plan((student, (), (), (), teacher, (), copies), lambda: check_ema(teacher, student, copies))
     _launch(plan, None, None, *[0.0] * 7, 1.0 - momentum)
     for i in plan.layout.left:
         reference.ema_update([teacher[i]], [student[i]], momentum, [copies[i]] if copies else None)
@@ -409,7 +412,7 @@ def _adamw_ema(
     momentum: float,
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs, teacher, copies, teacher_copies)
-    plan = _plan(lists, lambda: public.check_adamw(*lists))
+    plan = _plan(lists, lambda: check_adamw(*lists))
     correction = 1 / (1 - beta1**step)
     rate, shrink, rates = lr[0] * correction, lr[0] * weight_decay[0], None
     if len(lr) > 1 or len(weight_decay) > 1:

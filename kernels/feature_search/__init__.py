@@ -87,31 +87,6 @@ def search_maps(queries: Tensor, feature: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def scaled_feature(maps: Tensor, feature: Tensor) -> Tensor:
-    """The searched feature itself: out[m B + b] = maps[m, b] * feature[b], rounded once.
-
-    Args:
-        maps: [M, B, H, W], of `search_maps`.
-        feature: [B, C, H, W].
-
-    Returns:
-        [M B, C, H, W], crop-major, dtype of the feature.
-
-    Raises:
-        KernelError: a shape or type that does not fit.
-    """
-    name = "scaled_feature"
-    shapes = Shapes(name)
-    shapes("maps", maps, "M B H W")
-    shapes("feature", feature, "B C H W")
-    if use_triton(name, maps, feature) and feature.dtype in FLOATS[:3]:
-        from fastssl.kernels.feature_search import kernel
-
-        return kernel.scaled(feature, maps, None, None, None, None, 0.0)
-    return reference.scaled_feature(maps, feature)
-
-
-@torch.no_grad()
 def scaled_moments(y: Tensor, maps: Tensor) -> Moments:
     """Per channel the mean of maps[m, b] * y[b] over crops, images and positions, and its squared deviations.
 
@@ -190,7 +165,7 @@ def scale_norm_relu(
     if use_triton(name, y, maps) and y.dtype in FLOATS[:3]:
         from fastssl.kernels.feature_search import kernel
 
-        out = kernel.scaled(y, maps, weight, bias, mean, var, eps)
+        out = kernel.normalised(y, maps, weight, bias, mean, var, eps)
     else:
         out = reference.scale_norm_relu(y, maps, weight, bias, eps, mean, var)
     return ScaleNormRelu(out, mean, var)

@@ -14,7 +14,6 @@ from fastssl.kernels.feature_search import (
     reference,
     residual_pool,
     scale_norm_relu,
-    scaled_feature,
     scaled_moments,
     search_maps,
 )
@@ -42,10 +41,6 @@ def search_inputs(make: Maker, dtype: torch.dtype, *, M: int, B: int, C: int, si
         "queries": queries[..., ::2] if layout == "sliced" else queries,
         "feature": feature(make, dtype, B, C, side, layout),
     }
-
-
-def scaled_inputs(make: Maker, dtype: torch.dtype, *, M: int, B: int, C: int, side, layout="last") -> dict[str, Any]:
-    return {"maps": maps(make, M, B, side, layout), "feature": feature(make, dtype, B, C, side, layout)}
 
 
 def moments_inputs(make: Maker, dtype: torch.dtype, *, M: int, B: int, C: int, side, layout="last") -> dict[str, Any]:
@@ -160,7 +155,6 @@ OPS = [
             "many crops, long queries": {"M": 33, "B": 1, "C": 300, "side": (3, 2)},
         },
     ),
-    op(scaled_feature, reference.scaled_feature, scaled_inputs, {"product": materialised}),
     op(
         scaled_moments,
         reference.scaled_moments,

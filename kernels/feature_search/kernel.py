@@ -17,6 +17,7 @@ from torch import Tensor
 from fastssl.kernels._launch import cdiv, launch, power_of_2, recording
 
 EPS = 1e-12  # least norm, as in F.normalize
+# Not measured yet: these two, and the sizes of blocks below.
 SPLITS = 256  # most partial moments per channel
 PROGRAMS = 1024  # aimed at where positions can be split: about 8 blocks per multiprocessor
 
@@ -171,10 +172,10 @@ def _merge(
 
 
 @triton.jit
-def _scale(
+def _norm(
     feature,  # [B, C, P], strides fb, fc, fp
     maps,  # [M, B, P]
-    weight,  # [C], or nothing; so the next three
+    weight,  # [C]; so the next three
     bias,
     mean,
     var,
@@ -187,7 +188,6 @@ def _scale(
     fp,
     fc,
     eps,
-    NORM: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -197,18 +197,15 @@ def _scale(
     inside = (p < P)[:, None] & (c < C)[None, :]
     offset = p.to(tl.int64)[:, None] * fp + c.to(tl.int64)[None, :] * fc
     f = tl.load(feature + b * fb + offset, mask=inside, other=0.0).to(tl.float32)
-    if NORM:
-        centre = tl.load(mean + c, mask=c < C, other=0.0).to(tl.float32)
-        slope = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
-        slope = slope / tl.sqrt_rn(tl.load(var + c, mask=c < C, other=0.0).to(tl.float32) + eps)
-        rise = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+    centre = tl.load(mean + c, mask=c < C, other=0.0).to(tl.float32)
+    slope = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+    slope = slope / tl.sqrt_rn(tl.load(var + c, mask=c < C, other=0.0).to(tl.float32) + eps)
+    rise = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
     for m in range(M):
         row = m * B + b
         a = tl.load(maps + row * P + p, mask=p < P, other=0.0).to(tl.float32)
-        x = a[:, None] * f
-        if NORM:
-            x = (x - centre[None, :]) * slope[None, :] + rise[None, :]
-            x = tl.where(x < 0, 0.0, x)  # keeps NaN
+        x = (a[:, None] * f - centre[None, :]) * slope[None, :] + rise[None, :]
+        x = tl.where(x < 0, 0.0, x)  # keeps NaN
         tl.store(out + row * fb + offset, x.to(out.dtype.element_ty), mask=inside)
 
 
@@ -340,30 +337,24 @@ def _(y, maps):
 
 
 @torch.library.custom_op("fastssl::scale_norm_relu", mutates_args=())
-def scaled(
-    feature: Tensor,
-    maps: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    eps: float,
+def normalised(
+    feature: Tensor, maps: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
-    """A times the feature; with the four statistics, normalised and rectified."""
+    """A times the feature, normalised and rectified."""
     out = _like(feature, maps)
     feature, strides, last = _dense(feature)
     _, images, channels, positions = sizes = _sizes(maps, feature)
     block_p, block_c = (32, 64) if last else (64, 32)
-    vectors = [None if v is None else v.contiguous() for v in (weight, bias, mean, var)]
+    vectors = [v.contiguous() for v in (weight, bias, mean, var)]
     launch(
-        _scale, (cdiv(positions, block_p), cdiv(channels, block_c), images),
+        _norm, (cdiv(positions, block_p), cdiv(channels, block_c), images),
         feature, maps.contiguous(), *vectors, out, *sizes, *strides, eps,
-        NORM=weight is not None, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     return out
 
 
-@scaled.register_fake
+@normalised.register_fake
 def _(feature, maps, *rest):
     return _like(feature, maps)
 

@@ -12,10 +12,6 @@ def search_maps(queries: Tensor, feature: Tensor) -> Tensor:
     return torch.einsum("mbc,bchw->mbhw", F.normalize(queries.to(keys.dtype), dim=2), keys)
 
 
-def scaled_feature(maps: Tensor, feature: Tensor) -> Tensor:
-    return _as_map(_scaled(maps, feature), feature)
-
-
 def scaled_moments(y: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and m2."""
     x = _scaled(maps, y).transpose(0, 2).flatten(1)  # [C, M B H W]

@@ -1,4 +1,4 @@
-"""Kept tokens of masked models: taken out, put back, and attention that reads them where they lie."""
+"""Kept tokens of masked models: taken out, and attention that reads them where they lie."""
 
 from __future__ import annotations
 
@@ -8,28 +8,25 @@ from fastssl.kernels._check import FLOATS, INTEGERS, Shapes, check
 from fastssl.kernels._path import use_triton
 from fastssl.kernels.masked_attention_gather import attention_reference, gather_reference
 
-GATHER, SCATTER, ATTENTION = "gather_tokens", "scatter_tokens", "indexed_attention"
+GATHER, ATTENTION = "gather_tokens", "indexed_attention"
 BACKENDS = ("auto", "indexed", "sdpa")
 WIDEST_HEAD = 128
 
 
-def gather_tokens(
-    tokens: Tensor, ids: Tensor, positions: Tensor | None = None, *, count: Tensor | None = None
-) -> Tensor:
-    """The kept tokens, their positions added (He et al. 2022, section 3: the encoder's input).
+def gather_tokens(tokens: Tensor, ids: Tensor, *, count: Tensor | None = None) -> Tensor:
+    """The kept tokens (He et al. 2022, section 3: the encoder's input).
 
         for b in range(B):
             for k in range(K):  # or count[b]; zeros from there on
-                out[b, k] = tokens[b, ids[b, k]] + positions[ids[b, k]]
+                out[b, k] = tokens[b, ids[b, k]]
 
     Args:
         tokens: [B, N, D], float32, float16 or bfloat16.
         ids: int32 or int64 [B, K], the patches kept, in any order; those of one row differ.
-        positions: [N, D], of any of these types. None: nothing is added.
-        count: int [B]; only the first count[b] ids count, what stands behind them is never used. None: all.
+        count: int32 or int64 [B]; only the first count[b] ids count, what stands behind them is never used. None: all.
 
     Returns:
-        [B, K, D], of the type that tokens + positions has. Gradients: tokens, positions.
+        [B, K, D], the tokens' type. A gradient flows to the tokens.
 
     Raises:
         KernelError: a shape or type that does not fit.
@@ -37,62 +34,13 @@ def gather_tokens(
     shapes = Shapes(GATHER)
     shapes("tokens", tokens, "B N D")
     shapes("ids", ids, "B K", INTEGERS)
-    if positions is not None:
-        shapes("positions", positions, "N D")
     if count is not None:
         shapes("count", count, "B", INTEGERS)
-    if use_triton(GATHER, tokens) and gather_reference.result_type(tokens, positions) in FLOATS[:3]:
+    if use_triton(GATHER, tokens) and tokens.dtype in FLOATS[:3]:
         from fastssl.kernels.masked_attention_gather import gather_kernel
 
-        return gather_kernel.gather(tokens, ids, positions, count)
-    return gather_reference.gather_tokens(tokens, ids, positions, count=count)
-
-
-def scatter_tokens(
-    x: Tensor,
-    ids: Tensor,
-    mask_token: Tensor,
-    num_patches: int,
-    positions: Tensor | None = None,
-    *,
-    count: Tensor | None = None,
-) -> Tensor:
-    """The kept tokens back in their places, the mask token in the others, positions added (He et al. 2022, section 3:
-    the decoder's input).
-
-        for b in range(B):
-            out[b] = mask_token
-            for k in range(K):  # or count[b]
-                out[b, ids[b, k]] = x[b, k]
-            out[b] += positions
-
-    Args:
-        x: [B, K, D], float32, float16 or bfloat16.
-        ids: int32 or int64 [B, K], the place of each row of x; those of one sample differ.
-        mask_token: [D].
-        num_patches: N.
-        positions: [N, D]. None: nothing is added.
-        count: int [B]; only the first count[b] rows of x and ids count, the others are never used. None: all.
-
-    Returns:
-        [B, N, D], of the type that x + mask_token + positions has. Gradients: x, mask_token, positions.
-
-    Raises:
-        KernelError: a shape or type that does not fit.
-    """
-    shapes = Shapes(SCATTER, N=num_patches)
-    shapes("x", x, "B K D")
-    shapes("ids", ids, "B K", INTEGERS)
-    shapes("mask_token", mask_token, "D")
-    if positions is not None:
-        shapes("positions", positions, "N D")
-    if count is not None:
-        shapes("count", count, "B", INTEGERS)
-    if use_triton(SCATTER, x) and gather_reference.result_type(x, mask_token, positions) in FLOATS[:3]:
-        from fastssl.kernels.masked_attention_gather import gather_kernel
-
-        return gather_kernel.scatter(x, ids, mask_token, num_patches, positions, count)[0]
-    return gather_reference.scatter_tokens(x, ids, mask_token, num_patches, positions, count=count)
+        return gather_kernel.gather(tokens, ids, count)
+    return gather_reference.gather_tokens(tokens, ids, count=count)
 
 
 def indexed_attention(
@@ -126,7 +74,7 @@ def indexed_attention(
         scale: of the scores. None: d ** -0.5.
         backend: "indexed" (one kernel that reads rows through the ids and skips what is beyond the counts), "sdpa"
             (rows gathered, then PyTorch's scaled_dot_product_attention; counts become a mask), or "auto"
-            (`default_backend`). FASTSSL_KERNELS decides between kernel and reference for "indexed".
+            (`_default_backend`). FASTSSL_KERNELS decides between kernel and reference for "indexed".
 
     Returns:
         [B, H, Kq, d] ([B, H, Nq, d] without q_ids). Gradients: q, k, v; zero in rows that take no part.
@@ -148,7 +96,7 @@ def indexed_attention(
             shapes(name, count, "B", INTEGERS)
     check(backend in BACKENDS, ATTENTION, "backend", " or ".join(map(repr, BACKENDS)), repr(backend))
     if backend == "auto":
-        backend = default_backend(ragged=q_count is not None or kv_count is not None)
+        backend = _default_backend(ragged=q_count is not None or kv_count is not None)
     named = {"q_ids": q_ids, "kv_ids": kv_ids, "q_count": q_count, "kv_count": kv_count, "scale": scale}
     if backend == "sdpa":
         return attention_reference.gathered_sdpa(q, k, v, **named, take=_take_rows)
@@ -160,7 +108,7 @@ def indexed_attention(
     return attention_reference.indexed_attention(q, k, v, **named)
 
 
-def default_backend(*, ragged: bool) -> str:
+def _default_backend(*, ragged: bool) -> str:
     """The backend that "auto" stands for. The one place to change when the bench says otherwise.
 
     Equal lengths: gathering costs one more pass over a few small tensors, and PyTorch's attention kernels are tuned for

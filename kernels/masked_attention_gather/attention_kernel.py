@@ -336,7 +336,7 @@ def _zero(ids: Tensor | None, count: Tensor | None, first: Tensor, second: Tenso
     if ids is None:
         return
     B, N, H, d = first.shape
-    blocks = cdiv(N, 16)
+    blocks = cdiv(N, 16)  # this and the other sizes: not measured yet
     launch(
         _zero_unnamed, (B * blocks,), ids, count, first, second, N, ids.shape[1], blocks, *ids.stride(),
         W=H * d, ROWS=16, BLOCK=256, CHUNK=64, COUNT=count is not None, SECOND=second is not None, num_warps=4,
@@ -348,8 +348,9 @@ def _constants(q: Tensor, *optional: Tensor | None) -> tuple[dict[str, int], int
     d = q.shape[3]
     D = max(16, power_of_2(d))
     half = q.element_size() == 2
-    own = 64 if half else 32  # float32 dots run without tensor cores, out of registers
-    if half:  # steps with which no case of bench.py spills on sm_80, 90 or 100
+    # 64 and 32 rows of a program's own: not measured yet. float32 dots run without tensor cores, out of registers.
+    own = 64 if half else 32
+    if half:  # steps with which no case of cases.py spills (but for KNOWN_SPILLS in _compile.py)
         step = 64 if D <= 32 else 32
     else:
         step = 32 if D == 64 else 16

@@ -1,4 +1,4 @@
-"""Cases of gather_tokens, scatter_tokens and indexed_attention."""
+"""Cases of gather_tokens and indexed_attention."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.kernels._spec import FP32, Maker, Op, nbytes
+from fastssl.kernels._spec import Maker, Op, nbytes
 from fastssl.kernels.masked_attention_gather import (
     attention_reference,
     gather_reference,
     gather_tokens,
     indexed_attention,
-    scatter_tokens,
 )
 
 GARBAGE = 1 << 30  # ids behind a row's count
@@ -47,62 +46,18 @@ def gather_inputs(
     N: int,
     K: int,
     D: int,
-    positions: bool = True,
-    positions_dtype: torch.dtype | None = None,
     ragged: float | None = None,
     strided: bool = False,
 ) -> dict[str, Any]:
     ids, count = make_ids(make, B, N, K, ragged, strided)
     tokens = make.normal(B, 1 + N, D * (2 if strided else 1), dtype=dtype)[:, 1:]
-    table = make.normal(1 + N, D, dtype=positions_dtype or dtype)[1:]
-    return {
-        "tokens": tokens[..., ::2] if strided else tokens,
-        "ids": ids,
-        "positions": table if positions else None,
-        "count": count,
-    }
+    return {"tokens": tokens[..., ::2] if strided else tokens, "ids": ids, "count": count}
 
 
-def gather_bytes(inputs: dict[str, Any], outputs: list[Tensor], backward: bool, learned: bool) -> int:
-    tokens, ids, positions, count = inputs.values()
+def gather_bytes(inputs: dict[str, Any], outputs: list[Tensor], backward: bool) -> int:
+    tokens, ids, count = inputs.values()
     kept = rows(ids, count) * tokens.shape[2] * tokens.element_size()
-    indices = nbytes(ids, count)
-    if not backward:
-        return indices + kept + nbytes(positions, outputs)
-    return indices + kept + nbytes(tokens, positions if learned else None)  # upstream is as large as what was kept
-
-
-def scatter_inputs(
-    make: Maker,
-    dtype: torch.dtype,
-    *,
-    B: int,
-    N: int,
-    K: int,
-    D: int,
-    positions: bool = True,
-    positions_dtype: torch.dtype | None = None,
-    ragged: float | None = None,
-    strided: bool = False,
-) -> dict[str, Any]:
-    ids, count = make_ids(make, B, N, K, ragged, strided)
-    x = make.normal(B, 1 + K, D * (2 if strided else 1), dtype=dtype)[:, 1:]
-    return {
-        "x": x[..., ::2] if strided else x,
-        "ids": ids,
-        "mask_token": make.normal(D, dtype=positions_dtype or dtype),
-        "num_patches": N,
-        "positions": make.normal(1 + N, D, dtype=positions_dtype or dtype)[1:] if positions else None,
-        "count": count,
-    }
-
-
-def scatter_bytes(inputs: dict[str, Any], outputs: list[Tensor], backward: bool, learned: bool) -> int:
-    x, ids, mask_token, _, positions, count = inputs.values()
-    shared = nbytes(ids, count, mask_token, outputs)  # the output, or its upstream gradient
-    if not backward:
-        return shared + rows(ids, count) * x.shape[2] * x.element_size() + nbytes(positions)
-    return shared + nbytes(x, positions if learned else None)
+    return nbytes(ids, count) + kept + nbytes(tokens if backward else outputs)  # upstream is as large as what was kept
 
 
 def attention_inputs(
@@ -216,28 +171,21 @@ def _flex(compiled: bool) -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
 
 
-TOKENS_PROOF = {
+GATHER_PROOF = {
     "mae": {"B": 9, "N": 12, "K": 5, "D": 192},
     "one": {"B": 1, "N": 1, "K": 1, "D": 1},
-    "no positions": {"B": 2, "N": 9, "K": 4, "D": 24, "positions": False},
     "ragged": {"B": 5, "N": 10, "K": 6, "D": 40, "ragged": 0.0},
     "many blocks of ids": {"B": 2, "N": 66, "K": 66, "D": 4, "ragged": 0.98},
     "many blocks of rows": {"B": 9, "N": 9, "K": 9, "D": 260},
-    "strided, float32 table": {"B": 3, "N": 11, "K": 8, "D": 36, "strided": True, "positions_dtype": FP32},
+    "strided": {"B": 3, "N": 11, "K": 8, "D": 36, "strided": True},
     "strided, ragged": {"B": 3, "N": 11, "K": 8, "D": 36, "strided": True, "ragged": 0.2},
-    "all kept": {"B": 2, "N": 6, "K": 6, "D": 16},
     "none kept": {"B": 2, "N": 6, "K": 0, "D": 16},
     "no samples": {"B": 0, "N": 6, "K": 3, "D": 16},
 }
 GATHER_BENCH = {
-    "MAE B/16 encoder, B=256": {"B": 256, "N": 196, "K": 49, "D": 768},
-    "float32 table": {"B": 256, "N": 196, "K": 49, "D": 768, "positions_dtype": FP32},
-    "CAE B/16, B=64, no positions": {"B": 64, "N": 196, "K": 98, "D": 768, "positions": False},
-    "SiT S/16, B=128, ragged": {"B": 128, "N": 196, "K": 147, "D": 384, "ragged": 0.3},
-}
-SCATTER_BENCH = {
-    "MAE decoder, B=256": {"B": 256, "N": 196, "K": 49, "D": 512},
-    "SemMAE B/8 decoder, B=64, ragged": {"B": 64, "N": 784, "K": 196, "D": 512, "positions": False, "ragged": 0.5},
+    "MAE B/16, B=256, kept patches": {"B": 256, "N": 196, "K": 49, "D": 768},
+    "CAE B/16, B=64, kept patches": {"B": 64, "N": 196, "K": 98, "D": 768},
+    "SAAE, V=128, cells to paint": {"B": 128, "N": 196, "K": 196, "D": 256, "ragged": 0.3},
 }
 ATTENTION_PROOF = {
     "kept tokens": {"B": 2, "H": 2, "N": 20, "d": 32, "Kk": 11, "same": True},
@@ -273,25 +221,17 @@ ATTENTION_BENCH = {
 }  # fmt: skip
 
 
-def _tokens_op(name: str, call: Any, inputs: Any, min_bytes: Any, bench: Any, leaves: tuple[str, ...]) -> list[Op]:
-    """The op with a trained table of positions, and with a fixed one (of that, no more cases than differ)."""
-    shared = {"call": call, "reference": getattr(gather_reference, name), "inputs": inputs, "bench": bench}
-    few = {case: TOKENS_PROOF[case] for case in ("mae", "ragged", "many blocks of rows", "no samples")}
-    return [
-        Op(name=name, gradients=leaves, proof=few, min_bytes=partial(min_bytes, learned=False), **shared),
-        Op(
-            name=f"{name}, trained positions",
-            gradients=(*leaves, "positions"),
-            proof=TOKENS_PROOF,
-            min_bytes=partial(min_bytes, learned=True),
-            **shared,
-        ),
-    ]
-
-
 OPS = [
-    *_tokens_op("gather_tokens", gather_tokens, gather_inputs, gather_bytes, GATHER_BENCH, ("tokens",)),
-    *_tokens_op("scatter_tokens", scatter_tokens, scatter_inputs, scatter_bytes, SCATTER_BENCH, ("x", "mask_token")),
+    Op(
+        name="gather_tokens",
+        call=gather_tokens,
+        reference=gather_reference.gather_tokens,
+        inputs=gather_inputs,
+        proof=GATHER_PROOF,
+        bench=GATHER_BENCH,
+        min_bytes=gather_bytes,
+        gradients=("tokens",),
+    ),
     Op(
         name="indexed_attention",
         call=partial(indexed_attention, backend="indexed"),

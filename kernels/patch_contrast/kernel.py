@@ -196,7 +196,7 @@ def _tile(a: Tensor) -> dict[str, int]:
     """Sizes of the blocks, and how products are taken."""
     width = max(16, power_of_2(a.shape[2]))
     exact = a.dtype == torch.float32
-    block, warps = (16, 8) if exact else (32, 4 if width <= 256 else 8)
+    block, warps = (16, 8) if exact else (32, 4 if width <= 256 else 8)  # not measured yet
     widen = a.dtype == torch.bfloat16 and not (a.is_cuda or recording())  # the interpreter cannot dot it
     return {
         "P": a.shape[1], "C": a.shape[2], "WIDTH": width, "BLOCK": block, "SLICED": exact, "WIDEN": widen,

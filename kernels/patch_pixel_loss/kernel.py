@@ -187,6 +187,7 @@ def _arguments(
     strides = pixels.stride() if pixels is not None else (0, 0, 0)
     numbers = (prediction.shape[1], images.shape[3] // patch_size, *images.stride(), *strides, *masked.stride())
     block = power_of_2(values)
+    # One warp per 256 values: not measured yet.
     return numbers, {"p": patch_size, "P": values, "BLOCK": block, "num_warps": max(1, min(8, block // 256))}
 
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from fastssl.kernels._launch import cdiv, launch, power_of_2
 from fastssl.kernels.photometric.reference import BLUR_RADIUS
 
+# Not measured against other sizes yet: the tiles and RUN.
 ROWS, COLUMNS = 16, 32  # of the blurred tiles
 HALO = 16  # columns beside a strip, 2 BLUR_RADIUS of them used
 RUN = 4096  # pixels per program of `_means` and `_plain`

@@ -12,7 +12,6 @@ from fastssl.kernels.feature_search import (
     kernel,
     residual_pool,
     scale_norm_relu,
-    scaled_feature,
     scaled_moments,
     search_maps,
 )
@@ -86,21 +85,9 @@ def test_equals_the_methods_loops(path, cases, device):
         with forced(path):
             maps = search_maps(queries, feature)
             torch.testing.assert_close(maps, expected_maps, rtol=0, atol=tolerance)
-            torch.testing.assert_close(scaled_feature(maps, feature), searched, rtol=0, atol=10 * tolerance)
             got = head.fused(maps, feature)
         expected = head.loop(searched)
         torch.testing.assert_close(got, expected, rtol=0, atol=10 * tolerance * expected.abs().max().item())
-
-
-@pytest.mark.parametrize("path", ["reference", "triton"])
-def test_the_first_convolution_commutes_with_the_map(path, device):
-    torch.manual_seed(0)
-    feature, weight = torch.rand(2, 12, 4, 5, device=device), torch.randn(7, 12, 1, 1, device=device)
-    maps = torch.rand(3, 2, 4, 5, device=device)
-    with forced(path):
-        first = F.conv2d(scaled_feature(maps, feature), weight)
-        last = scaled_feature(maps, F.conv2d(feature, weight))
-    torch.testing.assert_close(first, last, rtol=0, atol=1e-5 * first.abs().max().item())
 
 
 @pytest.mark.parametrize("path", ["reference", "triton"])
@@ -121,7 +108,6 @@ def test_maps_are_cosines(path, device):
         parallel = queries[1, :, :, None, None] * lengths
         ones = search_maps(queries[1:2], parallel)
         torch.testing.assert_close(ones, torch.ones_like(ones))
-        torch.testing.assert_close(scaled_feature(ones, parallel), parallel)
 
 
 @pytest.mark.parametrize("path", ["reference", "triton"])
@@ -187,12 +173,11 @@ def test_outputs_have_the_features_memory_format_and_no_gradient(path, last, dev
     ones = torch.ones(4, device=device, requires_grad=True)
     with forced(path):
         maps = search_maps(queries, feature)
-        searched, norm = scaled_feature(maps, feature), scale_norm_relu(feature, maps, ones, ones)
-        pooled = residual_pool(searched.requires_grad_(), ones, ones, maps, feature)
+        norm = scale_norm_relu(feature, maps, ones, ones)
+        pooled = residual_pool(norm.out.clone().requires_grad_(), ones, ones, maps, feature)
     for output in (maps, norm.out, norm.mean, norm.var, pooled):
         assert not output.requires_grad
-    for output in (searched, norm.out):
-        assert output.is_contiguous(memory_format=memory_format)
+    assert norm.out.is_contiguous(memory_format=memory_format)
 
 
 @pytest.mark.parametrize("path", ["reference", "triton"])
@@ -215,7 +200,7 @@ def test_compiles_without_a_graph_break(device, compiles_whole):
     def step(leaf):
         maps = search_maps(queries, feature)
         out, mean, var = scale_norm_relu(feature, maps, ones, ones)
-        pooled = residual_pool(scaled_feature(maps, feature), ones, out.mean((0, 2, 3)), maps, feature)
+        pooled = residual_pool(out, ones, out.mean((0, 2, 3)), maps, feature)
         return leaf * (pooled + mean + var)
 
     compiles_whole(step, torch.rand(4, 6, device=device, requires_grad=True))
@@ -243,8 +228,6 @@ def test_bad_arguments_are_named():
     y, maps, vector = torch.zeros(2, 4, 3, 3), torch.zeros(3, 2, 3, 3), torch.zeros(4)
     with pytest.raises(KernelError, match=r"search_maps: feature must be \[B, C, H, W\] with B = 2, C = 5, not"):
         search_maps(torch.zeros(3, 2, 5), y)
-    with pytest.raises(KernelError, match=r"scaled_feature: feature must be \[B, C, H, W\] with B = 2, H = 3, W = 2"):
-        scaled_feature(maps[..., :2], y)
     with pytest.raises(KernelError, match=r"scaled_moments: maps must be \[M, B, H, W\] with B = 2, .* not \[3, 1,"):
         scaled_moments(y, maps[:, :1])
     with pytest.raises(KernelError, match="scale_norm_relu: mean must be given together with var, not one of them"):

@@ -10,17 +10,14 @@ from fastssl.kernels._path import forced
 from fastssl.kernels._spec import Maker
 from fastssl.kernels._verify import poisoned, verify
 from fastssl.kernels.masked_attention_gather import (
+    _default_backend,
     attention_reference,
     cases,
-    default_backend,
     gather_tokens,
     indexed_attention,
-    scatter_tokens,
 )
 
-OPS = {op.name: op for op in cases.OPS}
-TOKEN_OPS = [name for name in OPS if name != "indexed_attention"]
-ATTENTION = OPS["indexed_attention"]
+GATHER, ATTENTION = cases.OPS
 PATHS = pytest.mark.parametrize("path", ["reference", "triton"])
 
 
@@ -44,10 +41,10 @@ def _interpreted_bfloat16_dots(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("dtype", cases.OPS[0].dtypes, ids=str)
-@pytest.mark.parametrize(("name", "case"), [(name, case) for name in TOKEN_OPS for case in OPS[name].proof])
-def test_moved_tokens_equal_the_reference(name, case, dtype, device):
-    verify(OPS[name], OPS[name].proof[case], dtype, device)
+@pytest.mark.parametrize("dtype", GATHER.dtypes, ids=str)
+@pytest.mark.parametrize("case", GATHER.proof)
+def test_kept_tokens_equal_the_reference(case, dtype, device):
+    verify(GATHER, GATHER.proof[case], dtype, device)
 
 
 @pytest.mark.parametrize("dtype", ATTENTION.dtypes, ids=str)
@@ -56,87 +53,39 @@ def test_attention_equals_the_reference(case, dtype, device):
     verify(ATTENTION, ATTENTION.proof[case], dtype, device)
 
 
-@pytest.mark.parametrize("programs", [1, 9], ids=["in one part", "in parts of several tiles"])
-@pytest.mark.parametrize("name", TOKEN_OPS)
-def test_sums_over_many_samples(name, programs, device, monkeypatch):
-    """A large batch: each program sums several tiles, and parts do not divide the batch."""
-    pytest.importorskip("triton")
-    from fastssl.kernels.masked_attention_gather import gather_kernel
-
-    monkeypatch.setattr(gather_kernel, "PROGRAMS", programs)
-    monkeypatch.setattr(gather_kernel, "TILE", 128)  # 4 samples
-    verify(OPS[name], {"B": 23, "N": 4, "K": 3, "D": 32, "ragged": 0.0}, torch.float32, device)
-
-
 def tokens_example(device):
     torch.manual_seed(0)
     ids = torch.stack([torch.randperm(7)[:4] for _ in range(3)])
     count = torch.tensor([2, 0, 4])
     ids = torch.where(torch.arange(4) < count[:, None], ids, -(1 << 40))  # not even valid as 32-bit numbers
-    return ids.to(device), count.to(device), torch.randn(7, 20, device=device, requires_grad=True)
+    return torch.randn(3, 7, 20, device=device, requires_grad=True), ids.to(device), count.to(device)
 
 
 @PATHS
 def test_gather_equals_its_loop(path, device):
-    ids, count, positions = tokens_example(device)
-    tokens = torch.randn(3, 7, 20, device=device, requires_grad=True)
+    tokens, ids, count = tokens_example(device)
     expected = torch.zeros(3, 4, 20, device=device)
     for b, length in enumerate(count.tolist()):
         for k, n in enumerate(ids[b, :length].tolist()):
-            expected[b, k] = tokens[b, n] + positions[n]
+            expected[b, k] = tokens[b, n]
     with forced(path):
-        out = gather_tokens(tokens, ids, positions, count=count)
-        same_with_gradients(out, expected, tokens, positions)
+        out = gather_tokens(tokens, ids, count=count)
+        assert torch.equal(out, expected)
+        upstream = torch.randn_like(expected)
+        [gradient] = torch.autograd.grad(out, tokens, upstream)
+    assert torch.equal(gradient, torch.autograd.grad(expected, tokens, upstream)[0])
 
 
 @PATHS
-def test_scatter_equals_its_loop(path, device):
-    ids, count, positions = tokens_example(device)
-    x = torch.randn(3, 4, 20, device=device, requires_grad=True)
-    mask_token = torch.randn(20, device=device, requires_grad=True)
-    rows = []
-    for b, length in enumerate(count.tolist()):
-        place = {n: k for k, n in enumerate(ids[b, :length].tolist())}
-        rows.append(torch.stack([x[b, place[n]] if n in place else mask_token for n in range(7)]) + positions)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_gather_keeps_the_type(path, dtype, device):
+    """The kernel does not take float64; the reference takes its place."""
+    tokens, ids, count = tokens_example(device)
+    tokens = tokens.detach().to(dtype).requires_grad_()
     with forced(path):
-        out = scatter_tokens(x, ids, mask_token, 7, positions, count=count)
-        same_with_gradients(out, torch.stack(rows), x, mask_token, positions)
-
-
-def same_with_gradients(out, expected, *leaves):
-    torch.testing.assert_close(out, expected)
-    upstream = torch.randn_like(expected)
-    gradients = torch.autograd.grad(out, leaves, upstream)
-    torch.testing.assert_close(gradients, torch.autograd.grad(expected, leaves, upstream), rtol=1e-4, atol=1e-5)
-
-
-@PATHS
-def test_tokens_come_back_from_their_places(path, device):
-    """MAE: what is taken out, put back and taken out again is the same; the others hold the mask token."""
-    torch.manual_seed(0)
-    tokens, mask_token = torch.randn(2, 9, 6, device=device), torch.randn(6, device=device)
-    ids = torch.stack([torch.randperm(9, device=device)[:4] for _ in range(2)])
-    with forced(path):
-        kept = gather_tokens(tokens, ids)
-        full = scatter_tokens(kept, ids, mask_token, 9)
-        assert torch.equal(gather_tokens(full, ids), kept)
-    same = (full == tokens).all(-1)
-    assert (same.sum(1) == 4).all()
-    assert torch.equal(full[~same], mask_token.expand(10, 6))
-
-
-@PATHS
-def test_the_result_has_the_type_of_the_sum(path, device):
-    tokens, ids = torch.randn(1, 3, 8, device=device), torch.tensor([[2, 0]], device=device)
-    table = torch.randn(3, 8, device=device)
-    half = tokens.bfloat16().requires_grad_()
-    with forced(path):
-        assert gather_tokens(half, ids).dtype == torch.bfloat16
-        out = gather_tokens(half, ids, table)
-        assert torch.equal(out, half.float()[:, [2, 0]] + table[[2, 0]])
-        assert torch.autograd.grad(out.sum(), half)[0].dtype == torch.bfloat16
-        assert scatter_tokens(half[:, :2], ids, table[0].half(), 3).dtype == torch.float32
-        assert gather_tokens(tokens.double(), ids, table).dtype == torch.float64
+        out = gather_tokens(tokens, ids, count=count)
+        assert out.dtype == dtype
+        assert torch.autograd.grad(out.sum(), tokens)[0].dtype == dtype
 
 
 def attention_by_loop(q, k, v, q_ids, kv_ids, q_count, kv_count, scale):
@@ -280,7 +229,7 @@ def test_contenders_do_the_same(contender, case, device):
 
 
 def test_auto_takes_the_default_backend(device, monkeypatch):
-    assert [default_backend(ragged=ragged) for ragged in (False, True)] == ["sdpa", "indexed"]
+    assert [_default_backend(ragged=ragged) for ragged in (False, True)] == ["sdpa", "indexed"]
     q, k, v, ids, _ = attention_example(device)
     count = torch.tensor([2, 6], device=device)
     calls = []
@@ -316,18 +265,9 @@ def test_bytes_and_operations_by_hand():
 
 
 def test_gather_compiles_without_a_graph_break(device, compiles_whole):
-    ids, count, positions = tokens_example(device)
-    tokens = torch.randn(3, 7, 20, device=device, requires_grad=True)
-    compiles_whole(lambda x, p: gather_tokens(x, ids, p, count=count), tokens, positions)
+    tokens, ids, count = tokens_example(device)
+    compiles_whole(lambda x: gather_tokens(x, ids, count=count), tokens)
     compiles_whole(lambda x: gather_tokens(x, ids[:, :0]), tokens)
-
-
-def test_scatter_compiles_without_a_graph_break(device, compiles_whole):
-    ids, count, positions = tokens_example(device)
-    x, token = torch.randn(3, 4, 20, device=device, requires_grad=True), torch.zeros(20, device=device)
-    token.requires_grad_()
-    compiles_whole(lambda x, t, p: scatter_tokens(x, ids, t, 7, p, count=count), x, token, positions)
-    compiles_whole(lambda x, t: scatter_tokens(x, ids, t, 7, count=count), x, token)
 
 
 @pytest.mark.parametrize("backend", ["indexed", "sdpa"])
@@ -347,7 +287,6 @@ def test_attention_compiles_without_a_graph_break(backend, device, compiles_whol
             r"gather_tokens: ids must be \[B, K\] with B = 2, not \[3, 2\]",
         ),
         ({"ids": torch.zeros(2, 2)}, "ids must be int32 or int64, not float32"),
-        ({"positions": torch.zeros(5, 8)}, r"positions must be \[N, D\] with N = 4, D = 8, not \[5, 8\]"),
         ({"count": torch.zeros(1, dtype=torch.int64)}, r"count must be \[B\] with B = 2, not \[1\]"),
     ],
 )
@@ -355,21 +294,6 @@ def test_bad_arguments_of_gather_are_named(change, message):
     inputs = {"tokens": torch.zeros(2, 4, 8), "ids": torch.zeros(2, 2, dtype=torch.int64)}
     with pytest.raises(KernelError, match=message):
         gather_tokens(**inputs | change)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"ids": torch.zeros(2, 3, dtype=torch.int64)}, r"scatter_tokens: ids must be \[B, K\] with B = 2, K = 2, not"),
-        ({"mask_token": torch.zeros(1, 8)}, r"mask_token must be \[D\] with D = 8, not \[1, 8\]"),
-        ({"positions": torch.zeros(5, 8)}, r"positions must be \[N, D\] with N = 4, D = 8, not \[5, 8\]"),
-        ({"count": torch.zeros(2)}, "count must be int32 or int64, not float32"),
-    ],
-)
-def test_bad_arguments_of_scatter_are_named(change, message):
-    inputs = {"x": torch.zeros(2, 2, 8), "ids": torch.zeros(2, 2, dtype=torch.int64), "mask_token": torch.zeros(8)}
-    with pytest.raises(KernelError, match=message):
-        scatter_tokens(**inputs | {"num_patches": 4} | change)
 
 
 @pytest.mark.parametrize(
