@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,9 @@ def bench(options: KernelBenchOptions) -> KernelBench:
             raise KernelError("the package triton is not installed, so there are no kernels to time")
         result = _time_all(ops, options)
     if options.out:
-        partial = Path(f"{options.out}.partial")
-        partial.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
-        partial.replace(options.out)
+        unfinished = Path(f"{options.out}.partial")
+        unfinished.write_text(json.dumps(result.as_dict(), indent=1) + "\n")
+        unfinished.replace(options.out)
     return result
 
 
@@ -251,10 +252,10 @@ def _time_case(
         for path, name, mode, call in contenders:
             if path not in _listed(options.path):
                 continue
-            row = {"pass": "forward+backward" if backward else "forward", "path": path, "name": name}
+            row: dict[str, Any] = {"pass": "forward+backward" if backward else "forward", "path": path, "name": name}
             try:
                 with forced(mode):
-                    row |= _time(lambda call=call, leaves=leaves: _step(op, call, leaves), options.milliseconds)
+                    row |= _time(partial(_step, op, call, leaves), options.milliseconds)
             except Exception as error:  # a contender that cannot do it (memory, no such kernel) is a result too
                 torch.cuda.empty_cache()
                 row |= {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}

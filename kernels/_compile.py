@@ -167,7 +167,7 @@ def _measure(op: str, case: str, dtype: str, arch: int, compiled: Any) -> Build:
     from triton.backends.nvidia import compiler
 
     ptx = compiled.asm["ptx"]
-    name = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)[1]
+    name = _found(r"^\.target (sm_\w+)", ptx)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
@@ -178,10 +178,18 @@ def _measure(op: str, case: str, dtype: str, arch: int, compiled: Any) -> Build:
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise KernelError(f"{op}, {case}, {dtype}, sm_{arch}: ptxas failed: {done.stderr.strip().splitlines()[0]}")
-    registers = int(re.search(r"Used (\d+) registers", done.stderr)[1])
+    registers = int(_found(r"Used (\d+) registers", done.stderr))
     spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr))
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
     return Build(op, case, dtype, compiled.metadata.name, arch, registers, spills, shared, warps)
+
+
+def _found(pattern: str, text: str) -> str:
+    """The group of the pattern where it first matches."""
+    match = re.search(pattern, text, re.MULTILINE)
+    if match is None:
+        raise KernelError(f"the compiler's output has no match for {pattern}")
+    return match[1]
 
 
 def triton_version() -> str:

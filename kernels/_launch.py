@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, const
 _recorded: list[Launch] | None = None
 
 
-def launch(kernel: Any, grid: tuple[int, ...] | Callable, *arguments: Any, **options: Any) -> None:
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """kernel[grid](*arguments, **options) on the device of its first tensor; nothing for an empty grid.
 
     Args:

@@ -25,7 +25,7 @@ def centering_softmax_loss(
         # Where log q is -inf (a logit of -inf), q log q is 0.
         entropy = -torch.where(q > 0, q * log_q, 0).sum(-1).mean()
         everything = q.sum(0) if pairs == "others" else None  # [B, K]
-    total = 0.0
+    total = column_sum.new_zeros(())
     for v in range(crops):  # cross-entropy is linear in q: each crop is compared once, with the sum of its targets
         if everything is None:
             target = q[v]

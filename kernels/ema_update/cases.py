@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.kernels._spec import BF16, FP16, FP32, TOLERANCE, Maker, Op, nbytes, tensors
+from fastssl.kernels._spec import BF16, FP16, FP32, TOLERANCE, Case, Maker, Op, nbytes, tensors
 from fastssl.kernels.ema_update import adamw_ema, ema_update, reference
 
 Shape = tuple[int, ...]
@@ -130,12 +130,12 @@ def adamw_inputs(
     shapes = list(NETWORKS[network]())
     n = len(shapes)
     params = draw(make, shapes, FP32, layout)
-    grads: list[Tensor | None] = draw(make, shapes, dtype, grad_layout or layout)
-    exp_avgs: list[Tensor | None] = draw(make, shapes, FP32, layout, scale=0.1)
+    grads: list[Tensor | None] = [*draw(make, shapes, dtype, grad_layout or layout)]
+    exp_avgs: list[Tensor | None] = [*draw(make, shapes, FP32, layout, scale=0.1)]
     exp_avg_sqs: list[Tensor | None] = [x.square() for x in draw(make, shapes, FP32, layout, scale=0.1)]
-    teachers: list[Tensor | None] = [] if teacher is None else draw(make, shapes, teacher, layout)
-    param_copies: list[Tensor | None] = [] if copies is None else draw(make, shapes, copies, layout)
-    teacher_copies: list[Tensor | None] = [] if copies is None else draw(make, shapes, copies, layout)
+    teachers: list[Tensor | None] = [] if teacher is None else [*draw(make, shapes, teacher, layout)]
+    param_copies: list[Tensor | None] = [] if copies is None else [*draw(make, shapes, copies, layout)]
+    teacher_copies: list[Tensor | None] = [] if copies is None else [*draw(make, shapes, copies, layout)]
     for i in range(n):
         if no_grad and i % no_grad == 0:
             grads[i] = None
@@ -217,28 +217,28 @@ def fused_adamw(
     """
     n = len(params)
     lrs, decays = (x if isinstance(x, list) else [x] * n for x in (lr, weight_decay))
+    lists: tuple[list[Any], ...] = (params, grads, exp_avgs, exp_avg_sqs)
     groups: dict[tuple[float, float], list[int]] = {}
     for i in range(n):
         if grads[i] is not None:
             groups.setdefault((lrs[i], decays[i]), []).append(i)
     for (rate, decay), members in groups.items():
-        lists = [[items[i] for i in members] for items in (params, grads, exp_avgs, exp_avg_sqs)]
-        lists[1] = [g.to(p.dtype) for p, g in zip(lists[0], lists[1], strict=True)]
+        p, g, m, v = ([items[i] for i in members] for items in lists)
+        g = [grad.to(param.dtype) for param, grad in zip(p, g, strict=True)]
         steps = [torch.full((), float(step), device=params[0].device)] * len(members)
         torch._fused_adamw_(
-            *lists, [], steps, lr=rate, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps, amsgrad=False,
+            p, g, m, v, [], steps, lr=rate, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps, amsgrad=False,
             maximize=False, grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
         )  # fmt: skip
-    moved = [i for i in range(n) if teacher and teacher[i] is not None]
-    if moved:
-        foreach_lerp([teacher[i] for i in moved], [params[i] for i in moved], momentum)
+    moved = [(t, p) for t, p in zip(teacher or [], params, strict=False) if t is not None]
+    foreach_lerp([t for t, _ in moved], [p for _, p in moved], momentum)
     pairs = [*zip(copies or [], params, strict=False), *zip(teacher_copies or [], teacher or [], strict=False)]
-    pairs = [(target, source) for target, source in pairs if target is not None]
-    if pairs:
-        torch._foreach_copy_(*map(list, zip(*pairs, strict=True)))
+    copied = [(target, source) for target, source in pairs if target is not None and source is not None]
+    if copied:
+        torch._foreach_copy_([target for target, _ in copied], [source for _, source in copied])
 
 
-EMA_PROOF = {
+EMA_PROOF: dict[str, Case] = {
     "ragged": {"network": "ragged"},
     "whole blocks": {"network": "whole"},
     "one value": {"network": "one value", "momentum": 0.9},
@@ -251,7 +251,7 @@ EMA_PROOF = {
     "gaps": {"network": "ragged", "teacher_layout": "strided", "student_layout": "strided"},
     "no tensors": {"network": "nothing"},
 }
-COPIES_PROOF = {
+COPIES_PROOF: dict[str, Case] = {
     "bfloat16 copies": {"network": "ragged", "copies": BF16},
     "bfloat16 alone": {"network": "ragged", "teacher": BF16, "momentum": 0.5},
     "all types": {"network": "ragged", "teacher": MIXED, "copies": (*MIXED, BF16), "mixed": True},
@@ -260,7 +260,7 @@ COPIES_PROOF = {
         "network": "ragged", "copies": BF16, "teacher_layout": "transposed", "student_layout": "transposed",
     },
 }  # fmt: skip
-ADAMW_PROOF = {
+ADAMW_PROOF: dict[str, Case] = {
     "ragged": {"network": "ragged"},
     "AdamW alone": {"network": "whole", "teacher": None},
     "first step": {"network": "whole", "step": 1},
@@ -274,7 +274,7 @@ ADAMW_PROOF = {
     "other strides": {"network": "ragged", "grad_layout": "transposed", "groups": True, "grad_scale": True},
     "no tensors": {"network": "nothing"},
 }
-ADAMW_COPIES_PROOF = {
+ADAMW_COPIES_PROOF: dict[str, Case] = {
     "bfloat16 copies": {"network": "ragged", "copies": BF16},
     "copies of the parameters alone": {"network": "whole", "copies": BF16, "teacher": None},
     "all types": {"network": "ragged", "teacher": MIXED, "copies": (*MIXED, FP16), "no_grad": 3, "no_teacher": 5},

@@ -232,7 +232,7 @@ def _plan(lists: Lists, check: Callable[[], None]) -> _Plan:
     The way to a kept plan is the host's cost of every call, so it runs through `map` and does not look at shapes: of
     contiguous tensors the kernel needs none. `check` is called where shapes and types are new.
     """
-    items = list(chain.from_iterable(lists))
+    items: list[Any] = list(chain.from_iterable(lists))
     present = None
     try:
         addresses = tuple(map(Tensor.data_ptr, items))
@@ -277,9 +277,11 @@ def _plan(lists: Lists, check: Callable[[], None]) -> _Plan:
 
 def _lay_out(lists: Lists, device: torch.device) -> _Layout:
     """The layout of tensors that have been checked."""
-    numel, kinds, left = [], [], []
-    for i, param in enumerate(lists[0]):
-        row = [items[i] if items else None for items in lists]
+    numel: list[int] = []
+    kinds: list[tuple[int, ...] | None] = []
+    left: list[int] = []
+    for i in range(len(lists[0])):
+        row: list[Any] = [items[i] if items else None for items in lists]
         if row[1] is None:
             row[2:4] = None, None  # moments without a gradient stay as they are
         present = [item for item in row if item is not None]
@@ -289,18 +291,19 @@ def _lay_out(lists: Lists, device: torch.device) -> _Layout:
         if fits and (row[1] is not None or row[4:] != [None] * 3):
             codes = tuple(0 if row[column] is None else CODES[row[column].dtype] for column in (0, 1, 4, 5, 6))
             kinds.append((*codes, 4 if 1 in codes else 8))  # accesses of 16 bytes (and of 8 where types are mixed)
-            numel.append(param.numel())
+            numel.append(row[0].numel())
         else:
             kinds.append(None)
             numel.append(0)
-    constants = sorted(set(kinds) - {None})
+    constants = sorted({kind for kind in kinds if kind})
     rows = [[0] * NUMEL + [n, constants.index(kind) if kind else 0, 1] for n, kind in zip(numel, kinds, strict=True)]
     slots, widths = [], []
     for column, items in enumerate(lists):
         for i, item in enumerate(items):
             if item is not None:
+                kind = kinds[i]
                 slots.append(i * COLUMNS + column)
-                widths.append(kinds[i][5] * item.element_size() if kinds[i] else 1)
+                widths.append(kind[5] * item.element_size() if kind else 1)
     values = VALUES[any(grad is not None for grad in lists[1])]
     sizes = torch.tensor(numel, device="cpu")
     programs = (sizes + values - 1) // values
@@ -411,7 +414,7 @@ def _adamw_ema(
     eps: float,
     momentum: float,
 ) -> None:
-    lists = (params, grads, exp_avgs, exp_avg_sqs, teacher, copies, teacher_copies)
+    lists: tuple[Any, ...] = (params, grads, exp_avgs, exp_avg_sqs, teacher, copies, teacher_copies)
     plan = _plan(lists, lambda: check_adamw(*lists))
     correction = 1 / (1 - beta1**step)
     rate, shrink, rates = lr[0] * correction, lr[0] * weight_decay[0], None
@@ -466,8 +469,8 @@ def _adamw_ema_op(
     n = len(params)
     lists = [[next(items) if there else None for there in present[n * j :][:n]] for j, items in enumerate(given)]
     optional = ([] if items == [None] * n else items for items in lists[4:])
-    numbers = (lr, weight_decay, step, beta1, beta2, eps, momentum)
-    _adamw_ema(*lists[:4], *optional, grad_scale, *numbers)
+    arguments: list[Any] = [*lists[:4], *optional, grad_scale, lr, weight_decay, step, beta1, beta2, eps, momentum]
+    _adamw_ema(*arguments)
 
 
 @_adamw_ema_op.register_fake

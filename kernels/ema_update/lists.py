@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,15 +13,17 @@ from fastssl.kernels._check import FLOATS, KernelError, check
 NAME = "ema_update"
 ADAMW = "adamw_ema"
 Items = Sequence[Tensor | None]
+Lists = dict[str, Sequence[Any]]  # by the argument's name
 
 
 def check_ema(teacher: Items, student: Items, copies: Items) -> None:
     """Raises KernelError where the lists do not fit together; [] stands for no copies."""
-    _check_lists(NAME, {"teacher": teacher, "student": student} | ({"copies": copies} if copies else {}))
+    lists: Lists = {"teacher": teacher, "student": student}
+    _check_lists(NAME, lists | ({"copies": copies} if copies else {}))
 
 
 def check_adamw(
-    params: Items,
+    params: Sequence[Tensor],
     grads: Items,
     exp_avgs: Items,
     exp_avg_sqs: Items,
@@ -29,7 +32,12 @@ def check_adamw(
     teacher_copies: Items,
 ) -> None:
     """Likewise; [] stands for no teacher and no copies."""
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists: Lists = {
+        "params": params,
+        "grads": grads,
+        "exp_avgs": exp_avgs,
+        "exp_avg_sqs": exp_avg_sqs,
+    }
     extra = {"teacher": teacher, "copies": copies, "teacher_copies": teacher_copies}
     _check_lists(ADAMW, lists | {name: items for name, items in extra.items() if items}, tuple(lists | extra)[1:])
     check(bool(teacher) or not teacher_copies, ADAMW, "teacher_copies", "None without a teacher", "a list")
@@ -45,7 +53,7 @@ def check_adamw(
             check(teacher[i] is not None, ADAMW, f"teacher_copies[{i}]", f"None as teacher[{i}]", "a tensor")
 
 
-def _check_lists(op: str, lists: dict[str, Items], may_miss: tuple[str, ...] = ()) -> None:
+def _check_lists(op: str, lists: Lists, may_miss: tuple[str, ...] = ()) -> None:
     """Item i of every list must be a tensor like item i of the first (or None in the lists that `may_miss` names)."""
     (first, leaders), *_ = lists.items()
     for name, items in lists.items():

@@ -45,14 +45,17 @@ def adamw_ema(
             g = g.to(p.dtype)
             if grad_scale is not None:
                 g = g * grad_scale.to(p.dtype)
+            assert m is not None  # see check_adamw
+            assert v is not None
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
             p.sub_(p, alpha=rate * decay)  # not p x (1 - ..): that factor has few digits left in float32
             p.addcdiv_(m, v.sqrt().div_(root).add_(eps), value=-rate / (1 - beta1**step))
-        if copies and copies[i] is not None:
-            copies[i].copy_(p)
-        if teacher and teacher[i] is not None:
-            _average(teacher[i], p, momentum, teacher_copies[i] if teacher_copies else None)
+        copy, t = (items[i] if items else None for items in (copies, teacher))
+        if copy is not None:
+            copy.copy_(p)
+        if t is not None:
+            _average(t, p, momentum, teacher_copies[i] if teacher_copies else None)
 
 
 def _average(teacher: Tensor, student: Tensor, momentum: float, copy: Tensor | None) -> None:

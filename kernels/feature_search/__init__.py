@@ -33,7 +33,7 @@ class Moments(NamedTuple):
         m2: [C], sum of the squared deviations from the mean.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     mean: Tensor
     m2: Tensor
 

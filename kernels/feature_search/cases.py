@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.kernels._spec import FP32, Maker, Op, nbytes
+from fastssl.kernels._spec import FP32, Case, Maker, Op, nbytes
 from fastssl.kernels.feature_search import (
     reference,
     residual_pool,
@@ -95,8 +95,8 @@ def var_mean(y: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def batch_norm(y: Tensor, maps: Tensor, weight: Tensor, bias: Tensor, **statistics: Tensor) -> Tensor:
-    running = [v.clone() for v in (statistics.get("mean"), statistics.get("var")) if v is not None] or [None, None]
-    return F.batch_norm(materialised(maps, y), *running, weight, bias, training=not statistics).relu_()
+    mean, var = statistics.get("mean"), statistics.get("var")
+    return F.batch_norm(materialised(maps, y), mean, var, weight, bias, training=not statistics).relu_()
 
 
 def add_pool(z: Tensor, scale: Tensor, shift: Tensor, maps: Tensor, feature: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def search_flops(inputs: dict[str, Any], outputs: list[Tensor], backward: bool) 
     return 2 * outputs[0].numel() * inputs["feature"].shape[1]
 
 
-PROOF = {
+PROOF: dict[str, Case] = {
     "one of everything": {"M": 1, "B": 1, "C": 1, "side": (1, 1)},
     "stage 4, small": {"M": 8, "B": 2, "C": 96, "side": (7, 7)},
     "off block": {"M": 3, "B": 2, "C": 70, "side": (5, 7), "layout": "first"},
@@ -123,13 +123,13 @@ PROOF = {
     "no images": {"M": 2, "B": 0, "C": 8, "side": (2, 2)},
 }
 
-STAGES = {
+STAGES: dict[str, Case] = {
     "stage 2": {"M": 8, "B": 32, "C": 512, "side": (28, 28)},
     "stage 3": {"M": 8, "B": 32, "C": 1024, "side": (14, 14)},
     "stage 4": {"M": 8, "B": 32, "C": 2048, "side": (7, 7)},
     "stage 2, contiguous": {"M": 8, "B": 32, "C": 512, "side": (28, 28), "layout": "first"},
 }
-NARROW = {name: {**case, "C": 256} for name, case in STAGES.items()}  # conv1's output
+NARROW: dict[str, Case] = {name: {**case, "C": 256} for name, case in STAGES.items()}  # conv1's output
 
 
 def op(call: Callable, expected: Callable, inputs: Callable, library: dict[str, Callable], **options: Any) -> Op:

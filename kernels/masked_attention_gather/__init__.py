@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fastssl.kernels._check import FLOATS, INTEGERS, Shapes, check
@@ -97,7 +99,7 @@ def indexed_attention(
     check(backend in BACKENDS, ATTENTION, "backend", " or ".join(map(repr, BACKENDS)), repr(backend))
     if backend == "auto":
         backend = _default_backend(ragged=q_count is not None or kv_count is not None)
-    named = {"q_ids": q_ids, "kv_ids": kv_ids, "q_count": q_count, "kv_count": kv_count, "scale": scale}
+    named: dict[str, Any] = {"q_ids": q_ids, "kv_ids": kv_ids, "q_count": q_count, "kv_count": kv_count, "scale": scale}
     if backend == "sdpa":
         return attention_reference.gathered_sdpa(q, k, v, **named, take=_take_rows)
     if use_triton(ATTENTION, q, k, v) and q.dtype in FLOATS[:3]:

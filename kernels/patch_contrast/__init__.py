@@ -23,7 +23,7 @@ class PatchContrast(NamedTuple):
     """
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
 
 
 def patch_contrast(a: Tensor, b: Tensor, valid: Tensor, temperature: float = 0.2) -> PatchContrast:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.kernels._spec import BF16, Maker, Op, nbytes
+from fastssl.kernels._spec import BF16, Case, Maker, Op, nbytes
 from fastssl.kernels.patch_contrast import patch_contrast, reference
 
 
@@ -54,7 +54,7 @@ def by_library(a: Tensor, b: Tensor, valid: Tensor, temperature: float = 0.2) ->
     return F.cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=-1, reduction="sum")
 
 
-PROOF = {
+PROOF: dict[str, Case] = {
     "saae, small": {"N": 2, "P": 49, "C": 32},
     "more than one block": {"N": 2, "P": 70, "C": 16, "likeness": 1.0},
     "width padded": {"N": 1, "P": 20, "C": 24, "temperature": 0.07},
@@ -67,7 +67,7 @@ PROOF = {
     "no images": {"N": 0, "P": 5, "C": 16},
 }
 
-BENCH = {
+BENCH: dict[str, Case] = {
     "SAAE N=120 P=196 C=256": {"N": 120, "P": 196, "C": 256, "likeness": 0.3},
     "SAAE N=240 P=196 C=256": {"N": 240, "P": 196, "C": 256, "likeness": 0.3},
 }

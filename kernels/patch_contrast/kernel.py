@@ -258,7 +258,7 @@ def backward(
                 *own.stride()[:2], *other.stride()[:2], 1 / temperature,
                 ROWS=own is a, LENGTH=power_of_2(patches), **tile,
             )  # fmt: skip
-    return tuple(gradients)
+    return gradients[0], gradients[1]
 
 
 @backward.register_fake

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.kernels._spec import FP16, FP32, Maker, Op, nbytes
+from fastssl.kernels._spec import FP16, FP32, Case, Maker, Op, nbytes
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss, reference
 
 
@@ -46,7 +46,7 @@ def min_bytes(inputs: dict[str, Any], outputs: list[Tensor], backward: bool) -> 
     return nbytes(prediction) * (2 if backward else 1) + target + nbytes(inputs["masked"])
 
 
-PROOF = {
+PROOF: dict[str, Case] = {
     "mae": {"B": 3, "size": (32, 48), "p": 8, "M": 17},
     "one patch": {"B": 1, "size": (4, 4), "p": 4, "M": 1},
     "pixels as they are": {"B": 2, "size": (12, 8), "p": 4, "M": 5, "norm_pixels": False},
@@ -60,7 +60,7 @@ PROOF = {
     "no patches": {"B": 2, "size": (8, 8), "p": 4, "M": 0},
 }  # fmt: skip
 
-BENCH = {
+BENCH: dict[str, Case] = {
     "MAE B/16, B=256": {"B": 256, "size": (224, 224), "p": 16, "M": 147},
     "SemMAE B/8, B=64": {"B": 64, "size": (224, 224), "p": 8, "M": 588},
     "SAAE B=240, ragged": {

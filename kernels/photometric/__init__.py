@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ def photometric(
     """
     shapes = Shapes(NAME)
     shapes("crops", crops, "N 3 H W", (torch.uint8,))
-    given = {
+    given: dict[str, tuple[Any, str, tuple[torch.dtype, ...]]] = {
         "jitter": (jitter, "N", (torch.bool,)),
         "order": (order, "N 4", INTEGERS),
         "factor": (factor, "N 4", FLOATS),
@@ -118,13 +119,15 @@ def _on_cpu(
 
     out = torch.empty(crops.shape, dtype=torch.float32) if out is None else out
     dtypes = (torch.bool, torch.int64, torch.float32, torch.bool, torch.float32, torch.float32)
-    arrays = [crops.contiguous().numpy()]
+    arrays: list[Any] = [crops.contiguous().numpy()]
     arrays += [None if x is None else x.to(dtype).contiguous().numpy() for x, dtype in zip(drawn, dtypes, strict=True)]
     each = max(1, -(-len(crops) // (4 * torch.get_num_threads())))
     parts = [slice(begin, begin + each) for begin in range(0, len(crops), each)]
 
     def work(part: slice) -> None:
-        photometric_cpu(*(x if x is None else x[part] for x in arrays), mean, std, out[part].numpy())
+        arguments: list[Any] = [x if x is None else x[part] for x in arrays]
+        arguments += [mean, std, out[part].numpy()]
+        photometric_cpu(*arguments)
 
     if torch.get_num_threads() == 1 or len(parts) == 1:
         for part in parts:

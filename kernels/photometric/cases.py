@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.kernels._spec import Maker, Op, nbytes
+from fastssl.kernels._spec import Case, Maker, Op, nbytes
 from fastssl.kernels.photometric import photometric, reference
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -93,7 +93,7 @@ def torchvision_batch(crops: Tensor, mean: tuple, std: tuple, dtype: torch.dtype
 # In float32 a value next to solarize's threshold may fall on the other side of it than in float64. Where the step there
 # is wide (threshold 70), no crop is blurred: then no value comes near by chance. At 128 the step is 1 of 255 levels,
 # at 127.5 none.
-PROOF = {
+PROOF: dict[str, Case] = {
     "dino": {"N": 6, "size": (16, 64)},
     "everything": {
         "N": 3, "size": (33, 35), "jitter": 1.0, "blur": 1.0, "gray": 0.1, "solarize": 1.0, "threshold": 127.5,
@@ -109,7 +109,7 @@ PROOF = {
     "no crops": {"N": 0, "size": (8, 8)},
 }  # fmt: skip
 
-BENCH = {
+BENCH: dict[str, Case] = {
     "DINO global crops B=256, 2 x 224": {"N": 512, "size": (224, 224), "blur": 0.55},
     "DINO local crops B=256, 8 x 96": {"N": 2048, "size": (96, 96), "solarize": 0.0},
     "CAE's small view B=256, 112": {"N": 256, "size": (112, 112)},

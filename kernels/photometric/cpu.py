@@ -97,6 +97,7 @@ def photometric_cpu(
             )
     if scratch.size < scratch_size(height, width):
         raise ValueError(f"scratch has {scratch.size} values; crops of {height} x {width} need scratch_size() of them")
+    assert order is not None  # as checked above
     if n and not 0 <= order.min() <= order.max() <= _HUE:
         raise ValueError("order has a value that is no operation; they go from 0 (brightness) to 3 (hue)")
     gain, offset = from_levels(mean, std)
@@ -113,10 +114,10 @@ def scratch_size(height: int, width: int) -> int:
 
 def from_levels(mean: Sequence[float], std: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """gain and offset, float32 [3] each: gain x level + offset = (level / 255 - mean) / std."""
-    mean, std = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-    if mean.shape != (3,) or std.shape != (3,) or not std.all():
-        raise ValueError(f"mean {mean.tolist()} and std {std.tolist()} must be 3 numbers each, std without a 0")
-    return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+    m, s = np.asarray(mean, np.float64), np.asarray(std, np.float64)
+    if m.shape != (3,) or s.shape != (3,) or not s.all():
+        raise ValueError(f"mean {m.tolist()} and std {s.tolist()} must be 3 numbers each, std without a 0")
+    return (1 / (255 * s)).astype(np.float32), (-m / s).astype(np.float32)
 
 
 @_public

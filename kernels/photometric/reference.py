@@ -8,6 +8,7 @@ Letters: M crops of a chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,16 +37,16 @@ def photometric(
     every crop and selected, so that nothing waits for the device.
     """
     exact = torch.promote_types(dtype, torch.float32)
-    drawn = None
+    drawn: list[Any] = [jitter, order, factor, gray, blur_sigma, solarize]  # all or none
     if factor is not None:
         exact = torch.promote_types(exact, factor.dtype)
-        drawn = (jitter, order.long(), factor.to(exact), gray, blur_sigma.to(exact), solarize.to(exact))
+        drawn = [value.to(exact) if value.is_floating_point() else value for value in drawn]
     out = torch.empty(crops.shape, dtype=dtype, device=crops.device)
     chunk = max(CPU_CHUNK // max(crops[:1].numel(), 1), 1) if crops.device.type == "cpu" else max(len(crops), 1)
     for start in range(0, len(crops), chunk):
         part = slice(start, start + chunk)
         x = crops[part].to(exact).div_(255)
-        if drawn:
+        if factor is not None:
             x = _operations(x, *(value[part] for value in drawn))
         for channel in range(3):
             out[part, channel] = x[:, channel].sub_(mean[channel]).div_(std[channel])
@@ -57,7 +58,7 @@ def _operations(
 ) -> Tensor:
     """The drawn operations on x [M, 3, H, W] in [0, 1]."""
     for position in range(4):
-        op = order[:, position]
+        op = order[:, position].long()
         amount = factor.gather(1, op[:, None])[:, 0]
         x = _where(jitter & (op != HUE), _blend, x, op, amount)
         x = _where(jitter & (op == HUE) & (amount != 0), _rotate_hue, x, amount)

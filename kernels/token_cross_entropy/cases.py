@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastssl.kernels._spec import FP32, Maker, Op, nbytes
+from fastssl.kernels._spec import FP32, Case, Maker, Op, nbytes
 from fastssl.kernels.token_cross_entropy import reference, token_cross_entropy
 
 
@@ -65,7 +65,7 @@ LIBRARY = {"F.linear, F.cross_entropy": cross_entropy}
 if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyOptions"):
     LIBRARY["F.linear_cross_entropy, chunked"] = chunked_by_torch
 
-PROOF = {
+PROOF: dict[str, Case] = {
     "cae": {"T": 37, "D": 24, "K": 200},
     "chunks, ragged": {"T": 37, "D": 16, "K": 130, "chunk": 10, "ignored": 0.3},
     "no bias": {"T": 9, "D": 8, "K": 65, "bias": False, "chunk": 4},
@@ -80,7 +80,7 @@ PROOF = {
     "no tokens": {"T": 0, "D": 4, "K": 9},
 }
 
-BENCH = {
+BENCH: dict[str, Case] = {
     "CAE-B T=6272 D=768 K=8192": {"T": 6272, "D": 768, "K": 8192},
     "CAE-L T=6272 D=1024 K=8192, no bias": {"T": 6272, "D": 1024, "K": 8192, "bias": False},
     "T=4096 D=768 K=65536": {"T": 4096, "D": 768, "K": 65536},

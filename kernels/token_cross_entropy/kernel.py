@@ -228,7 +228,7 @@ def forward(
             _product(slope, weight, d_tokens[part])
         if weight_grad:
             _product(slope.t(), x, d_weight, add=start > 0)
-        if bias_grad:
+        if column_sums is not None:
             d_bias += column_sums.sum(0)[:classes]
 
     counted = (labels != -1).sum().clamp_min(1).float()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.kernels._spec import FP32, Maker, Op, nbytes
+from fastssl.kernels._spec import FP32, Case, Maker, Op, nbytes
 from fastssl.kernels.uncrop import reference, uncrop
 
 
@@ -64,7 +64,7 @@ def einsum(
     return (canvas + outside * mask_code.to(codes.dtype)).flatten(1, 2)
 
 
-PROOF = {
+PROOF: dict[str, Case] = {
     "saae": {"V": 5, "C": 48, "grid": 14},
     "several blocks": {"V": 3, "C": 130, "grid": (9, 11)},
     "one cell": {"V": 3, "C": 7, "grid": 1},
@@ -76,7 +76,7 @@ PROOF = {
     "no views": {"V": 0, "C": 8, "grid": 3},
 }
 
-BENCH = {
+BENCH: dict[str, Case] = {
     "SAAE B=120, two views": {"V": 240, "C": 256, "grid": 14, "least": 4, "strided": True},
     "SAAE, patch 8": {"V": 64, "C": 256, "grid": 28, "least": 8, "strided": True},
     "SAAE, authors' flip": {"V": 240, "C": 256, "grid": 14, "least": 4, "strided": True, "flip_axis": "channel"},

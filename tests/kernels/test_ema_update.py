@@ -225,9 +225,12 @@ def test_same_tensors_in_other_roles_get_their_own_table(device):
     assert all(map(torch.equal, copies, before))
 
 
-def test_tables_are_kept_and_bounded(device):
+def test_tables_are_kept_and_bounded(device, monkeypatch):
     from fastssl.kernels.ema_update import kernel
 
+    monkeypatch.setattr(kernel, "LIMIT", 5)
+    kernel._plans.clear()
+    kernel._layouts.clear()
     teacher, student = normal(device), normal(device, seed=1)
     with forced("triton"):
         ema_update(teacher, student, 0.9)
