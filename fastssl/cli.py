@@ -17,7 +17,7 @@ from fastssl.parse import parse_options, parse_pretrain
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command; returns the exit code: 0 done, 1 something failed, 2 bad arguments, 130 interrupted."""
+    """Runs one command; returns the exit code: 0 done, 1 failed, 2 bad arguments, 128 + N ended by signal N."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
@@ -37,14 +37,14 @@ def main(arguments: list[str] | None = None) -> int:
         return _fail(str(error), 2)
     except (ValueError, RuntimeError, OSError) as error:
         if type(error).__module__.startswith("fastssl") and not os.environ.get("FASTSSL_TRACEBACK"):
-            return _fail(str(error), 1)
+            return _fail(str(error), getattr(error, "code", 1))
         raise
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"fastssl: error: {message}", file=sys.stderr)
+    print(f"fastssl: {'' if code > 128 else 'error: '}{message}", file=sys.stderr)
     return code
 
 
@@ -175,8 +175,8 @@ def import_(arguments: list[str]) -> None:
 
 def export(arguments: list[str]) -> None:
     """Write a backbone for other libraries: fastssl export CHECKPOINT OUT --to timm|torchvision|hf|official."""
-    from fastssl.weights.libraries import ExportOptions
-    from fastssl.weights.libraries import export as run
+    from fastssl.weights.export import ExportOptions
+    from fastssl.weights.export import export as run
 
     options, as_json = parse_options("fastssl export", export.__doc__, ExportOptions, arguments, "checkpoint", "out")
     result = run(options)

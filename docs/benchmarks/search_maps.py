@@ -10,21 +10,17 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from fastssl.augment import augment
 from fastssl.config import Data
-from fastssl.evaluation.ssl import config_of
 from fastssl.loaders.engine import open_loader
 from fastssl.loaders.sources import open_source
-from fastssl.methods import METHODS, view_list
+from fastssl.methods import view_list
 from fastssl.methods.scfs import crops, search
 from fastssl.training import checkpoint
+from fastssl.weights.backbone import open_method
 
 
 @torch.no_grad()
 def main(path: str, data: str) -> None:
-    content = checkpoint.load(path)
-    config = config_of(content)
-    method = METHODS[config.method](config)
-    method.load_state_dict(content["method"])
-    method.eval()
+    config, method = open_method(checkpoint.read(path, "pretrain"))
     grids = {"global1": 16, "local": 8}
     loader = open_loader(open_source(data), view_list(config.views), Data(batch_size=64), seed=5, rank=0, world=1,
                          threads=1, pin_memory=False, part_grid=grids)  # fmt: skip

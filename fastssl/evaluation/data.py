@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastssl.config import check
 from fastssl.loaders.sources import Source, open_source
 
 
@@ -34,6 +35,11 @@ def default_resize(size: int) -> int:
     data sets of small images (CIFAR, Tiny ImageNet) are evaluated whole.
     """
     return size if size <= 64 else round(size * 256 / 224)
+
+
+def check_resize(resize: int, size: int) -> None:
+    """Raises a ConfigError unless the shorter side `resize` is 0 (automatic) or at least the crop `size`, in pixels."""
+    check(resize == 0 or resize >= size, "resize", resize, f"0 (automatic) or at least size, {size}")
 
 
 def spaced_ids(images: int, limit: int) -> np.ndarray:

@@ -17,17 +17,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastssl.augment import augment
-from fastssl.config import Config, ConfigError, Model, View
+from fastssl.config import ConfigError
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError, default_resize
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.sources import open_source
 from fastssl.loaders.views import central_batches
-from fastssl.methods import METHODS, view_list
-from fastssl.methods.method import Method
+from fastssl.methods import view_list
 from fastssl.step import Values
 from fastssl.training import checkpoint
+from fastssl.training.checkpoint import Checkpoint
 from fastssl.training.device import choose_device, choose_dtype
+from fastssl.weights.backbone import open_method
 
 CHANCE = "_chance"  # a metric NAME_chance is the value of NAME when all images get the same output
 
@@ -111,11 +112,11 @@ def evaluate_ssl(options: SSLOptions) -> SSLEvaluation:
     begin = time.perf_counter()
     device = choose_device(options.device, "device")
     dtype = choose_dtype(options.precision, device, "precision")
-    content = checkpoint.load(options.checkpoint)
+    saved = checkpoint.read(options.checkpoint, "pretrain", "import")
     source = open_source(options.data)
-    config = config_of(content)
-    method = _method(config, content, options.checkpoint).to(device)
-    values = _values(config, content, options.seed)
+    config, method = open_method(saved)
+    method = method.to(device)
+    values = _values(saved, options.seed)
     part_grid = method.part_grid(config) or {}
     if part_grid and not source.has_parts:
         raise EvaluationError(f"method {config.method} needs part maps, and {options.data} has none")
@@ -142,34 +143,14 @@ def evaluate_ssl(options: SSLOptions) -> SSLEvaluation:
     means = {name: value.item() / len(source) for name, value in sums.items()}
     seconds = round(time.perf_counter() - begin, 1)
     return SSLEvaluation(
-        options.checkpoint, config.method, content["step"], len(source), options.batch_size, means, seconds
+        options.checkpoint, config.method, saved.step, len(source), options.batch_size, means, seconds
     )
 
 
-def config_of(content: dict[str, Any]) -> Config:
-    """The typed part of a checkpoint's configuration that its method reads: views, settings, model."""
-    values = content["config"]
-    name = values["method"]
-    if name not in METHODS:
-        raise EvaluationError(f"the checkpoint is of method '{name}'; known: {', '.join(METHODS)}")
-    kind = METHODS[name]
-    views = kind.Views(**{key: View(**group, name=key) for key, group in values["views"].items()})
-    return Config(name, views, kind.Settings(**values[name]), model=Model(**values["model"]))
-
-
-def _method(config: Config, content: dict[str, Any], path: str) -> Method:
-    with torch.random.fork_rng():
-        method = METHODS[config.method](config)
-    try:
-        method.load_state_dict(content["method"])
-    except RuntimeError as error:
-        raise EvaluationError(f"{path} does not fit its method ({str(error).splitlines()[0]})") from None
-    return method.eval()
-
-
-def _values(config: Config, content: dict[str, Any], seed: int) -> Values:
-    """The last step done: what a method schedules stands as it did there."""
-    fit = content["fit"]
-    steps_per_epoch = max(1, fit["images"] // fit["images_per_step"])
-    total = steps_per_epoch * content["config"]["schedule"]["epochs"]
-    return Values(min(max(content["step"] - 1, 0), total - 1), total, steps_per_epoch, seed)
+def _values(saved: Checkpoint, seed: int) -> Values:
+    """The last step done: what a method schedules stands as it did there. An import counts as a finished run."""
+    epochs = saved.config["schedule"]["epochs"]
+    steps_per_epoch = saved.fingerprint.get("steps_per_epoch", 1)
+    total = steps_per_epoch * epochs
+    done = total if saved.kind == "import" else saved.step
+    return Values(min(max(done - 1, 0), total - 1), total, steps_per_epoch, seed)

@@ -23,7 +23,6 @@ from fastssl.kernels.masked_attention_gather import gather_tokens
 from fastssl.models.vit import cut_patches
 
 PUBLISHED = "https://cdn.openai.com/dall-e/encoder.pkl"
-CODEBOOK_FORMAT = "fastssl-codebook-1"
 LOGITS = 2**25  # logits that exist at once: 128 MiB
 
 # The classes that OpenAI's pickled module names. None of them is ever made: `_Inert` stands for each.
@@ -269,8 +268,8 @@ def load_tokenizer(path: str | Path, sha256: str = "") -> Tokenizer:
             raise ConfigError(f"tokenizer {path}: its SHA-256 is {digest.hexdigest()}, not {sha256.lower()}")
     content = _read(path)
     try:
-        if isinstance(content, dict) and content.get("tokenizer") == CODEBOOK_FORMAT:
-            return PatchCodebook(content["centres"], content["patches"])
+        if isinstance(content, dict) and content.get("kind") == "tokenizer":  # a checkpoint record
+            return PatchCodebook(content["network"]["centres"], content["network"]["patches"])
         return _dalle_encoder(content)
     except (KeyError, AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]

@@ -20,9 +20,10 @@ from torch import Tensor
 from fastssl.config import ConfigError, Data, View, check
 from fastssl.loaders.engine import decoding_threads, open_loader
 from fastssl.loaders.sources import open_source
-from fastssl.models.dvae import CODEBOOK_FORMAT, describe, nearest
+from fastssl.models.dvae import describe, nearest
 from fastssl.models.vit import cut_patches
 from fastssl.training import checkpoint
+from fastssl.training.checkpoint import Checkpoint
 
 BATCH = 64
 
@@ -111,7 +112,7 @@ def train_tokenizer(options: TokenizerOptions) -> Learned:
     share = count[count > 0] / len(codes)
     left = (pixels - means[rank]).square().mean() / (pixels - pixels.mean(dim=0)).square().mean()
     patches = means.unflatten(1, (3, options.cell, options.cell))
-    checkpoint.save(options.out, {"tokenizer": CODEBOOK_FORMAT, "centres": centres, "patches": patches})
+    checkpoint.write(options.out, Checkpoint("tokenizer", {}, {"centres": centres, "patches": patches}, None))
     return Learned(
         out=options.out,
         codes=options.codes,

@@ -133,7 +133,7 @@ def bench(config: Config, options: StepBenchOptions) -> StepBench:
 
 def _bench(trainer: Trainer, options: StepBenchOptions) -> StepBench:
     device, cuda = trainer.device, trainer.device.type == "cuda"
-    batches = trainer.batches()
+    batches = trainer.micro_batches()
     if options.repeat_batch:
         batch = next(batches).map(torch.clone)
         batches.close()
@@ -177,7 +177,7 @@ def _steps(trainer: Trainer, batches: Iterator[Batch], count: int) -> None:
 def _row(trainer: Trainer, mode: str, rounds: list[dict[str, float]], steps: int, rate: float, memory: int) -> StepTime:
     middle = sorted(rounds, key=lambda parts: parts["step"])[(len(rounds) - 1) // 2]
     seconds = middle["step"] / steps
-    images_per_s = trainer.images_per_step / seconds
+    images_per_s = trainer.pace.images_per_step / seconds
     return StepTime(
         mode,
         images_per_s,
@@ -196,7 +196,7 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
         "model": config.model.name,
         "device": f"{distributed.world()} x {name}",
         "dtype": str(trainer.dtype).removeprefix("torch."),
-        "images_per_step": trainer.images_per_step,
+        "images_per_step": trainer.pace.images_per_step,
         "gflop_per_image": trainer.estimate.flops / 1e9,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

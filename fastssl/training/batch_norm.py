@@ -20,7 +20,7 @@ def synchronise_batch_norm(module: nn.Module, device: torch.device) -> nn.Module
 
 
 class SyncBatchNorm(_BatchNorm):
-    """For processes on the CPU (gloo). They may bring different numbers of values, or none at all; each must take part in
+    """For processes on the CPU (gloo). They may bring different numbers of values, or none, but each must take part in
     forward and backward. Sums are taken in float32 or float64."""
 
     def forward(self, x: Tensor) -> Tensor:

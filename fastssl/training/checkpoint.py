@@ -1,64 +1,197 @@
-"""One file holds all that is needed to continue a run or to use its backbone; it is whole or it is not there.
+"""The record that a checkpoint file holds, its one writer and its one reader.
 
-Only tensors and plain values go in, so that `torch.load(path, weights_only=True)` opens it anywhere.
+Only tensors and plain values go in, so that `torch.load(path, weights_only=True)` opens it anywhere. A file is whole or
+it is not there.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from fastssl.config import Model
-from fastssl.models import build_backbone
+from fastssl import __version__
+from fastssl.config import ConfigError
 
-FORMAT = "fastssl-1"
+FORMAT = "fastssl-2"
+WHAT = {  # kind -> what a message calls such a file
+    "pretrain": "a pretraining run",
+    "import": "an import",
+    "finetune": "a fine-tuning run",
+    "segment": "a segmentation run",
+    "detect": "a detection run",
+    "probe": "attentive probes",
+    "parts": "a part learner",
+    "tokenizer": "a stand-in tokenizer",
+}
+T = TypeVar("T")
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read or does not fit; the message names the file and what to do."""
 
 
-def save(path: Path, content: dict[str, Any]) -> None:
-    """Writes `content` to `path` in one piece: a killed process leaves the old file, never half a new one.
+@dataclass
+class Checkpoint:
+    """All that is needed to continue a run or to use what it trained.
 
-    Args:
-        path: the file to (re)place.
-        content: tensors, numbers, strings, None, and lists and dicts of them.
+    Attributes:
+        kind: a key of `WHAT`.
+        config: the configuration as plain values; `config["model"]` describes the backbone.
+        network: state dict of everything that was trained (for a pretraining run: of the method, teacher included).
+        backbone_prefix: where the backbone's keys begin in `network`; None where there is no backbone in it.
+        step: optimizer steps done.
+        optimizer, scaler: their state dicts; empty where nothing can be continued.
+        fingerprint: what a continuation must have in common with the run, as plain values.
+        extra: what only this kind of run keeps (history, class names, a moving average, ...).
+        version: of the package that wrote it.
+        path: the file that it was read from; not stored.
+    """
+
+    kind: str
+    config: dict[str, Any]
+    network: dict[str, Tensor]
+    backbone_prefix: str | None
+    step: int = 0
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, Any] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+    version: str = __version__
+    path: str = ""
+
+    def backbone(self) -> dict[str, Tensor]:
+        """The backbone's own state dict.
+
+        Raises:
+            CheckpointError: there is none in it.
+        """
+        if self.backbone_prefix is None:
+            raise CheckpointError(f"{self.path} is of {WHAT[self.kind]} and holds no backbone")
+        start = len(self.backbone_prefix)
+        return {key[start:]: value for key, value in self.network.items() if key.startswith(self.backbone_prefix)}
+
+    def section(self, kind: type[T], *keys: str, **more: Any) -> T:
+        """A section of the configuration as the dataclass that describes it.
+
+        Args:
+            kind: the dataclass.
+            keys: the way to the section, e.g. "views", "global1".
+            more: fields that the section does not name.
+
+        Raises:
+            CheckpointError: there is no such section, or it has a key that is unknown or unusable here.
+        """
+        values: Any = self.config
+        for key in keys:
+            values = values.get(key) if isinstance(values, dict) else None
+        name = ".".join(keys)
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{self.path} does not describe its {name} (no section '{name}' in its config)")
+        known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise CheckpointError(
+                f"{self.path} was written with '{name}.{unknown[0]}', which version {__version__} does not know"
+            )
+        try:
+            return kind(**values, **more)
+        except (TypeError, ConfigError) as error:
+            raise CheckpointError(f"{self.path}: the section '{name}' of its config is unusable ({error})") from None
+
+    def check(self, fingerprint: dict[str, Any], option: str) -> None:
+        """Whether the run that wrote this may be continued as it is asked for now.
+
+        Args:
+            fingerprint: of the present run.
+            option: the option that names the run's folder.
+
+        Raises:
+            CheckpointError: it may not; the message lists every key that differs.
+        """
+        differing = [
+            f"{key} (was {self.fingerprint.get(key)!r}, now {fingerprint.get(key)!r})"
+            for key in dict.fromkeys([*self.fingerprint, *fingerprint])
+            if self.fingerprint.get(key) != fingerprint.get(key)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{self.path} was written with other settings: {', '.join(differing)}; continue it with the same "
+                f"settings, or name another folder with {option}"
+            )
+
+
+STORED = {one.name for one in fields(Checkpoint)} - {"path"}
+
+
+def write(path: str | Path, saved: Checkpoint) -> None:
+    """Writes a record to `path` in one piece: a killed process leaves the old file, never half a new one.
 
     Raises:
         CheckpointError: the disk refused (full, read-only); the previous file is untouched.
     """
+    content = {"format": FORMAT, **{name: getattr(saved, name) for name in STORED}}
     try:
-        replace_file(Path(path), lambda part: torch.save({"format": FORMAT, **content}, part))
+        replace_file(Path(path), lambda part: torch.save(content, part))
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         raise CheckpointError(
             f"{path}: the checkpoint could not be written ({error}); free some space and resume"
         ) from None
 
 
-def check_fit(path: Path, written: dict[str, Any], now: dict[str, Any], option: str) -> None:
-    """Whether the run that wrote a checkpoint may be continued as it is asked for now.
+def read(path: str | Path, *kinds: str, device: torch.device | str = "cpu") -> Checkpoint:
+    """Reads a checkpoint; nothing in the file is executed.
 
     Args:
-        path: the checkpoint.
-        written, now: what must be equal; keys that `now` lacks may differ.
-        option: the option that names the run's folder.
+        path: the file.
+        kinds: the kinds that will do; none: any.
+        device: where its tensors go.
 
     Raises:
-        CheckpointError: it may not; the message names the first key that differs.
+        CheckpointError: no such file, not a checkpoint of this package, damaged, or of another kind.
     """
-    for key, value in now.items():
-        if written.get(key) != value:
-            raise CheckpointError(
-                f"{path} was written with {key} = {written.get(key)}, this run has {value}; "
-                f"continue it with the same value, or name another folder with {option}"
-            )
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such checkpoint") from None
+    except IsADirectoryError:
+        raise CheckpointError(
+            f"{path} is a folder; name the checkpoint inside it, e.g. {Path(path) / 'last.pt'}"
+        ) from None
+    except Exception as error:  # torch.load raises many types on damaged or foreign files
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason[:120]})") from None
+    return record(path, content, *kinds)
+
+
+def record(path: str | Path, content: Any, *kinds: str) -> Checkpoint:
+    """The record in what a file held; see `read`."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a fastssl checkpoint (no format mark {FORMAT!r})")
+    stored = content.keys() - {"format"}
+    if stored != STORED:
+        odd = ", ".join(sorted(f"{key} is missing" for key in STORED - stored) + sorted(map(str, stored - STORED)))
+        raise CheckpointError(f"{path} is not a whole checkpoint of this version ({odd[:120]})")
+    saved = Checkpoint(**{key: value for key, value in content.items() if key != "format"}, path=str(path))
+    wrong = [one.name for one in fields(Checkpoint) if not isinstance(getattr(saved, one.name), TYPES[one.name])]
+    if wrong or saved.kind not in WHAT:
+        raise CheckpointError(f"{path} is not a checkpoint of this version ({(wrong or ['kind'])[0]} is unusable)")
+    if kinds and saved.kind not in kinds:
+        raise CheckpointError(f"{path} is of {WHAT[saved.kind]}, not of {' or '.join(WHAT[kind] for kind in kinds)}")
+    return saved
+
+
+TYPES: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("kind", "version", "path"), str),
+    **dict.fromkeys(("config", "network", "optimizer", "scaler", "fingerprint", "extra"), dict),
+    "backbone_prefix": (str, type(None)),
+    "step": int,
+}
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -77,55 +210,3 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-
-
-def load(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint; nothing in the file is executed.
-
-    Raises:
-        CheckpointError: no such file, not a checkpoint of this package, or damaged.
-    """
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such checkpoint") from None
-    except IsADirectoryError:
-        raise CheckpointError(
-            f"{path} is a folder; name the checkpoint inside it, e.g. {Path(path) / 'last.pt'}"
-        ) from None
-    except Exception as error:  # torch.load raises many types on damaged or foreign files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason[:120]})") from None
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a fastssl checkpoint (no format mark {FORMAT!r})")
-    return content
-
-
-@dataclass
-class Backbone:
-    """A pretrained backbone, ready to use.
-
-    Attributes:
-        module: in eval mode, on the asked device.
-        image_size: side of the images it was made for, in pixels.
-        config: the run's whole configuration as plain values.
-        step: optimizer steps of the run.
-    """
-
-    module: nn.Module
-    image_size: int
-    config: dict[str, Any]
-    step: int
-
-
-def load_backbone(path: str | Path, device: torch.device | str = "cpu") -> Backbone:
-    """Builds the backbone that a checkpoint describes and loads its weights; see `load` for the errors."""
-    content = load(path, device)
-    model = Model(**content["config"]["model"])
-    module = build_backbone(model)
-    prefix = content["backbone_prefix"]
-    weights = {key[len(prefix) :]: value for key, value in content["method"].items() if key.startswith(prefix)}
-    missing, unexpected = module.load_state_dict(weights, strict=False)
-    if missing or unexpected:
-        raise CheckpointError(f"{path} does not hold a whole {model.name}: missing {missing}, unexpected {unexpected}")
-    return Backbone(module.to(device).eval(), model.image_size, content["config"], content["step"])

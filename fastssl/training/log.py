@@ -3,9 +3,11 @@ TensorBoard and metrics.jsonl."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastssl.training import distributed
+from fastssl.training.checkpoint import replace_file
 
 
 class MetricRing:
@@ -54,13 +57,19 @@ class Clock:
         self.begin = time.perf_counter()
         self.waited = 0.0
 
-    def wait(self, seconds: float) -> None:
-        """Counts time spent waiting for the next batch."""
-        self.waited += seconds
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for the next batch."""
+        begin = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - begin
 
-    def skip(self, seconds: float) -> None:
-        """Leaves out time that is not training (a checkpoint, an evaluation)."""
-        self.begin += seconds
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Around what is not training (a checkpoint, an evaluation): its time is left out."""
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
 
     def read(self) -> tuple[float, float]:
         """(elapsed seconds, share of them spent waiting for data); starts anew."""
@@ -75,25 +84,25 @@ class RunLog:
     """The main process's progress bar, TensorBoard file and metrics.jsonl; the other processes stay silent.
 
     Args:
-        folder: the run folder.
+        folder: the run folder; None: only the bar.
         step: the step at which this process starts; lines that an interrupted run wrote beyond it are dropped.
         total_steps: length of the progress bar.
     """
 
-    def __init__(self, folder: Path, step: int, total_steps: int) -> None:
+    def __init__(self, folder: Path | None, step: int, total_steps: int) -> None:
         self.main = distributed.is_main()
         self.bar: tqdm | None = None
-        if not self.main:
+        self.begin, self.total_steps = step, total_steps
+        self.files = self.main and folder is not None
+        if folder is None or not self.main:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow import, and only one process writes
 
         self.path = folder / "metrics.jsonl"
         kept = [line for line in _lines(self.path) if line["step"] <= step]
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        replace_file(self.path, lambda part: part.write_text("".join(json.dumps(line) + "\n" for line in kept)))
         self.file = open(self.path, "a", buffering=1)  # noqa: SIM115 - open for the run, closed by close()
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        self.begin = step
-        self.total_steps = total_steps
 
     def progress(self) -> None:
         """Moves the bar by one step."""
@@ -106,12 +115,11 @@ class RunLog:
 
     def record(self, line: dict[str, float]) -> None:
         """Writes one line of numbers; `step` is one of them."""
-        if not self.main:
-            return
-        self.file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if name not in ("step", "epoch"):
-                self.board.add_scalar(name, value, line["step"])
+        if self.files:
+            self.file.write(json.dumps(line) + "\n")
+            for name, value in line.items():
+                if name not in ("step", "epoch"):
+                    self.board.add_scalar(name, value, line["step"])
         if self.bar is None:
             return
         shown = {
@@ -128,9 +136,9 @@ class RunLog:
             tqdm.write(text, file=sys.stderr)
 
     def close(self) -> None:
-        if self.main:
-            if self.bar is not None:
-                self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.files:
             self.board.close()
             self.file.close()
 

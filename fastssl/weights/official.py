@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastssl import __version__
 from fastssl.config import Config
 from fastssl.methods import METHODS
 from fastssl.training import checkpoint
-from fastssl.training.checkpoint import CheckpointError
+from fastssl.training.checkpoint import Checkpoint, CheckpointError
 
 # What authors' training files hold beside tensors: their arguments, paths and NumPy scalars. All are plain data.
 PLAIN = [
@@ -123,17 +122,8 @@ def import_weights(config: Config, source: str | Path, target: str | Path) -> Im
     _check_keys(str(source), expected, ours)
     state = {key: ours[key].to(value.dtype).contiguous() for key, value in expected.items()}
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(
-        Path(target),
-        {
-            "version": __version__,
-            "config": config.as_dict(),
-            "imported": Path(source).name,
-            "step": 0,
-            "backbone_prefix": kind.backbone_prefix,
-            "method": state,
-        },
-    )
+    saved = Checkpoint("import", config.as_dict(), state, kind.backbone_prefix, extra={"file": Path(source).name})
+    checkpoint.write(target, saved)
     return Imported(config.method, config.model.name, len(state), whole, str(target))
 
 

@@ -21,6 +21,7 @@ from fastssl.methods import METHODS, view_list
 from fastssl.parse import parse_pretrain
 from fastssl.step import Values
 from fastssl.training import checkpoint
+from fastssl.training.checkpoint import Checkpoint, CheckpointError
 
 IMAGES = 21
 SCHEDULE = {"schedule.epochs": 4, "schedule.warmup_epochs": 0}
@@ -45,9 +46,9 @@ def save_run(path, images, name, **keys):
     config, _ = parse_pretrain([f"--{key}={value}" for key, value in values.items()])
     torch.manual_seed(0)
     method = METHODS[name](config)
-    fit = {"method": name, "images_per_step": 10, "images": IMAGES}
-    content = {"config": config.as_dict(), "fit": fit, "step": 3, "backbone_prefix": method.backbone_prefix}
-    checkpoint.save(path, {**content, "method": method.state_dict()})
+    saved = Checkpoint("pretrain", config.as_dict(), method.state_dict(), method.backbone_prefix, step=3)
+    saved.fingerprint = {"method": name, "images_per_step": 10, "steps_per_epoch": IMAGES // 10, "images": IMAGES}
+    checkpoint.write(path, saved)
     return {"checkpoint": str(path), "data": str(images), "workers": 1, "precision": "fp32"}, config, method.eval()
 
 
@@ -127,14 +128,16 @@ def test_unusable_options(change, message):
 
 def test_a_checkpoint_that_does_not_fit(images, tmp_path, monkeypatch):
     given, *_ = save_run(tmp_path / "last.pt", images, "sit")
-    content = checkpoint.load(given["checkpoint"])
-    content["method"].pop("student.head.0.bias")
-    checkpoint.save(tmp_path / "broken.pt", content)
-    with pytest.raises(EvaluationError, match=r"broken\.pt does not fit its method"):
+    saved = checkpoint.read(given["checkpoint"])
+    saved.network.pop("student.head.0.bias")
+    checkpoint.write(tmp_path / "broken.pt", saved)
+    with pytest.raises(
+        CheckpointError, match=r"broken\.pt does not hold a whole sit .*student.head.0.bias"
+    ):
         evaluate_ssl(SSLOptions(**{**given, "checkpoint": str(tmp_path / "broken.pt")}))
-    content["config"]["method"] = "unheard"
-    checkpoint.save(tmp_path / "other.pt", content)
-    with pytest.raises(EvaluationError, match="of method 'unheard'; known: "):
+    saved.config["method"] = "unheard"
+    checkpoint.write(tmp_path / "other.pt", saved)
+    with pytest.raises(CheckpointError, match="of method 'unheard'; known: "):
         evaluate_ssl(SSLOptions(**{**given, "checkpoint": str(tmp_path / "other.pt")}))
     monkeypatch.setattr(ssl.METHODS["sit"], "part_grid", staticmethod(lambda config: {"view1": 4}))
     with pytest.raises(EvaluationError, match=r"method sit needs part maps, and .* has none"):

@@ -15,10 +15,11 @@ from fastssl.config import Config, ConfigError, Model, Optim
 from fastssl.masks import block_mask
 from fastssl.methods import METHODS, view_list
 from fastssl.methods.cae import CAE
-from fastssl.models.dvae import CODEBOOK_FORMAT, PatchCodebook, Tokenizer, describe
+from fastssl.models.dvae import PatchCodebook, Tokenizer, describe
 from fastssl.models.vit import cut_patches
 from fastssl.step import Values
 from fastssl.training import checkpoint
+from fastssl.training.checkpoint import Checkpoint
 from fastssl.training.optim import build_optimizer, param_groups
 
 VALUES = Values(0, 10, 2, seed=5)
@@ -31,7 +32,8 @@ def codebook(tmp_path_factory):
     """A codebook's file: 24 codes of 4 x 4 pixels."""
     path = tmp_path_factory.mktemp("codebook") / "codebook.pt"
     patches = torch.rand(CODES, 3, 4, 4, generator=torch.Generator().manual_seed(7))
-    checkpoint.save(path, {"tokenizer": CODEBOOK_FORMAT, "centres": describe(patches.flatten(1)), "patches": patches})
+    network = {"centres": describe(patches.flatten(1)), "patches": patches}
+    checkpoint.write(path, Checkpoint("tokenizer", {}, network, None))
     return str(path)
 
 
@@ -192,7 +194,7 @@ def slow_step(state, images, labels, visible, masked, *, heads=3, narrow_heads=2
 
 def slow_codes(pixels, codebook):
     """Codes [N] of one image [3, H, W] in 0..1: the nearest centre of each 4 x 4 patch, one by one."""
-    patches = checkpoint.load(codebook)["patches"]
+    patches = checkpoint.read(codebook).network["patches"]
     centres = describe(patches.flatten(1))
     found = []
     for i in range(pixels.shape[1] // 4):
@@ -601,7 +603,7 @@ def test_pictures(codebook):
         _, tokens = method.complete(method.encoder.tokens(images, seen)[:, 1:], seen, masked)
         predicted = method.decoder.head(tokens).argmax(-1)
     painted = cut_patches(sheet[:, 5], 8).gather(1, masked[..., None].expand(-1, -1, 192))
-    mean = checkpoint.load(codebook)["patches"].mean((1, 2, 3))[predicted]
+    mean = checkpoint.read(codebook).network["patches"].mean((1, 2, 3))[predicted]
     torch.testing.assert_close(painted.mean(-1), mean, rtol=1e-4, atol=1e-4)
 
 

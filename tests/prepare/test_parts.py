@@ -26,6 +26,7 @@ from fastssl.prepare.parts.learner import PartDecoder, PartLearner, add_backgrou
 from fastssl.prepare.parts.tokens import ImportOptions, TokenFileError, import_parts, read_token_file
 from fastssl.prepare.parts.write import WriteOptions, write
 from fastssl.training import checkpoint
+from fastssl.training.checkpoint import Checkpoint
 
 CPU = torch.device("cpu")
 
@@ -208,9 +209,8 @@ def folder(tmp_path_factory):
     convert(ConvertOptions(str(images / "train"), str(folder / "plain.beton")))
     torch.manual_seed(0)
     model = Model("vit_tiny", 32, 4, 24, 2, 3)
-    content = {"config": {"model": vars(model)}, "step": 0, "backbone_prefix": "b.", "fit": {}}
     weights = {f"b.{key}": value for key, value in build_backbone(model).state_dict().items()}
-    checkpoint.save(folder / "backbone.pt", {**content, "method": weights})
+    checkpoint.write(folder / "backbone.pt", Checkpoint("pretrain", {"model": vars(model)}, weights, "b."))
     learn(options(folder))
     return folder
 
@@ -224,9 +224,9 @@ def options(folder, **more):
 def test_learning_repeats_itself_and_judges_its_result(folder):
     said = []
     result = learn(options(folder, out=str(folder / "again.pt")), said.append)
-    first, second = (checkpoint.load(folder / name) for name in ("parts.pt", "again.pt"))
-    for key, value in first["learner"].items():
-        assert torch.equal(value, second["learner"][key]), key
+    first, second = (checkpoint.read(folder / name).network for name in ("parts.pt", "again.pt"))
+    for key, value in first.items():
+        assert torch.equal(value, second[key]), key
     assert len(said) == 10
     assert said[-1].startswith("step 10: painting error")
     assert result.report.images == 10
@@ -241,8 +241,8 @@ def test_learning_paints_better_and_leaves_the_backbone_alone(folder):
     result = learn(options(folder, steps=60, out=str(folder / "longer.pt")))
     first = learn(options(folder, steps=1, out=str(folder / "short.pt")))
     assert result.painting < 0.95 * first.painting
-    given = checkpoint.load(folder / "backbone.pt")["method"]
-    for key, value in checkpoint.load(folder / "longer.pt")["backbone"].items():
+    given = checkpoint.read(folder / "backbone.pt").network
+    for key, value in checkpoint.read(folder / "longer.pt").backbone().items():
         assert torch.equal(value, given[f"b.{key}"])
 
 
@@ -293,7 +293,7 @@ def test_semmae_trains_on_written_maps(folder, tmp_path):
     command += ["--model.patch_size=8", "--model.image_size=32", "--views.main.size=32", "--data.batch_size=8"]
     command += ["--semmae.decoder_width=16", "--semmae.decoder_heads=2", "--semmae.decoder_depth=1"]
     assert main([*command, "--data.workers=1", "--schedule.epochs=2", "--schedule.warmup_epochs=0"]) == 0
-    assert checkpoint.load(tmp_path / "last.pt")["step"] == 2
+    assert checkpoint.read(tmp_path / "last.pt").step == 2
 
 
 def test_whole_images_are_squashed_in_order(folder):

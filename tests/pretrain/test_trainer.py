@@ -17,8 +17,9 @@ from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.synthetic import draw_images
 from fastssl.parse import parse_pretrain
 from fastssl.prepare.tokenizer import TokenizerOptions, train_tokenizer
-from fastssl.pretrain.trainer import Trainer, TrainingError, pretrain
+from fastssl.pretrain.trainer import Trainer, pretrain
 from fastssl.training import checkpoint
+from fastssl.training.loop import TrainingError
 
 RUN = {
     "data.batch_size": 16,
@@ -64,10 +65,10 @@ def same(a, b):
 
 
 def assert_same_run(first, second):
-    a, b = checkpoint.load(first / "last.pt"), checkpoint.load(second / "last.pt")
-    assert a["step"] == b["step"]
-    for key in ("method", "optimizer", "scaler"):
-        assert same(a[key], b[key]), f"{key} differs"
+    a, b = checkpoint.read(first / "last.pt"), checkpoint.read(second / "last.pt")
+    assert a.step == b.step
+    for key in ("network", "optimizer", "scaler"):
+        assert same(getattr(a, key), getattr(b, key)), f"{key} differs"
 
 
 @pytest.mark.parametrize("method", ["dino", "mae", "cae", "saae", "scfs", "semmae", "sit", "sit_v1"])
@@ -75,10 +76,10 @@ def test_ten_steps_resumed_for_ten_more_are_twenty_bitwise(images, tmp_path, met
     more = {"model__drop_path": 0.2}
     pretrain(config(images, tmp_path / "whole", method, run__steps=20, **more))
     pretrain(config(images, tmp_path / "parts", method, run__steps=10, **more))
-    assert checkpoint.load(tmp_path / "parts/last.pt")["step"] == 10
+    assert checkpoint.read(tmp_path / "parts/last.pt").step == 10
     pretrain(config(images, tmp_path / "parts", method, run__steps=20, **more))
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    steps = [json.loads(line)["step"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line).step for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
     assert steps == [5, 10, 15, 20]
 
 
@@ -99,7 +100,7 @@ def wait_for_step(process, run, step):
     """Waits until the run's checkpoint has reached `step`."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
-        if (run / "last.pt").exists() and checkpoint.load(run / "last.pt")["step"] >= step:
+        if (run / "last.pt").exists() and checkpoint.read(run / "last.pt").step >= step:
             return
         if process.poll() is not None:
             pytest.fail(f"the run ended early: {process.stdout.read()}")
@@ -113,7 +114,7 @@ def test_a_run_killed_outright_continues_bitwise(images, tmp_path):
     wait_for_step(process, tmp_path / "killed", 6)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    reached = checkpoint.load(tmp_path / "killed/last.pt")["step"]
+    reached = checkpoint.read(tmp_path / "killed/last.pt").step
     assert 6 <= reached < 1600
     end = reached + 6
     pretrain(config(images, tmp_path / "killed", run__steps=end, **more))
@@ -131,7 +132,7 @@ def test_sigterm_and_sigusr1_save_and_end_cleanly(images, tmp_path, kind):
     assert "asked to stop" in output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["finished"] is False
-    assert checkpoint.load(tmp_path / "last.pt")["step"] == summary["step"]
+    assert checkpoint.read(tmp_path / "last.pt").step == summary["step"]
 
 
 def test_sigterm_to_torchrun_saves_on_all_processes_and_leaves_none_behind(images, tmp_path):
@@ -145,7 +146,7 @@ def test_sigterm_to_torchrun_saves_on_all_processes_and_leaves_none_behind(image
     assert "asked to stop" in output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["finished"] is False
-    assert checkpoint.load(tmp_path / "last.pt")["step"] == summary["step"]
+    assert checkpoint.read(tmp_path / "last.pt").step == summary["step"]
 
 
 @pytest.mark.parametrize("method", ["dino", "mae", "cae", "saae", "scfs", "semmae", "sit", "sit_v1"])
@@ -168,7 +169,7 @@ def test_two_processes_equal_one_in_loss_and_weights(images, tmp_path, method):
         return [json.loads(line)["loss"] for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
 
     assert losses("two") == pytest.approx(losses("one"), rel=1e-4)
-    one, two = (checkpoint.load(tmp_path / run / "last.pt")["method"] for run in ("one", "two"))
+    one, two = (checkpoint.read(tmp_path / run / "last.pt").network for run in ("one", "two"))
     for key in one:
         torch.testing.assert_close(two[key], one[key], rtol=1e-3, atol=2e-5, msg=lambda text, key=key: f"{key}: {text}")
 
@@ -177,7 +178,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(images, tmp_path):
     more = {"run__steps": 4, "optim__name": "sgd", "optim__lr": 1.6}  # SGD: Adam would hide a gradient of wrong size
     pretrain(config(images, tmp_path / "large", "mae", **more))
     pretrain(config(images, tmp_path / "small", "mae", data__batch_size=4, run__accumulate=4, **more))
-    large, small = (checkpoint.load(tmp_path / run / "last.pt")["method"] for run in ("large", "small"))
+    large, small = (checkpoint.read(tmp_path / run / "last.pt").network for run in ("large", "small"))
     for key in large:
         torch.testing.assert_close(small[key], large[key], rtol=1e-3, atol=2e-5)
 
@@ -201,7 +202,7 @@ def test_non_finite_loss_names_step_and_ids_and_keeps_the_last_good_checkpoint(i
     assert "step 8: the loss is not finite" in str(error.value)
     assert str(seen) in str(error.value)
     assert "last.pt (step 5)" in str(error.value)
-    assert checkpoint.load(tmp_path / "last.pt")["step"] == 5
+    assert checkpoint.read(tmp_path / "last.pt").step == 5
 
 
 def test_collapse_is_said_in_one_line_and_can_stop_the_run(images, tmp_path):
@@ -246,7 +247,7 @@ def test_the_preflight_line_estimates_and_leaves_the_model_as_it_was(images, tmp
 
 def test_bfloat16_trains(images, tmp_path):
     pretrain(config(images, tmp_path, run__steps=2, run__precision="bf16"))
-    assert all(v.isfinite().all() for v in checkpoint.load(tmp_path / "last.pt")["method"].values())
+    assert all(v.isfinite().all() for v in checkpoint.read(tmp_path / "last.pt").network.values())
 
 
 def test_resnet_trains(images, tmp_path):
@@ -278,9 +279,11 @@ def test_a_run_folder_is_not_continued_with_another_batch_or_model_or_against_on
     pretrain(config(images, tmp_path, run__steps=2))
     with pytest.raises(ConfigError, match=r"already holds a run; choose another run\.dir"):
         Trainer(config(images, tmp_path, run__resume="false"))
-    with pytest.raises(checkpoint.CheckpointError, match="images_per_step = 16, this run has 8"):
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"images_per_step \(was 16, now 8\), steps"
+    ):
         Trainer(config(images, tmp_path, data__batch_size=8))
-    with pytest.raises(checkpoint.CheckpointError, match="does not fit this model"):
+    with pytest.raises(checkpoint.CheckpointError, match="does not fit this network"):
         Trainer(config(images, tmp_path, model__width=64))
-    with pytest.raises(checkpoint.CheckpointError, match="method = dino, this run has mae"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"method \(was 'dino', now 'mae'\)"):
         Trainer(config(images, tmp_path, "mae"))

@@ -15,15 +15,18 @@ def test_ring_gives_back_every_step_and_empties():
     assert ring.drain() == ([], [], [])
 
 
-def test_clock_separates_waiting():
+def test_clock_separates_waiting_and_leaves_out_what_is_not_training(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("fastssl.training.log.time.perf_counter", lambda: now[0])
     clock = Clock()
-    clock.wait(1e9)
-    _, share = clock.read()
-    assert share == 1.0
-    assert clock.read()[1] == 0.0
-    clock.begin -= 100
-    clock.skip(99)
-    assert 1.0 <= clock.read()[0] < 50
+    with clock.waiting():
+        now[0] += 1
+    now[0] += 3
+    with clock.aside():
+        now[0] += 50
+    assert clock.read() == (4.0, 0.25)
+    now[0] += 2
+    assert clock.read() == (2.0, 0.0)
 
 
 def test_resumed_log_drops_lines_beyond_the_checkpoint_and_a_cut_last_line(tmp_path):

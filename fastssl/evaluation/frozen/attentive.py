@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, linear
-from tqdm import tqdm
 
 from fastssl.augment import augment
-from fastssl.config import ConfigError, Data, Model, View, check
+from fastssl.config import ConfigError, Data, View, check
 from fastssl.evaluation.accuracy import format_table
-from fastssl.evaluation.data import EvaluationError, check_labels, frozen, open_labelled
+from fastssl.evaluation.data import EvaluationError, check_labels, check_resize, open_labelled
 from fastssl.evaluation.frozen.features import extract
 from fastssl.evaluation.frozen.linear_probe import check_numbers, held_out_images
 from fastssl.evaluation.options import EvaluateOptions
@@ -35,10 +34,12 @@ from fastssl.loaders.index import batch_ids, order
 from fastssl.loaders.sources import Source
 from fastssl.models import check_image_size
 from fastssl.models.vit import ViT
-from fastssl.training import checkpoint, distributed
+from fastssl.training import distributed
+from fastssl.training.checkpoint import Checkpoint
 from fastssl.training.device import choose_device, choose_dtype
+from fastssl.training.loop import Pace, Run, settings
 from fastssl.training.schedule import warmup_cosine
-from fastssl.weights.libraries import open_backbone
+from fastssl.weights.backbone import open_backbone
 
 EPS = 1e-6  # of the layer norms
 MIN_LR = 1e-6  # at the end of the cosine
@@ -134,6 +135,32 @@ class AttentiveProbe(nn.Module):
         return self.head(self.norm(self.pool(tokens)))
 
 
+class Probes(nn.ModuleList):
+    """Probes that train side by side: some see all images, the others (if any) not those that are held out."""
+
+    def __init__(self, probes: Iterable[AttentiveProbe]) -> None:
+        super().__init__(probes)
+        for probe in self:
+            probe.norm_k.bias.requires_grad_(False)  # changes nothing, so it has no gradient
+
+    def forward(self, tokens: Tensor, labels: Tensor, held_out: Tensor, first: int) -> Tensor:
+        """The sum of the probes' losses.
+
+        Args:
+            tokens: `standardised`, [B, N, D].
+            labels: int64 [B].
+            held_out: bool [B].
+            first: how many probes see all images.
+        """
+        loss = sum(cross_entropy(probe(tokens), labels) for probe in self[:first])
+        tokens, labels = tokens[~held_out], labels[~held_out]
+        share = distributed.all_reduce_mean((~held_out).sum().float()).clamp_min(1)  # so that every image counts alike
+        if len(labels) > 1 or distributed.world() > 1:  # the batch norm needs two
+            for probe in self[first:]:
+                loss += cross_entropy(probe(tokens), labels, reduction="sum") / share
+        return loss
+
+
 def standardised(tokens: Tensor) -> Tensor:
     """Tokens float [B, N, D] less their mean and over their standard deviation, as the block's layer norms begin."""
     return layer_norm(tokens.float(), tokens.shape[-1:], eps=EPS)
@@ -205,195 +232,171 @@ def evaluate_attentive(options: AttentiveOptions) -> AttentiveEvaluation:
 
     Source: Chen et al. 2022 (CAE), section 4 and appendix.
     """
-    return _Probing(options).run()
+    return Probing(options).train()
 
 
-class _Probing:
+Tokens = tuple[Tensor, Tensor, Tensor, list[int]]  # tokens [B, N, D], labels [B], held out? [B], ids
+
+
+class Probing(Run[Tokens, AttentiveEvaluation]):
     """One probing on this process (one of several under torchrun).
 
     With several learning rates each has two probes, trained side by side on the same tokens: one sees all training
     images, its twin all but a held-out tenth, on which the learning rate is chosen.
     """
 
+    kind = "probe"
+    file_name = "probes.pt"
+
     def __init__(self, options: AttentiveOptions) -> None:
-        self.options, self.begin = options, time.perf_counter()
-        self.device = choose_device(options.device, "device")
-        self.dtype = choose_dtype(options.precision, self.device, "precision")
-        distributed.start(self.device)
+        self.options, begin = options, time.perf_counter()
+        device = choose_device(options.device, "device")
+        dtype = choose_dtype(options.precision, device, "precision")
+        distributed.start(device)
         self.train_source, self.val_source = open_labelled(options.data, options.val)
         classes = check_labels(self.train_source, self.val_source, "data", "val")
-        backbone = open_backbone(options.checkpoint, self.device)
-        self.vit, self.step = backbone.module, backbone.step
+        self.backbone = open_backbone(options.checkpoint, device)
+        self.vit = self.backbone.module
         check_weights(self.vit, options.checkpoint)
         if not isinstance(self.vit, ViT):
-            raise ConfigError(f"{options.checkpoint} holds a {backbone.config['model']['name']}; only a ViT has tokens")
-        self.size = options.size or backbone.image_size
-        check_image_size(Model(**backbone.config["model"]), "size", self.size)
-        check(options.resize == 0 or options.resize >= self.size, "resize", options.resize,
-               f"0 (automatic) or at least size, {self.size}")  # fmt: skip
+            raise ConfigError(f"{options.checkpoint} holds a {self.backbone.model.name}; only a ViT has tokens")
+        self.size = options.size or self.backbone.image_size
+        check_image_size(self.backbone.model, "size", self.size)
+        check_resize(options.resize, self.size)
 
         world, images = distributed.world(), len(self.train_source)
         self.batch_size = min(options.batch_size, images // world)
         check(self.batch_size >= 2, "data", options.data, f"at least {2 * world} images, 2 for each process")
-        self.accumulate = max(1, min(options.step_size, images) // (self.batch_size * world))
-        self.steps = images // (self.batch_size * world * self.accumulate)  # per epoch
-        self.images_per_step = self.batch_size * world * self.accumulate
+        accumulate = max(1, min(options.step_size, images) // (self.batch_size * world))
+        images_per_step = self.batch_size * world * accumulate
+        steps = images // images_per_step  # per epoch
 
         self.lrs = options.lrs
         self.held_out = held_out_images(images, options.lrs, options.seed)
-        twins = 2 if len(self.lrs) > 1 else 1
+        self.twins = 2 if len(self.lrs) > 1 else 1
         torch.manual_seed(options.seed)
         first = AttentiveProbe(self.vit.width, options.heads or self.vit.blocks[0].attn.num_heads, classes)
-        self.probes = nn.ModuleList(copy.deepcopy(first) for _ in range(twins * len(self.lrs))).to(self.device)
+        self.probes = Probes(copy.deepcopy(first) for _ in range(self.twins * len(self.lrs))).to(device)
         groups = [
-            {"params": list(probe.parameters()), "peak": lr * self.images_per_step / 256}
-            for probe, lr in zip(self.probes, self.lrs * twins, strict=True)
+            {"params": list(probe.parameters()), "peak": lr * images_per_step / 256}
+            for probe, lr in zip(self.probes, self.lrs * self.twins, strict=True)
         ]
-        self.optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
-        self.epoch = 0
-        self._resume()
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
+        pace = Pace(
+            total_steps=options.epochs * steps,
+            steps_per_epoch=steps,
+            images_per_step=images_per_step,
+            accumulate=accumulate,
+            seed=options.seed,
+            save_every=steps,
+        )
+        folder = Path(options.dir) if options.dir else None
+        self.prepare(self.probes.train(), optimizer, pace, folder=folder, device=device, dtype=dtype)
+        self.begun = begin
 
-    # -- saved probes -------------------------------------------------------------------------------------------------
-
-    def _fit(self) -> dict[str, Any]:
-        """What a resumption must have in common with the probing that it continues."""
-        o = self.options
-        same = {key: getattr(o, key) for key in ("checkpoint", "data", "epochs", "warmup_epochs", "augment", "seed")}
-        return {**same, "lrs": list(o.lrs), "images_per_step": self.images_per_step, "size": self.size}
-
-    def _resume(self) -> None:
-        path = Path(self.options.dir, "probes.pt")
-        if not self.options.dir or not path.exists():
-            return
-        content = checkpoint.load(path, self.device)
-        checkpoint.check_fit(path, content.get("fit", {}), self._fit(), "--dir")
-        self.probes.load_state_dict(content["probes"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.epoch = content["epoch"]
-
-    def _save(self) -> None:
-        if self.options.dir and distributed.is_main():
-            Path(self.options.dir).mkdir(parents=True, exist_ok=True)
-            content = {"probes": self.probes.state_dict(), "optimizer": self.optimizer.state_dict()}
-            checkpoint.save(Path(self.options.dir, "probes.pt"), {**content, "epoch": self.epoch, "fit": self._fit()})
-        distributed.barrier()
-
-    # -- tokens -------------------------------------------------------------------------------------------------------
+    # -- a step --------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def tokens(self, images: Tensor) -> Tensor:
         """Standardised tokens [B, N, D] of normalised images."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.autocast():
             tokens = self.vit.tokens(images)
         return standardised(tokens)
 
-    @contextlib.contextmanager
-    def _batches(self) -> Iterator[Any]:
-        """A function: epoch -> this process's (tokens, labels, held out) of each micro-batch, on the device."""
-        options, threads = self.options, decoding_threads(self.options.workers, distributed.local_world())
-        rank, world, count = distributed.rank(), distributed.world(), self.steps * self.accumulate
-        if not options.augment:
-            how = {"size": self.size, "resize": options.resize, "workers": threads, "dtype": self.dtype}
-            rows = extract(
-                _Tokens(self.vit), self.train_source, batch_size=self.batch_size, progress="tokens of data", **how
-            )
+    def micro_batches(self) -> Generator[Tokens, None, None]:
+        return self._drawn() if self.options.augment else self._stored()
 
-            def stored(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-                ids = order(len(rows), options.seed, epoch)
-                for position in range(count):
-                    mine = torch.from_numpy(batch_ids(ids, position, self.batch_size, rank, world))
-                    tokens = rows.values[mine].to(self.device).unflatten(1, (-1, self.vit.width))
-                    yield standardised(tokens), rows.labels[mine].to(self.device), self.held_out[mine].to(self.device)
+    def _stored(self) -> Generator[Tokens, None, None]:
+        """From a table of all tokens of the central crops, made once."""
+        rows = extract(
+            _Tokens(self.vit),
+            self.train_source,
+            size=self.size,
+            resize=self.options.resize,
+            batch_size=self.batch_size,
+            workers=decoding_threads(self.options.workers, distributed.local_world()),
+            dtype=self.dtype,
+            progress="tokens of data" if distributed.is_main() else "",
+        )
+        for epoch, positions in self._positions():
+            ids = order(len(rows), self.options.seed, epoch)
+            for position in positions:
+                mine = torch.from_numpy(
+                    batch_ids(ids, position, self.batch_size, distributed.rank(), distributed.world())
+                )
+                tokens = rows.values[mine].to(self.device).unflatten(1, (-1, self.vit.width))
+                labels, held_out = rows.labels[mine].to(self.device), self.held_out[mine].to(self.device)
+                yield standardised(tokens), labels, held_out, mine.tolist()
 
-            yield stored
-            return
+    def _drawn(self) -> Generator[Tokens, None, None]:
+        """From random crops, put through the network anew in every epoch."""
         loader = open_loader(
             self.train_source,
             [View(name="train", size=self.size)],
             Data(batch_size=self.batch_size),
-            seed=options.seed,
-            rank=rank,
-            world=world,
-            threads=threads,
+            seed=self.options.seed,
+            rank=distributed.rank(),
+            world=distributed.world(),
+            threads=decoding_threads(self.options.workers, distributed.local_world()),
             pin_memory=self.device.type == "cuda",
         )
-
-        def drawn(epoch: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-            with contextlib.closing(loader.epoch(epoch)) as stream:
-                for _ in range(count):
-                    batch = next(stream)
-                    images = augment(batch.to(self.device)).views["train"][:, 0]
-                    yield self.tokens(images), batch.label.to(self.device), self.held_out[batch.id].to(self.device)
-
         with contextlib.closing(loader):
-            yield drawn
+            for epoch, positions in self._positions():
+                with contextlib.closing(loader.epoch(epoch, start=positions.start)) as stream:
+                    for _ in positions:
+                        batch = next(stream)
+                        images = augment(batch.to(self.device)).views["train"][:, 0]
+                        labels, held_out = batch.label.to(self.device), self.held_out[batch.id].to(self.device)
+                        yield self.tokens(images), labels, held_out, batch.id.tolist()
 
-    # -- training and judging -----------------------------------------------------------------------------------------
+    def _positions(self) -> Iterator[tuple[int, range]]:
+        """Epochs from here on, each with the numbers of its micro-batches that are still to come."""
+        epoch, done = divmod(self.step, self.pace.steps_per_epoch)
+        while True:
+            yield epoch, range(done * self.pace.accumulate, self.pace.steps_per_epoch * self.pace.accumulate)
+            epoch, done = epoch + 1, 0
 
-    def run(self) -> AttentiveEvaluation:
-        """Trains to the last epoch, chooses, judges."""
-        options = self.options
-        show = distributed.is_main()
-        bar = tqdm(total=options.epochs * self.steps, initial=self.epoch * self.steps, desc="attentive probes",
-                   unit="step", leave=False, disable=None if show else True)  # fmt: skip
-        with frozen(self.vit), self._batches() as batches, bar:
-            while self.epoch < options.epochs:
-                stream = batches(self.epoch)
-                for step in range(self.epoch * self.steps, (self.epoch + 1) * self.steps):
-                    self._train_step(stream, step)
-                    bar.update()
-                stream.close()
-                self.epoch += 1
-                self._average_statistics()
-                self._save()
-            self.probes.eval()
-            held_out, best = self._choose()
-            [scored] = self._score([self.probes[best]], self.val_source, "val")
+    def sample_ids(self, batch: Tokens) -> list[int]:
+        return batch[3]
+
+    def schedule(self) -> dict[str, float]:
+        total, warmup = self.pace.total_steps, round(self.options.warmup_epochs * self.pace.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = warmup_cosine(self.step, total, warmup, group["peak"], min(MIN_LR, group["peak"]))
+        return {}
+
+    def losses(self, batch: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
+        tokens, labels, held_out, _ = batch
+        with torch.autocast(self.device.type, enabled=False):
+            return self.parallel(tokens, labels, held_out, len(self.lrs)), {}
+
+    # -- the checkpoint ------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> dict[str, Any]:
+        same = settings(self.options, "step_size", "resize", "upstream_bn_eval")
+        return {**same, "images_per_step": self.pace.images_per_step, "size": self.size}
+
+    def record(self) -> Checkpoint:
+        return Checkpoint(self.kind, self.backbone.config, self.probes.state_dict(), None)
+
+    # -- judging -------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> AttentiveEvaluation:
+        """Chooses a learning rate and judges its probe."""
+        self.probes.eval()
+        held_out, best = self._choose()
+        [scored] = self._score([self.probes[best]], self.val_source, "val")
         if not np.isfinite(scored.loss):
             raise EvaluationError(f"the probe diverged with learning rate {self.lrs[best]}; try smaller ones")
         return AttentiveEvaluation(
-            checkpoint=options.checkpoint,
-            step=self.step,
+            checkpoint=self.options.checkpoint,
+            step=self.backbone.step,
             scored=scored,
             lr=self.lrs[best],
             held_out=held_out,
             train_images=len(self.train_source),
-            seconds=round(time.perf_counter() - self.begin, 1),
+            seconds=round(time.perf_counter() - self.begun, 1),
         )
-
-    def _train_step(self, stream: Iterator, step: int) -> None:
-        options = self.options
-        total, warmup = options.epochs * self.steps, round(options.warmup_epochs * self.steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = warmup_cosine(step, total, warmup, group["peak"], min(MIN_LR, group["peak"]))
-        self.optimizer.zero_grad(set_to_none=True)
-        self.probes.train()
-        for _ in range(self.accumulate):
-            tokens, labels, held_out = next(stream)
-            loss = sum(cross_entropy(probe(tokens), labels) for probe in self.probes[: len(self.lrs)])
-            tokens, labels = tokens[~held_out], labels[~held_out]
-            if len(labels) > 1:  # the batch norm needs two
-                loss += sum(cross_entropy(probe(tokens), labels) for probe in self.probes[len(self.lrs) :])
-            (loss / self.accumulate).backward()
-        self._average_gradients()
-        self.optimizer.step()
-
-    def _average_gradients(self) -> None:
-        """Over the processes, in one exchange; a parameter without a gradient anywhere stays without one."""
-        if distributed.world() == 1:
-            return
-        trained = [p for name, p in self.probes.named_parameters() if not name.endswith("norm_k.bias")]
-        for p in trained:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        flat = distributed.all_reduce_mean(torch.cat([p.grad.flatten() for p in trained]))
-        for p, piece in zip(trained, flat.split([p.numel() for p in trained]), strict=True):
-            p.grad.copy_(piece.view_as(p))
-
-    def _average_statistics(self) -> None:
-        """The batch norms' running statistics over the processes, each of which saw its own images."""
-        for buffer in self.probes.buffers():
-            if buffer.is_floating_point():
-                distributed.all_reduce_mean(buffer)
 
     def _choose(self) -> tuple[dict[float, float], int]:
         """Top-1 of the twins on the held-out tenth, and the number of the best learning rate."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastssl import pictures
 from fastssl.augment import augment
-from fastssl.config import ConfigError, Model, check
+from fastssl.config import ConfigError, check
 from fastssl.evaluation.data import EvaluationError, default_resize, spaced_ids
 from fastssl.evaluation.frozen.features import extract
 from fastssl.loaders.engine import decoding_threads
@@ -25,7 +25,7 @@ from fastssl.models import check_image_size
 from fastssl.training import distributed
 from fastssl.training.checkpoint import replace_file
 from fastssl.training.device import choose_device, choose_dtype
-from fastssl.weights.libraries import open_backbone
+from fastssl.weights.backbone import open_backbone
 
 NEIGHBOURS = 7  # beside each query of the sheet
 
@@ -104,9 +104,9 @@ def embed(options: EmbedOptions) -> Embedded:
     distributed.start(device)
     backbone = open_backbone(options.checkpoint, device)
     size = options.size or backbone.image_size
-    check_image_size(Model(**backbone.config["model"]), "size", size)
+    check_image_size(backbone.model, "size", size)
     workers = decoding_threads(options.workers, distributed.local_world())
-    mean_patch = backbone.config["monitor"].get("mean_patch", False)
+    mean_patch = backbone.mean_patch
     found = extract(
         backbone.module,
         source,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastssl.config import ConfigError, Model
+from fastssl.config import ConfigError
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import open_labelled
 from fastssl.evaluation.frozen.features import extract_cached, pixels
@@ -88,9 +88,7 @@ def evaluate_knn(options: KNNOptions) -> KNNEvaluation:
     begin = time.perf_counter()
     train_source, val_source = open_labelled(options.data, options.val)
     backbone, how = open_network(options)
-    mean_patch = (
-        backbone.config["monitor"].get("mean_patch", False) if options.mean_patch is None else options.mean_patch
-    )
+    mean_patch = backbone.mean_patch if options.mean_patch is None else options.mean_patch
     how |= {"blocks": options.blocks, "mean_patch": mean_patch, "batch_size": options.batch_size}
     how |= {"cache": options.cache_folder, "shared": True}
     train = extract_cached(backbone.module, train_source, progress="features of data", **how)
@@ -107,8 +105,8 @@ def evaluate_knn(options: KNNOptions) -> KNNEvaluation:
     baselines = {}
     if options.baselines:
         with torch.random.fork_rng():
-            torch.manual_seed(backbone.config["run"]["seed"])
-            untrained = build_backbone(Model(**backbone.config["model"])).to(voting["device"])
+            torch.manual_seed(backbone.seed)
+            untrained = build_backbone(backbone.model).to(voting["device"])
         tables = {
             "pixels": [pixels(source, workers=options.workers) for source in (train_source, val_source)],
             "random": [extract_cached(untrained, source, **how) for source in (train_source, val_source)],

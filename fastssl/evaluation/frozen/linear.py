@@ -25,8 +25,8 @@ from fastssl.evaluation.frozen.linear_probe import (
 from fastssl.evaluation.frozen.opening import Measured, measured, open_network
 from fastssl.evaluation.options import FrozenOptions
 from fastssl.models import VITS
-from fastssl.training.checkpoint import Backbone
 from fastssl.training.device import choose_device
+from fastssl.weights.backbone import Backbone
 
 WIDE = 768  # from this width on DINO takes one block and the mean patch token
 
@@ -131,6 +131,6 @@ def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
 
 def _as_dino(backbone: Backbone) -> tuple[int, bool]:
     """(blocks, mean_patch) of the paper's linear layer: four class tokens, or one and the mean patch for wide ViTs."""
-    if backbone.config["model"]["name"] not in VITS:
+    if backbone.model.name not in VITS:
         return 1, False
     return (1, True) if backbone.module.width >= WIDE else (min(4, backbone.module.num_blocks), False)

@@ -6,15 +6,14 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from fastssl.config import ConfigError, Model
+from fastssl.evaluation.data import check_resize
 from fastssl.evaluation.frozen.features import Features
 from fastssl.evaluation.options import EvaluateOptions
 from fastssl.loaders.engine import decoding_threads
 from fastssl.models import check_image_size
 from fastssl.training import distributed
-from fastssl.training.checkpoint import Backbone
 from fastssl.training.device import choose_device, choose_dtype
-from fastssl.weights.libraries import open_backbone
+from fastssl.weights.backbone import Backbone, open_backbone
 
 
 @dataclass(frozen=True)
@@ -50,9 +49,8 @@ def open_network(options: EvaluateOptions) -> tuple[Backbone, dict[str, Any]]:
     distributed.start(device)
     backbone = open_backbone(options.checkpoint, device)
     size = options.size or backbone.image_size
-    check_image_size(Model(**backbone.config["model"]), "size", size)
-    if 0 < options.resize < size:
-        raise ConfigError(f"resize is {options.resize}; it must be 0 (automatic) or at least size, {size}")
+    check_image_size(backbone.model, "size", size)
+    check_resize(options.resize, size)
     workers = decoding_threads(options.workers, distributed.local_world())
     return backbone, {"size": size, "resize": options.resize, "workers": workers, "dtype": dtype}
 

@@ -11,7 +11,8 @@ from fastssl.config import ConfigError, Model
 from fastssl.models import build_backbone
 from fastssl.models.relative_positions import add_relative_positions, attention_bias
 from fastssl.models.vit import ViT
-from fastssl.training.checkpoint import CheckpointError
+from fastssl.training import checkpoint
+from fastssl.training.checkpoint import Checkpoint, CheckpointError
 from fastssl.weights.official import read_foreign
 
 HEAD_STD = 2e-5  # of the new linear layer: the first loss is ln C
@@ -76,27 +77,27 @@ def open_finetuned(path: str) -> tuple[dict[str, Classifier], int, int, list[str
         CheckpointError: no such file, not of a fine-tuned network, or of another architecture.
     """
     content = read_foreign(path)
-    if isinstance(content, dict) and "finetune" in content:
-        how = content["finetune"]
-        states = {"weights": content["method"]}
-        if content["ema"]:
-            states["moving average"] = content["ema"]
-        networks = {}
-        for name, state in states.items():
-            backbone = build_backbone(Model(**content["config"]["model"]), 0.0)
-            networks[name] = Classifier(
-                backbone, content["num_classes"], how["pool"], how["size"], how["relative_positions"]
-            )
-            networks[name].load_state_dict(state)
-        return networks, how["size"], len(content["history"]), content["classes"]
     if isinstance(content, dict) and "format" in content:
-        raise CheckpointError(f"{path} holds a pretrained network, not a fine-tuned one; fine-tune it without --eval")
+        return _ours(checkpoint.record(path, content, "finetune"))
     state = content.get("model", content) if isinstance(content, dict) else {}
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "head.weight"} <= set(state):
         raise CheckpointError(f"{path} holds no fine-tuned ViT (expected MAE's keys, with head.weight)")
     network = _as_ours(state, path)
     epoch = content.get("epoch", -1)
     return {"weights": network}, network.backbone.grid[0] * network.backbone.patch_size, int(epoch) + 1, []
+
+
+def _ours(saved: Checkpoint) -> tuple[dict[str, Classifier], int, int, list[str]]:
+    extra = saved.extra
+    how, states = extra["options"], {"weights": saved.network}
+    if extra["ema"]:
+        states["moving average"] = extra["ema"]
+    networks = {}
+    for name, state in states.items():
+        backbone = build_backbone(saved.section(Model, "model"), 0.0)
+        networks[name] = Classifier(backbone, extra["num_classes"], how["pool"], how["size"], how["relative_positions"])
+        networks[name].load_state_dict(state)
+    return networks, how["size"], len(extra["history"]), extra["classes"]
 
 
 def _as_ours(state: dict[str, Tensor], path: str) -> Classifier:

@@ -25,13 +25,13 @@ from fastssl.loaders.sources import DecodeError, Source, decode
 from fastssl.training import distributed
 
 
-class Crops(Dataset):
-    """(epoch, id) -> (image float32 [3, S, S], label), or a sentence about a sample that cannot be read."""
+class TrainingImages(Dataset):
+    """(epoch, id) -> (image float32 [3, S, S], label, id), or a sentence about a sample that cannot be read."""
 
     def __init__(self, source: Source, transform: Any, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int] | str:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int] | str:
         epoch, i = key
         seed = seed_of("crop", self.seed, epoch, i)
         random.seed(seed)
@@ -41,29 +41,30 @@ class Crops(Dataset):
             image = Image.fromarray(decode(self.source.read(i)))
         except DecodeError as error:
             return f"sample {i} ({self.source.name(i)}) {error}"
-        return self.transform(image), int(self.source.labels[i])
+        return self.transform(image), int(self.source.labels[i]), i
 
 
-class Batches(Sampler):
-    """This process's micro-batches of one epoch, as lists of (epoch, id)."""
+class EpochBatches(Sampler):
+    """This process's micro-batches of the epoch `epoch` from number `start` on, as lists of (epoch, id)."""
 
     def __init__(self, images: int, batch_size: int, count: int, seed: int) -> None:
         self.images, self.batch_size, self.count, self.seed = images, batch_size, count, seed
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         ids = order(self.images, self.seed, self.epoch)
-        for position in range(self.count):
+        for position in range(self.start, self.count):
             mine = batch_ids(ids, position, self.batch_size, distributed.rank(), distributed.world())
             yield [(self.epoch, int(i)) for i in mine]
 
 
-def collate(items: list) -> tuple[Tensor, Tensor] | str:
+def collate(items: list) -> tuple[Tensor, Tensor, list[int]] | str:
+    """Images, labels and ids of a micro-batch, or the sentence about its first sample that cannot be read."""
     bad = [item for item in items if isinstance(item, str)]
     if bad:
         return bad[0]
-    images, labels = zip(*items, strict=True)
-    return torch.stack(images), torch.tensor(labels)
+    images, labels, ids = zip(*items, strict=True)
+    return torch.stack(images), torch.tensor(labels), list(ids)
 
 
 def training_transform(size: int, *, scale: tuple[float, float], flip: float, augment: str, erase: float) -> Any:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import struct
 import time
-import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,30 +20,26 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from fastssl.config import ConfigError, Model, check, check_probability
+from fastssl.config import ConfigError, check, check_probability
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError
 from fastssl.evaluation.tuned.coco import check_categories, pycocotools, read_coco
 from fastssl.evaluation.tuned.coco_precision import Precision, average_precision, detect
 from fastssl.evaluation.tuned.coco_views import Cuts, cut, read_ahead
 from fastssl.evaluation.tuned.detector import build_detector
-from fastssl.evaluation.tuned.layer_decay import layer_groups
+from fastssl.evaluation.tuned.layer_decay import layer_groups, set_rates
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.index import batch_ids, order
 from fastssl.models import build_backbone
-from fastssl.training import checkpoint, distributed
-from fastssl.training.batch_norm import synchronise_batch_norm
-from fastssl.training.checkpoint import Backbone, replace_file
+from fastssl.training import distributed
+from fastssl.training.checkpoint import Checkpoint, replace_file
 from fastssl.training.device import choose_device, choose_dtype
-from fastssl.training.log import Clock, MetricRing, RunLog
-from fastssl.weights.libraries import open_backbone
+from fastssl.training.loop import Pace, Run, count_steps, run_folder, settings
+from fastssl.weights.backbone import open_backbone
 
 WARMUP_FROM = 0.001  # of the peak learning rate
 DROP = 0.1
-LOG_EVERY = 50  # optimizer steps between two readings of the losses
-FREE = ("dir", "val", "val_images", "workers", "device", "precision")  # options that may change when a run goes on
 
 
 @dataclass
@@ -183,11 +178,14 @@ def evaluate_detect(options: DetectOptions) -> DetectEvaluation:
 
     Source: Chen et al. 2022, arXiv 2202.03026, section 4.
     """
-    return Detection(options).run()
+    return Detection(options).train()
 
 
-class Detection:
-    """One fine-tuning run on this process (one of several under torchrun). `run()` brings it to its number.
+Images = list[tuple[Tensor, dict[str, Tensor], int]]  # image [3, H, W], its boxes and masks, its id
+
+
+class Detection(Run[Images, DetectEvaluation]):
+    """One fine-tuning run on this process (one of several under torchrun). `train()` brings it to its number.
 
     Args:
         options: the command's.
@@ -196,14 +194,15 @@ class Detection:
         ConfigError, EvaluationError, CheckpointError: something asked for does not exist or does not fit.
     """
 
+    kind = "detect"
+
     def __init__(self, options: DetectOptions) -> None:
         self.options = options
-        self.begin = time.perf_counter()
-        self.device = choose_device(options.device, "device")
-        self.dtype = choose_dtype(options.precision, self.device, "precision")
-        distributed.start(self.device)
+        begin = time.perf_counter()
+        device = choose_device(options.device, "device")
+        dtype = choose_dtype(options.precision, device, "precision")
+        distributed.start(device)
         self.threads = decoding_threads(options.workers, distributed.local_world())
-        self.folder = Path(options.dir or Path(options.checkpoint).parent / "detect")
 
         pycocotools("mask")
         self.data = read_coco(options.data, options.data_images, "data", "--data-images")
@@ -215,16 +214,14 @@ class Detection:
                 raise EvaluationError(
                     f"{data.path} has no object that is not a crowd and at least 1 pixel wide and high"
                 )
-        self.images_per_step = options.batch_size * options.accumulate * distributed.world()
-        self.steps_per_epoch = len(self.usable) // self.images_per_step
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"{options.data} has {len(self.usable)} images with objects, fewer than one optimizer step takes: "
-                f"{self.images_per_step} (batch_size x accumulate x processes)"
-            )
+        images_per_step, steps_per_epoch = count_steps(
+            len(self.usable), options.batch_size, options.accumulate, options.data, "images with objects"
+        )
 
         torch.manual_seed(options.seed)
-        self.backbone = self._backbone()
+        self.backbone = open_backbone(options.checkpoint)
+        if options.scratch:
+            self.backbone.module = build_backbone(self.backbone.model)
         self.detector = build_detector(
             self.backbone.module,
             len(self.data.categories),
@@ -234,166 +231,113 @@ class Detection:
             long_side=options.long_side,
             drop_path=options.drop_path,
             checkpointing=options.checkpointing,
-            dtype=self.dtype,
-        ).to(self.device)
-        if distributed.world() > 1:
-            synchronise(self.detector, self.device)
-        self.optimizer = build_optimizer(self.detector, self.backbone.module, options)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.epoch = 0
-        self._resume()
+            dtype=dtype,
+        ).to(device)
+        optimizer = build_optimizer(self.detector, self.backbone.module, options)
+        pace = Pace(
+            total_steps=options.epochs * steps_per_epoch,
+            steps_per_epoch=steps_per_epoch,
+            images_per_step=images_per_step,
+            accumulate=options.accumulate,
+            seed=options.seed,
+            save_every=steps_per_epoch,
+        )
+        folder = run_folder(options.dir, options.checkpoint, "detect")
+        self.prepare(self.detector.train(), optimizer, pace, folder=folder, device=device, dtype=dtype)
+        self.begun = begin
 
-    def _backbone(self) -> Backbone:
-        """The checkpoint's backbone, with its weights or with random ones."""
-        found = open_backbone(self.options.checkpoint)
-        if self.options.scratch:
-            found.module = build_backbone(Model(**found.config["model"]))
-        return found
+    # -- a step --------------------------------------------------------------------------------------------------------
 
-    # -- checkpoint -------------------------------------------------------------------------------------------------
+    def micro_batches(self) -> Generator[Images, None, None]:
+        options, size = self.options, self.options.batch_size
+        epoch, done = divmod(self.step, self.pace.steps_per_epoch)
+        while True:
+            drawn = order(len(self.usable), options.seed, epoch)
+            positions = range(done * options.accumulate, self.pace.steps_per_epoch * options.accumulate)
+            mine = [batch_ids(drawn, p, size, distributed.rank(), distributed.world()) for p in positions]
+            rows = [[self.usable[i] for i in ids] for ids in mine]
 
-    def _fit(self) -> dict[str, Any]:
-        values = {key: value for key, value in asdict(self.options).items() if key not in FREE}
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        return {**values, "images per step": self.images_per_step, "training images": len(self.usable)}
+            def make(image: dict[str, Any], epoch: int = epoch) -> tuple[Tensor, dict[str, Tensor], int]:
+                what = self.data.picture(image), self.data.target(image), options.cuts
+                view, target = cut(*what, seed=options.seed, epoch=epoch, number=image["id"] % 2**32)
+                return view, target, image["id"]
 
-    def _resume(self) -> None:
-        path = self.folder / "last.pt"
-        if not path.exists():
-            return
-        content = checkpoint.load(path)
-        checkpoint.check_fit(path, content.get("fit", {}), self._fit(), "--dir")
-        self.detector.load_state_dict(content["method"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.epoch = content["epoch"]
+            with contextlib.closing(read_ahead(self.data, rows, make, self.threads)) as batches:
+                yield from batches
+            epoch, done = epoch + 1, 0
 
-    def save(self) -> None:
-        """Writes last.pt (main process; the others wait)."""
-        if distributed.is_main():
-            prefix = next(name for name, part in self.detector.named_modules() if part is self.backbone.module)
-            content = {
-                "config": self.backbone.config,
-                "step": self.epoch * self.steps_per_epoch,
-                "backbone_prefix": f"{prefix}.",
-                "method": self.detector.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "epoch": self.epoch,
-                "fit": self._fit(),
-            }
-            checkpoint.save(self.folder / "last.pt", content)
-        distributed.barrier()
+    def sample_ids(self, batch: Images) -> list[int]:
+        return [number for _, _, number in batch]
 
-    # -- the run ----------------------------------------------------------------------------------------------------
-
-    def run(self) -> DetectEvaluation:
-        """Trains what is left to train, then judges."""
+    def schedule(self) -> dict[str, float]:
         options = self.options
-        self.folder.mkdir(parents=True, exist_ok=True)
-        parallel: nn.Module = self.detector
-        if distributed.world() > 1:
-            devices = [self.device] if self.device.type == "cuda" else None
-            parallel = DistributedDataParallel(self.detector, device_ids=devices, broadcast_buffers=False)
-        total = options.epochs * self.steps_per_epoch
-        log = RunLog(self.folder, self.epoch * self.steps_per_epoch, total)
-        with contextlib.closing(log):
-            while self.epoch < options.epochs:
-                self.train_epoch(parallel, log)
-                self.epoch += 1
-                share_buffers(self.detector)
-                self.save()
+        factor = lr_factor(self.step, self.pace.steps_per_epoch, options.warmup_steps, options.drop_epochs)
+        return set_rates(self.optimizer, options.lr * factor)
 
-        progress = "detections" if distributed.is_main() else ""
-        found = detect(self.detector, self.val, self.device, self.threads, progress)
-        path = self.folder / "detections.json"
+    def on_device(self, batch: Images) -> Images:
+        def move(value: Tensor) -> Tensor:
+            return value.to(self.device, non_blocking=True)
+
+        return [(move(image), {key: move(v) for key, v in target.items()}, number) for image, target, number in batch]
+
+    def autocast(self) -> AbstractContextManager:
+        """None here: the detector has its own, around backbone and heads."""
+        return contextlib.nullcontext()
+
+    def losses(self, batch: Images) -> tuple[Tensor, dict[str, Tensor]]:
+        images, targets, _ = zip(*batch, strict=True)
+        terms = self.parallel(list(images), list(targets))
+        return torch.stack(list(terms.values())).sum(), {key: value.detach() for key, value in terms.items()}
+
+    # -- the checkpoint ------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> dict[str, Any]:
+        images = {"images_per_step": self.pace.images_per_step, "images": len(self.usable)}
+        return {**settings(self.options, "val_images", "checkpointing"), **images}
+
+    def record(self) -> Checkpoint:
+        name = next(name for name, part in self.detector.named_modules() if part is self.backbone.module)
+        return Checkpoint(self.kind, self.backbone.config, self.detector.state_dict(), f"{name}.")
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def describe(self) -> list[str]:
+        options, pace = self.options, self.pace
+        return [
+            f"Mask R-CNN on {options.checkpoint}{' (random weights)' if options.scratch else ''}, "
+            f"{len(self.data.categories)} categories, on {self.device}: {len(self.usable)} images with objects, "
+            f"{pace.images_per_step} per step, {pace.steps_per_epoch} steps per epoch, {options.epochs} epochs"
+        ]
+
+    def finish(self) -> DetectEvaluation:
+        """Judges the last network, and writes detections.json and result.json."""
+        options, folder = self.options, self.folder
+        assert folder is not None
+        found = detect(
+            self.detector, self.val, self.device, self.threads, "detections" if distributed.is_main() else ""
+        )
+        path = folder / "detections.json"
         judged: list[Any] = [None]
         if distributed.is_main():
             _write(path, found)
             judged = [average_precision(self.val, found)]
         if distributed.world() > 1:
             dist.broadcast_object_list(judged, device=self.device)
+        box, mask = judged[0]
         result = DetectEvaluation(
             options.checkpoint,
             options.scratch,
-            *judged[0],
+            box,
+            mask,
             train_images=len(self.usable),
             val_images=len(self.val.images),
-            steps=total,
+            steps=self.step,
             detections=str(path),
-            seconds=round(time.perf_counter() - self.begin, 1),
+            seconds=round(time.perf_counter() - self.begun, 1),
         )
         if distributed.is_main():
-            _write(self.folder / "result.json", result.as_dict())
+            _write(folder / "result.json", result.as_dict())
         return result
-
-    def train_epoch(self, parallel: nn.Module, log: RunLog) -> None:
-        """One pass over the training images that have objects."""
-        options, epoch = self.options, self.epoch
-        size, rank, world = options.batch_size, distributed.rank(), distributed.world()
-        drawn = order(len(self.usable), options.seed, epoch)
-        micro_batches = self.steps_per_epoch * options.accumulate
-        rows = [[self.usable[i] for i in batch_ids(drawn, p, size, rank, world)] for p in range(micro_batches)]
-
-        def make(image: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-            what = self.data.picture(image), self.data.target(image), options.cuts
-            return cut(*what, seed=options.seed, epoch=epoch, number=image["id"] % 2**32)
-
-        self.detector.train()
-        ring, clock = MetricRing(), Clock()
-        with contextlib.closing(read_ahead(self.data, rows, make, self.threads)) as batches:
-            for position in range(self.steps_per_epoch):
-                step = epoch * self.steps_per_epoch + position
-                lr = options.lr * lr_factor(step, self.steps_per_epoch, options.warmup_steps, options.drop_epochs)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = lr * group["lr_scale"]
-                ring.add(step + 1, self._step(parallel, batches, step, clock))
-                log.progress()
-                if (position + 1) % LOG_EVERY == 0 or position + 1 == self.steps_per_epoch:
-                    self._record(ring, clock, log, lr)
-
-    def _step(self, parallel: nn.Module, batches: Iterator[list[Any]], step: int, clock: Clock) -> dict[str, Tensor]:
-        """One optimizer step; asks the device nothing of its own (torchvision's detector does)."""
-        accumulate = self.options.accumulate
-        losses: dict[str, Tensor] = {}
-        for micro in range(accumulate):
-            waiting = time.perf_counter()
-            images, targets = zip(*next(batches), strict=True)
-            clock.wait(time.perf_counter() - waiting)
-            images = [image.to(self.device, non_blocking=True) for image in images]
-            targets = [{k: v.to(self.device, non_blocking=True) for k, v in t.items()} for t in targets]
-            # Drop path and the boxes that the heads learn from.
-            torch.manual_seed(zlib.crc32(struct.pack("<4Q", self.options.seed, step, micro, distributed.rank())))
-            quiet = distributed.world() > 1 and micro < accumulate - 1
-            with parallel.no_sync() if quiet else contextlib.nullcontext():
-                parts = parallel(images, targets)
-                loss = torch.stack(list(parts.values())).sum()
-                self.scaler.scale(loss / accumulate).backward()
-            for key, value in {"loss": loss, **parts}.items():
-                losses[key] = losses.get(key, 0.0) + value.detach() / accumulate
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return losses
-
-    def _record(self, ring: MetricRing, clock: Clock, log: RunLog, lr: float) -> None:
-        """Writes one log line: means over the steps since the last one. Stops where the loss is not finite."""
-        steps, _, mean = ring.drain()
-        broken = [step for step, row in zip(steps, mean, strict=True) if not math.isfinite(row["loss"])]
-        if broken:
-            kept = f"{self.folder / 'last.pt'} (epoch {self.epoch})" if self.epoch else "no checkpoint yet"
-            raise EvaluationError(f"step {broken[0]}: the loss is not finite; try a smaller --lr; kept: {kept}")
-        elapsed, waited = clock.read()
-        log.record(
-            {
-                "step": steps[-1],
-                "epoch": steps[-1] / self.steps_per_epoch,
-                **{key: sum(row[key] for row in mean) / len(mean) for key in mean[0]},
-                "lr": lr,
-                "images_per_s": len(steps) * self.images_per_step / elapsed,
-                "data_wait": waited,
-            }
-        )
 
 
 def lr_factor(step: int, steps_per_epoch: int, warmup_steps: int, drop_epochs: tuple[int, ...]) -> float:
@@ -410,21 +354,6 @@ def build_optimizer(detector: nn.Module, backbone: nn.Module, options: DetectOpt
     if options.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=options.lr, momentum=0.9)
     return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.999))
-
-
-def synchronise(detector: nn.Module, device: torch.device) -> None:
-    """Batch norm over all processes; on the CPU not in the box head, whose number of boxes differs between them."""
-    if device.type == "cuda":
-        synchronise_batch_norm(detector, device)
-    else:
-        synchronise_batch_norm(detector.backbone, device)
-
-
-def share_buffers(module: nn.Module) -> None:
-    """Gives all processes the main one's buffers (running statistics), so that all judge with the same network."""
-    if distributed.world() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, 0)
 
 
 def _write(path: Path, content: Any) -> None:

@@ -64,7 +64,7 @@ def build_detector(
     Raises:
         ConfigError: a ViT whose patches cannot be halved twice.
     """
-    features = Features(backbone, channels, drop_path, checkpointing, dtype)
+    features = PyramidMaps(backbone, channels, drop_path, checkpointing, dtype)
     strides = features.strides
     anchors = AnchorGenerator(
         sizes=tuple((8 * stride,) for stride in (*strides, 2 * strides[-1])), aspect_ratios=((0.5, 1.0, 2.0),) * 5
@@ -91,7 +91,7 @@ def build_detector(
     return detector
 
 
-class Features(nn.Module):
+class PyramidMaps(nn.Module):
     """Backbone, four maps, FPN: images [B, 3, H, W] -> five maps [B, C, H / stride, W / stride], float32, by level.
 
     Attributes:

@@ -9,9 +9,8 @@ Letters: B images, N patches, D width, C classes, S side of the network's input 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from pathlib import Path
+from collections.abc import Generator
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -20,31 +19,26 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from fastssl.config import ConfigError, Model, check, check_probability
+from fastssl.config import ConfigError, check, check_probability, plain
 from fastssl.evaluation.accuracy import format_table
-from fastssl.evaluation.data import EvaluationError, check_labels, frozen, open_labelled
+from fastssl.evaluation.data import EvaluationError, check_labels, check_resize, frozen, open_labelled
 from fastssl.evaluation.options import EvaluateOptions
 from fastssl.evaluation.scoring import Scored, check_weights, score
 from fastssl.evaluation.tuned.classifier import Classifier, open_finetuned
-from fastssl.evaluation.tuned.crops import Batches, Crops, collate, seed_of, training_transform
-from fastssl.evaluation.tuned.layer_decay import layer_groups
+from fastssl.evaluation.tuned.crops import EpochBatches, TrainingImages, collate, training_transform
+from fastssl.evaluation.tuned.layer_decay import layer_groups, set_rates
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.sources import Source, open_source
-from fastssl.models import VITS, build_backbone, check_image_size
+from fastssl.models import build_backbone, check_image_size
 from fastssl.models.vit import ViT
-from fastssl.training import checkpoint, distributed
-from fastssl.training.checkpoint import CheckpointError
+from fastssl.training import distributed
+from fastssl.training.checkpoint import Checkpoint
 from fastssl.training.device import choose_device, choose_dtype
-from fastssl.training.log import MetricRing, RunLog
-from fastssl.training.optim import clip_gradients
+from fastssl.training.loop import Pace, Run, count_steps, run_folder, settings
 from fastssl.training.schedule import warmup_cosine
-from fastssl.weights.libraries import open_backbone
-
-LOG_EVERY = 50  # optimizer steps between two readings of the loss
-MAY_CHANGE = {"dir", "val", "val_every", "workers", "device", "batch_size", "accumulate"}  # when a run is resumed
+from fastssl.weights.backbone import open_backbone
 
 
 @dataclass
@@ -220,41 +214,39 @@ def evaluate_finetune(options: FinetuneOptions) -> FinetuneEvaluation:
     return _judge(options, device) if options.eval else Finetuner(options, device).train()
 
 
-class Finetuner:
+Labelled = tuple[Tensor, Tensor, list[int]]  # images, labels or soft targets, ids
+
+
+class Finetuner(Run[Labelled, FinetuneEvaluation]):
     """One fine-tuning run on this process (one of several under torchrun).
 
     Raises:
         ConfigError, SourceError, EvaluationError, CheckpointError: something asked for does not exist or does not fit.
     """
 
+    kind = "finetune"
+    salt = b"step"
+
     def __init__(self, options: FinetuneOptions, device: torch.device) -> None:
-        self.options, self.device = options, device
-        self.begin = time.perf_counter()
-        self.dtype = choose_dtype(options.precision, device, "precision")
-        self.folder = Path(options.dir or Path(options.checkpoint).parent / "finetune")
+        self.options = options
+        begin = time.perf_counter()
+        dtype = choose_dtype(options.precision, device, "precision")
 
         # Data.
         self.train_source, self.val_source = open_labelled(options.data, options.val)
         self.classes = check_labels(self.train_source, self.val_source, "data", "val")
-        self.images_per_step = options.batch_size * distributed.world() * options.accumulate
-        self.steps_per_epoch = len(self.train_source) // self.images_per_step
-        if not self.steps_per_epoch:
-            raise ConfigError(
-                f"{options.data} has {len(self.train_source)} images, fewer than one optimizer step takes: "
-                f"{self.images_per_step} (batch_size x processes x accumulate)"
-            )
-        self.total_steps = self.steps_per_epoch * options.epochs
+        images_per_step, steps_per_epoch = count_steps(
+            len(self.train_source), options.batch_size, options.accumulate, options.data
+        )
 
         # Network.
         pretrained = open_backbone(options.checkpoint)
         if not options.scratch:
             check_weights(pretrained.module, options.checkpoint)
-        self.config = pretrained.config
-        model = Model(**self.config["model"])
+        self.config, model = pretrained.config, pretrained.model
         self.size = options.size or pretrained.image_size
         check_image_size(model, "size", self.size)
-        check(options.resize == 0 or options.resize >= self.size, "resize", options.resize,
-               f"0 (automatic) or at least size, {self.size}")  # fmt: skip
+        check_resize(options.resize, self.size)
         torch.manual_seed(options.seed)
         backbone = build_backbone(model, options.drop_path)
         if not options.scratch:
@@ -264,17 +256,16 @@ class Finetuner:
                 backbone.norm.reset_parameters()
             if options.train_positions:
                 backbone.pos_embed.requires_grad_(True)
-        self.network = Classifier(backbone, self.classes, options.pool, self.size, options.relative_positions)
-        self.network = self.network.to(device).train()
-        if model.name not in VITS:
-            self.network = self.network.to(memory_format=torch.channels_last)
-        self.ema = ModelEmaV3(self.network, options.ema) if options.ema else None
+        network = Classifier(backbone, self.classes, options.pool, self.size, options.relative_positions)
+        network = network.to(device).train()
+        if device.type == "cuda":
+            network = network.to(memory_format=backbone.memory_format)
+        self.ema = ModelEmaV3(network, options.ema) if options.ema else None
 
         # How it learns.
-        groups = layer_groups(self.network, self.network.backbone, options.layer_decay, options.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
-        self.peak = options.lr * (self.images_per_step / options.lr_batch if options.lr_batch else 1.0)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        groups = layer_groups(network, network.backbone, options.layer_decay, options.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
+        self.peak = options.lr * (images_per_step / options.lr_batch if options.lr_batch else 1.0)
         self.mixup = None
         if options.mixes:
             self.mixup = Mixup(
@@ -286,14 +277,14 @@ class Finetuner:
                 num_classes=self.classes,
             )
         self.loss = SoftTargetCrossEntropy() if self.mixup else LabelSmoothingCrossEntropy(options.smoothing)
-        self.batches = Batches(
-            len(self.train_source), options.batch_size, self.steps_per_epoch * options.accumulate, options.seed
+        self.batches = EpochBatches(
+            len(self.train_source), options.batch_size, steps_per_epoch * options.accumulate, options.seed
         )
         transform = training_transform(
             self.size, scale=options.scale, flip=options.flip, augment=options.augment, erase=options.erase
         )
         self.loader = DataLoader(
-            Crops(self.train_source, transform, options.seed),
+            TrainingImages(self.train_source, transform, options.seed),
             batch_sampler=self.batches,
             num_workers=decoding_threads(options.workers, distributed.local_world()),
             collate_fn=collate,
@@ -303,90 +294,123 @@ class Finetuner:
         )
 
         # Where it stands.
-        self.history: list[dict[str, Any]] = []
-        self._resume()
-        self.parallel: nn.Module = self.network
-        if distributed.world() > 1:
-            devices = [device] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
+        self.history: list[dict[str, Any]] = []  # one entry per epoch
+        self.epoch_losses: list[float] = []  # of the present epoch's steps
+        self.scored: dict[str, Scored] = {}
+        pace = Pace(
+            total_steps=steps_per_epoch * options.epochs,
+            steps_per_epoch=steps_per_epoch,
+            images_per_step=images_per_step,
+            accumulate=options.accumulate,
+            seed=options.seed,
+            save_every=steps_per_epoch,
+            clip_grad=options.clip_grad,
+        )
+        folder = run_folder(options.dir, options.checkpoint, "finetune")
+        self.prepare(network, optimizer, pace, folder=folder, device=device, dtype=dtype)
+        self.begun = begin
 
-    @property
-    def path(self) -> Path:
-        """The fine-tuned network."""
-        return self.folder / "last.pt"
+    # -- a step --------------------------------------------------------------------------------------------------------
 
-    def _fit(self) -> dict[str, Any]:
-        """What a resumption must have in common with the run that it continues."""
-        same = {key: value for key, value in _plain(self.options).items() if key not in MAY_CHANGE}
-        return {**same, "images_per_step": self.images_per_step, "images": len(self.train_source)}
+    def micro_batches(self) -> Generator[Labelled, None, None]:
+        epoch, done = divmod(self.step, self.pace.steps_per_epoch)
+        while True:
+            self.batches.epoch, self.batches.start = epoch, done * self.pace.accumulate
+            for batch in self.loader:
+                if isinstance(batch, str):
+                    raise EvaluationError(f"{batch}; fastssl verify lists all that are bad in a .beton")
+                yield batch
+            epoch, done = epoch + 1, 0
 
-    def _resume(self) -> None:
-        if not self.path.exists():
-            return
-        content = checkpoint.load(self.path)
-        if "finetune" not in content:
-            raise CheckpointError(f"{self.path} is not of a fine-tuning run; name another folder with --dir")
-        checkpoint.check_fit(self.path, content["fit"], self._fit(), "--dir")
-        self.network.load_state_dict(content["method"])
+    def sample_ids(self, batch: Labelled) -> list[int]:
+        return batch[2]
+
+    def schedule(self) -> dict[str, float]:
+        warmup = round(self.options.warmup_epochs * self.pace.steps_per_epoch)
+        lr = warmup_cosine(self.step, self.pace.total_steps, warmup, self.peak, self.options.min_lr)
+        return set_rates(self.optimizer, lr)
+
+    def on_device(self, batch: Labelled) -> Labelled:
+        """Moved, and mixed by mixup or cutmix where they are on: soft targets [B, C] then."""
+        images, labels = (part.to(self.device, non_blocking=True) for part in batch[:2])
+        if self.mixup is not None:
+            before = np.random.get_state()  # noqa: NPY002 - timm's Mixup draws from the global generator
+            np.random.seed(torch.initial_seed() % 2**32)  # noqa: NPY002
+            images, labels = self.mixup(images, labels)
+            np.random.set_state(before)  # noqa: NPY002
+        return images, labels, batch[2]
+
+    def losses(self, batch: Labelled) -> tuple[Tensor, dict[str, Tensor]]:
+        images, target, _ = batch
+        return self.loss(self.parallel(images).float(), target), {}
+
+    def after_step(self) -> None:
         if self.ema is not None:
-            self.ema.module.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.history = content["history"]
+            self.ema.update(self.network)
 
-    def _save(self) -> None:
-        if distributed.is_main():
-            content = {
-                "config": self.config,
-                "step": len(self.history) * self.steps_per_epoch,
-                "backbone_prefix": "backbone.",
-                "method": self.network.state_dict(),
-                "ema": self.ema.module.state_dict() if self.ema else None,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "fit": self._fit(),
-                "finetune": {**_plain(self.options), "size": self.size},
-                "classes": list(self.train_source.classes),
-                "num_classes": self.classes,
-                "history": self.history,
-            }
-            checkpoint.save(self.path, content)
-        distributed.barrier()
+    # -- the checkpoint ------------------------------------------------------------------------------------------------
 
-    def train(self) -> FinetuneEvaluation:
-        """Runs to the last epoch, or from where last.pt stands.
+    def fingerprint(self) -> dict[str, Any]:
+        images = {"images_per_step": self.pace.images_per_step, "images": len(self.train_source)}
+        return {**settings(self.options, "val_every"), **images}
 
-        Raises:
-            EvaluationError: a loss is not finite, or an image cannot be read.
-        """
-        options = self.options
-        if distributed.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-        log = RunLog(self.folder, len(self.history) * self.steps_per_epoch, self.total_steps)
-        try:
-            log.say(
-                f"{self.config['model']['name']} {'from random weights' if options.scratch else options.checkpoint}, "
-                f"{self.classes} classes, on {self.device}: {self.images_per_step} images per step, "
-                f"{self.steps_per_epoch} steps per epoch, {options.epochs} epochs, peak learning rate {self.peak:.3g}"
-            )
-            scored = None
-            for epoch in range(len(self.history), options.epochs):
-                loss, rate = self._epoch(epoch, log)
-                judged = (epoch + 1) % options.val_every == 0 or epoch + 1 == options.epochs
-                scored = self._score() if judged else {}
-                line = {"epoch": epoch + 1, "loss": loss}
-                for name, one in scored.items():
-                    line |= _named(name, one)
-                self.history.append(line)
-                log.record({"step": (epoch + 1) * self.steps_per_epoch, **line, "images_per_s": rate})
-                log.say(
-                    f"epoch {epoch + 1}: training loss {loss:.4f}"
-                    + "".join(f", {name} {one.top1:.2f} % top-1" for name, one in scored.items())
-                )
-                self._save()
-            scored = scored or self._score()
-        finally:
-            log.close()
+    def record(self) -> Checkpoint:
+        extra = {
+            "options": {**plain(vars(self.options)), "size": self.size},
+            "classes": list(self.train_source.classes),
+            "num_classes": self.classes,
+            "history": self.history,
+            "epoch_losses": self.epoch_losses,
+            "ema": self.ema.module.state_dict() if self.ema else None,
+        }
+        return Checkpoint(self.kind, self.config, self.network.state_dict(), "backbone.", extra=extra)
+
+    def restore(self, saved: Checkpoint) -> None:
+        self.history, self.epoch_losses = saved.extra["history"], saved.extra["epoch_losses"]
+        if self.ema is not None:
+            self.ema.module.load_state_dict(saved.extra["ema"])
+
+    # -- between steps -------------------------------------------------------------------------------------------------
+
+    def describe(self) -> list[str]:
+        options, pace = self.options, self.pace
+        start = "from random weights" if options.scratch else options.checkpoint
+        return [
+            f"{self.config['model']['name']} {start}, {self.classes} classes, on {self.device}: "
+            f"{pace.images_per_step} images per step, {pace.steps_per_epoch} steps per epoch, {options.epochs} epochs, "
+            f"peak learning rate {self.peak:.3g}"
+        ]
+
+    def begin(self) -> None:
+        self.between()  # an earlier start may have been ended before it could judge its last epoch
+
+    def observe(self, steps: list[int], rows: list[dict[str, float]]) -> None:
+        self.epoch_losses += [row["loss"] for row in rows]
+
+    def between(self) -> None:
+        epoch, into = divmod(self.step, self.pace.steps_per_epoch)
+        if into or len(self.history) == epoch:
+            return
+        judged = epoch % self.options.val_every == 0 or epoch == self.options.epochs
+        self.scored = self._judge() if judged else {}
+        line: dict[str, Any] = {"epoch": epoch, "loss": sum(self.epoch_losses) / len(self.epoch_losses)}
+        for name, one in self.scored.items():
+            line |= _named(name, one)
+        self.history.append(line)
+        self.epoch_losses = []
+        self.log.record({"step": self.step, **line})
+        self.log.say(
+            f"epoch {epoch}: training loss {line['loss']:.4f}"
+            + "".join(f", {name} {one.top1:.2f} % top-1" for name, one in self.scored.items())
+        )
+        self.save_last(again=True)
+
+    def _judge(self) -> dict[str, Scored]:
+        networks = {"weights": self.network, **({"moving average": self.ema.module} if self.ema else {})}
+        return _score(networks, self.val_source, self.options, self.size, self.device, self.dtype)
+
+    def finish(self) -> FinetuneEvaluation:
+        options, scored = self.options, self.scored or self._judge()
         best = max((line for line in self.history if "top1" in line), key=lambda line: line["top1"])
         return FinetuneEvaluation(
             checkpoint=f"{options.checkpoint}{' (random weights)' if options.scratch else ''}",
@@ -397,77 +421,8 @@ class Finetuner:
             best=best["top1"],
             best_epoch=best["epoch"],
             train_images=len(self.train_source),
-            seconds=round(time.perf_counter() - self.begin, 1),
+            seconds=round(time.perf_counter() - self.begun, 1),
         )
-
-    def _epoch(self, epoch: int, log: RunLog) -> tuple[float, float]:
-        """Trains for one epoch; the mean loss over its images and processes, and images per second."""
-        options, begin = self.options, time.perf_counter()
-        self.network.train()
-        self.batches.epoch = epoch
-        stream = iter(self.loader)
-        ring, losses = MetricRing(), []
-        for step in range(epoch * self.steps_per_epoch, (epoch + 1) * self.steps_per_epoch):
-            warmup = round(options.warmup_epochs * self.steps_per_epoch)
-            lr = warmup_cosine(step, self.total_steps, warmup, self.peak, options.min_lr)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
-            ring.add(step, {"loss": self._step(stream, step)})
-            log.progress()
-            if (step + 1) % LOG_EVERY == 0 or step + 1 == (epoch + 1) * self.steps_per_epoch:
-                steps, _, mean = ring.drain()
-                losses += [row["loss"] for row in mean]
-                broken = [s for s, row in zip(steps, mean, strict=True) if not np.isfinite(row["loss"])]
-                if broken:
-                    kept = f"{self.path} (epoch {epoch})" if epoch else "no checkpoint yet"
-                    raise EvaluationError(f"step {broken[0]}: the loss is not finite; try a smaller lr; kept: {kept}")
-        return sum(losses) / len(losses), len(losses) * self.images_per_step / (time.perf_counter() - begin)
-
-    def _step(self, stream: Iterator, step: int) -> Tensor:
-        """One optimizer step; its mean loss, on the device."""
-        options, losses = self.options, []
-        for micro in range(options.accumulate):
-            batch = next(stream)
-            if isinstance(batch, str):
-                raise EvaluationError(f"{batch}; fastssl verify lists all that are bad in a .beton")
-            images, labels = (part.to(self.device, non_blocking=True) for part in batch)
-            seed = seed_of("step", options.seed, step, micro, distributed.rank())
-            torch.manual_seed(seed)
-            images, target = self._mixed(images, labels, seed)
-            last = micro == options.accumulate - 1
-            if distributed.world() > 1:
-                self.parallel.require_backward_grad_sync = last
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss = self.loss(self.parallel(images).float(), target)
-            self.scaler.scale(loss / options.accumulate).backward()
-            losses.append(loss.detach())
-        self.scaler.unscale_(self.optimizer)
-        clip_gradients(self.network, options.clip_grad)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.network)
-        return torch.stack(losses).mean()
-
-    def _mixed(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Images and soft targets [B, C] after mixup or cutmix; as they are where both are off."""
-        if self.mixup is None:
-            return images, labels
-        before = np.random.get_state()  # noqa: NPY002 - timm's Mixup draws from the global generator
-        np.random.seed(seed)  # noqa: NPY002
-        mixed = self.mixup(images, labels)
-        np.random.set_state(before)  # noqa: NPY002
-        return mixed
-
-    def _score(self) -> dict[str, Scored]:
-        for module in (self.network, *([self.ema.module] if self.ema else [])):  # batch norms saw their own images
-            for buffer in module.buffers():
-                if buffer.is_floating_point():
-                    distributed.all_reduce_mean(buffer)
-        networks = {"weights": self.network, **({"moving average": self.ema.module} if self.ema else {})}
-        options = self.options
-        return _score(networks, self.val_source, options, self.size, self.device, self.dtype)
 
 
 def _score(
@@ -549,9 +504,3 @@ def _judge(options: FinetuneOptions, device: torch.device) -> FinetuneEvaluation
 def _named(name: str, scored: Scored) -> dict[str, float]:
     prefix = "" if name == "weights" else "ema_"
     return {f"{prefix}top1": scored.top1, f"{prefix}top5": scored.top5, f"{prefix}val_loss": scored.loss}
-
-
-def _plain(options: FinetuneOptions) -> dict[str, Any]:
-    """The options as values that a checkpoint can hold."""
-    values = {field.name: getattr(options, field.name) for field in fields(options)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}

@@ -18,13 +18,13 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
+from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.config import ConfigError
 from fastssl.evaluation.data import EvaluationError
 from fastssl.loaders.ahead import read_ahead
 from fastssl.loaders.decode import SUFFIXES, DecodeError, open_image, to_rgb
 from fastssl.loaders.philox import below, random_words, uniform
 from fastssl.loaders.sources import read_file
-from fastssl.pictures import MEAN, STD
 from fastssl.training import distributed
 
 IGNORED = -1  # the label of a pixel that does not count
@@ -195,7 +195,7 @@ def resized(height: int, width: int, short: int, long: int) -> tuple[int, int]:
 
 def normalise(picture: Tensor) -> Tensor:
     """[3, H, W] from 0 to 255 -> float32 with ImageNet's mean and standard deviation taken out."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (picture.float() / 255 - mean) / std
 
 

@@ -7,6 +7,7 @@ import re
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
@@ -47,3 +48,10 @@ def layer_groups(
         no_weight_decay_list=(f"{prefix}cls_token", f"{prefix}pos_embed"),
         layer_decay=layer_decay,
     )
+
+
+def set_rates(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:
+    """Gives each of the groups of `layer_groups` its share of the learning rate; returns what a log line says of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+    return {"lr": lr}

@@ -8,23 +8,21 @@ with layer-wise learning-rate decay, linear warm-up, then a linear fall to 0; th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
-import struct
 import time
-import zlib
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from fastssl.config import ConfigError, Model, check, check_probability
+from fastssl.config import ConfigError, check, check_probability, plain
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError, frozen, spaced_ids
 from fastssl.evaluation.tuned.label_maps import (
@@ -37,7 +35,7 @@ from fastssl.evaluation.tuned.label_maps import (
     read_labels,
     resized,
 )
-from fastssl.evaluation.tuned.layer_decay import layer_groups
+from fastssl.evaluation.tuned.layer_decay import layer_groups, set_rates
 from fastssl.evaluation.tuned.segmenter import (
     Overlap,
     Segmenter,
@@ -55,20 +53,16 @@ from fastssl.models.pyramid import Pyramid
 from fastssl.models.vit import ViT
 from fastssl.pictures import save as save_picture
 from fastssl.pictures import tint
-from fastssl.training import checkpoint, distributed
-from fastssl.training.batch_norm import synchronise_batch_norm
-from fastssl.training.checkpoint import CheckpointError
+from fastssl.training import distributed
+from fastssl.training.checkpoint import Checkpoint
 from fastssl.training.device import choose_device, choose_dtype
-from fastssl.training.log import Clock, MetricRing, RunLog
-from fastssl.weights.libraries import open_backbone
+from fastssl.training.loop import Pace, Run, count_steps, run_folder, settings
+from fastssl.weights.backbone import open_backbone
 
 WARMUP_FROM = 1e-6  # of the learning rate
 RESNET_WIDTH = 512  # of the decoder on a ResNet
-LOG_EVERY = 50  # optimizer steps between two readings of the loss
-MAY_CHANGE = {  # between a run and its resumption
-    *("dir", "val", "val_labels", "names", "mode", "stride", "pictures", "eval_every", "save_every"),
-    *("batch_size", "accumulate", "checkpointing", "workers", "device", "precision"),
-}
+
+Labelled = tuple[Tensor, Tensor, list[str]]  # images [B, 3, S, S], classes of the pixels [B, S, S], file names
 
 
 @dataclass
@@ -94,8 +88,9 @@ class SegmentOptions:
     """Number of classes. 0: one more than the largest label in data."""
     names: str = ""
     """Text file with one class name per line, for the table. Empty: numbers."""
-    dir: str = "runs/segment"
-    """Run folder: last.pt, metrics.jsonl, pictures. A run that finds last.pt there continues it."""
+    dir: str = ""
+    """Folder for last.pt, the logs and the pictures; the same command continues there. Empty: `segment` beside the
+    checkpoint."""
     scratch: bool = False
     """True: random weights in place of the checkpoint's, all else equal: what pretraining has to beat."""
 
@@ -254,167 +249,164 @@ class SegmentEvaluation:
 # -- the run ---------------------------------------------------------------------------------------------------------
 
 
-class Segmentation:
+class Segmentation(Run[Labelled, SegmentEvaluation]):
     """One run on this process (one of several under torchrun). `train()` runs it to its end.
 
     Raises:
         ConfigError, CheckpointError, EvaluationError: something asked for does not exist or does not fit.
     """
 
+    kind = "segment"
+    salt = b"segment"
+
     def __init__(self, options: SegmentOptions) -> None:
         self.options = options
-        self.begin = time.perf_counter()
-
-        # Where: device, arithmetic, processes, folder.
-        self.device = device = choose_device(options.device, "device")
-        self.dtype = choose_dtype(options.precision, device, "precision")
+        begin = time.perf_counter()
+        device = choose_device(options.device, "device")
+        dtype = choose_dtype(options.precision, device, "precision")
         distributed.start(device)
-        self.folder = Path(options.dir)
         self.threads = decoding_threads(options.workers, distributed.local_world())
-        bar = "labels" if distributed.is_main() else ""
 
         # Data.
-        meaning = (options.ignore, options.reduce_zero_label)
+        meaning, bar = (options.ignore, options.reduce_zero_label), "labels" if distributed.is_main() else ""
         self.data = open_labelled_folder(options.data, options.data_labels, "data", *meaning)
         self.val = open_labelled_folder(options.val, options.val_labels, "val", *meaning)
         names = read_names(options.names)
-        check(not (names and options.classes) or options.classes == len(names), "classes", options.classes,
-              f"{len(names)}, the lines of {options.names}")  # fmt: skip
+        lines = f"{len(names)}, the lines of {options.names}"
+        check(not (names and options.classes) or options.classes == len(names), "classes", options.classes, lines)
         self.classes = options.classes or len(names)
         self.classes = self.classes or max(2, read_labels(self.data, 0, self.threads, device, bar))
         read_labels(self.val, self.classes, self.threads, device, bar)  # now, not after hours of training
         self.names = names or [str(i) for i in range(self.classes)]
-        self.images_per_step = options.batch_size * options.accumulate * distributed.world()
-        self.steps_per_epoch = len(self.data) // self.images_per_step
-        if self.steps_per_epoch == 0:
-            raise ConfigError(
-                f"{options.data} has {len(self.data)} images, fewer than one optimizer step takes: "
-                f"{self.images_per_step} (batch_size x accumulate x processes)"
-            )
+        images_per_step, steps_per_epoch = count_steps(
+            len(self.data), options.batch_size, options.accumulate, options.data
+        )
         if options.batch_size * distributed.world() < 2:
             raise ConfigError("batch_size is 1 on one process; batch norm over a whole image needs two images at least")
 
         # What is trained, and how.
         torch.manual_seed(options.seed)
-        self.network = self._build().to(device).train()
-        if distributed.world() > 1:
-            synchronise_batch_norm(self.network, device)
-        groups = layer_groups(self.network, self.network.pyramid.backbone, options.layer_decay, options.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
-
-        # Where it stands.
-        self.step = 0
-        self.history: list[tuple[int, float]] = []
-        self._resume()
-        self.parallel: nn.Module = self.network
-        if distributed.world() > 1:
-            devices = [device] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
+        self.segmenter = self._build().to(device).train()
+        groups = layer_groups(
+            self.segmenter, self.segmenter.pyramid.backbone, options.layer_decay, options.weight_decay
+        )
+        optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, fused=True)
+        self.history: list[tuple[int, float]] = []  # (step, miou) of the measurements on the way
+        pace = Pace(
+            total_steps=options.steps,
+            steps_per_epoch=steps_per_epoch,
+            images_per_step=images_per_step,
+            accumulate=options.accumulate,
+            seed=options.seed,
+            save_every=options.save_every,
+        )
+        folder = run_folder(options.dir, options.checkpoint, "segment")
+        self.prepare(self.segmenter, optimizer, pace, folder=folder, device=device, dtype=dtype)
+        self.begun = begin
 
     def _build(self) -> Segmenter:
         options = self.options
         found = open_backbone(options.checkpoint)
         self.config = found.config
-        model = Model(**found.config["model"])
-        check_image_size(model, "crop", options.crop)
-        backbone = build_backbone(model) if options.scratch else found.module
-        settings: dict[str, Any] = {"taps": options.taps or None}
+        check_image_size(found.model, "crop", options.crop)
+        backbone = build_backbone(found.model) if options.scratch else found.module
+        how: dict[str, Any] = {"taps": options.taps or None}
         if isinstance(backbone, ViT):
             side = options.crop // backbone.patch_size
-            settings["window"] = (side, side) if options.relative_positions else None
-            settings |= {"drop_path": options.drop_path, "checkpointing": options.checkpointing}
+            how["window"] = (side, side) if options.relative_positions else None
+            how |= {"drop_path": options.drop_path, "checkpointing": options.checkpointing}
         else:
             check(not options.relative_positions, "relative_positions", True, "off with a ResNet")
             check(not options.checkpointing, "checkpointing", True, "off with a ResNet")
-        pyramid = Pyramid(backbone, **settings)
+        pyramid = Pyramid(backbone, **how)
         width = options.channels or (backbone.width if isinstance(backbone, ViT) else RESNET_WIDTH)
         return Segmenter(pyramid, self.classes, width, options.dropout, options.auxiliary > 0)
 
-    # -- checkpoint ----------------------------------------------------------------------------------------------------
+    # -- a step --------------------------------------------------------------------------------------------------------
 
-    @property
-    def path(self) -> Path:
-        """The trained network."""
-        return self.folder / "last.pt"
+    def micro_batches(self) -> Generator[Labelled, None, None]:
+        """This process's training crops from here on: images of one optimizer step depend on the step alone."""
+        options, data = self.options, self.data
 
-    def _fit(self) -> dict[str, Any]:
-        """What a resumption must have in common with the run that it continues."""
-        values = {key: value for key, value in asdict(self.options).items() if key not in MAY_CHANGE}
-        values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        same = {"classes": self.classes, "images per step": self.images_per_step, "training images": len(self.data)}
-        return {**values, **same}
+        def keys() -> Iterator[tuple[int, int]]:
+            for step in range(self.step, options.steps):
+                epoch, into = divmod(step, self.pace.steps_per_epoch)
+                ids = order(len(data), options.seed, epoch)
+                for micro in range(options.accumulate):
+                    position = into * options.accumulate + micro
+                    mine = batch_ids(ids, position, options.batch_size, distributed.rank(), distributed.world())
+                    yield from ((epoch, int(i)) for i in mine)
 
-    def _resume(self) -> None:
-        if not self.path.exists():
-            return
-        content = checkpoint.load(self.path)
-        if "segment" not in content:
-            raise CheckpointError(f"{self.path} is not of a segmentation run; name another folder with --dir")
-        checkpoint.check_fit(self.path, content["segment"], self._fit(), "--dir")
-        self.network.load_state_dict(content["method"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scaler.load_state_dict(content["scaler"])
-        self.step = content["step"]
-        self.history = [(int(step), miou) for step, miou in content["history"]]
+        def make(key: tuple[int, int]) -> tuple[Tensor, Tensor, str]:
+            epoch, i = key
+            pair = data.pair(i, self.classes)
+            picture, labels = cut(*pair, options.cutting, seed=options.seed, epoch=epoch, number=i)
+            return picture, labels, str(data.images[i])
 
-    def _save(self) -> None:
-        if distributed.is_main():
-            content = {
-                "config": self.config,
-                "step": self.step,
-                "backbone_prefix": "pyramid.backbone.",
-                "method": self.network.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "segment": self._fit(),
-                "history": [list(line) for line in self.history],
-            }
-            checkpoint.save(self.path, content)
-        distributed.barrier()
+        ahead = read_ahead(keys(), make, self.threads, prefetch=2 * max(self.threads, options.batch_size))
+        with contextlib.closing(ahead) as crops:
+            while taken := list(itertools.islice(crops, options.batch_size)):
+                pictures, labels, names = zip(*taken, strict=True)
+                yield torch.stack(pictures), torch.stack(labels), list(names)
 
-    # -- training ------------------------------------------------------------------------------------------------------
+    def sample_ids(self, batch: Labelled) -> list[str]:
+        return batch[2]
 
-    def train(self) -> SegmentEvaluation:
-        """Runs to the last step, or from where last.pt stands.
-
-        Raises:
-            EvaluationError: a loss or a score is not finite, or a picture cannot be read.
-        """
+    def schedule(self) -> dict[str, float]:
         options = self.options
-        if distributed.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-        log = RunLog(self.folder, self.step, options.steps)
-        ring, clock = MetricRing(), Clock()
-        stream = self._stream()
-        try:
-            log.say(
-                f"UPerNet on {options.checkpoint}{' (random weights)' if options.scratch else ''}, {self.classes} "
-                f"classes, on {self.device}: {len(self.data)} images, {self.images_per_step} per step, "
-                f"{options.steps} steps"
-            )
-            while self.step < options.steps:
-                ring.add(self.step, self._step(stream, clock))
-                self.step += 1
-                log.progress()
-                last = self.step == options.steps
-                saves = last or self.step % options.save_every == 0
-                measures = not last and options.eval_every and self.step % options.eval_every == 0
-                if last or saves or measures or self.step % LOG_EVERY == 0:
-                    self._record(log, ring, clock)
-                aside = time.perf_counter()
-                if measures:
-                    self.history.append((self.step, self.judge().miou))
-                    log.record({"step": self.step, "miou": self.history[-1][1]})
-                    log.say(f"step {self.step}: {self.history[-1][1]:.2f} % mIoU")
-                if saves:
-                    self._save()
-                clock.skip(time.perf_counter() - aside)
-            found = self.judge(options.pictures)
-            log.record({"step": self.step, "miou": found.miou, "macc": found.macc, "aacc": found.aacc})
-        finally:
-            stream.close()
-            log.close()
+        return set_rates(self.optimizer, options.lr * lr_factor(self.step, options.steps, options.warmup_steps))
+
+    def on_device(self, batch: Labelled) -> Labelled:
+        images, labels, names = batch
+        return images.to(self.device), labels.to(self.device), names
+
+    def losses(self, batch: Labelled) -> tuple[Tensor, dict[str, Tensor]]:
+        images, labels, _ = batch
+        scores, small = self.parallel(images)
+        with torch.autocast(self.device.type, enabled=False):
+            main = pixel_loss(scores, labels)
+            loss = main if small is None else main + self.options.auxiliary * pixel_loss(small, labels)
+        return loss, {"loss_decoder": main.detach()}
+
+    # -- the checkpoint ------------------------------------------------------------------------------------------------
+
+    def fingerprint(self) -> dict[str, Any]:
+        free = ("val_labels", "names", "mode", "stride", "pictures", "eval_every", "save_every", "checkpointing")
+        images = {"classes": self.classes, "images_per_step": self.pace.images_per_step, "images": len(self.data)}
+        return {**settings(self.options, *free), **images}
+
+    def record(self) -> Checkpoint:
+        extra = {"history": plain(self.history)}
+        return Checkpoint(self.kind, self.config, self.segmenter.state_dict(), "pyramid.backbone.", extra=extra)
+
+    def restore(self, saved: Checkpoint) -> None:
+        self.history = [(int(step), miou) for step, miou in saved.extra["history"]]
+
+    # -- between steps -------------------------------------------------------------------------------------------------
+
+    def describe(self) -> list[str]:
+        options = self.options
+        return [
+            f"UPerNet on {options.checkpoint}{' (random weights)' if options.scratch else ''}, {self.classes} classes, "
+            f"on {self.device}: {len(self.data)} images, {self.pace.images_per_step} per step, {options.steps} steps"
+        ]
+
+    def begin(self) -> None:
+        self.between()  # an earlier start may have been ended before it could measure
+
+    def between(self) -> None:
+        every, step = self.options.eval_every, self.step
+        measured = self.history and self.history[-1][0] == step
+        if not every or step == 0 or step % every or step == self.options.steps or measured:
+            return
+        self.history.append((step, self.judge().miou))
+        self.log.record({"step": step, "miou": self.history[-1][1]})
+        self.log.say(f"step {step}: {self.history[-1][1]:.2f} % mIoU")
+        self.save_last(again=True)
+
+    def finish(self) -> SegmentEvaluation:
+        options, found = self.options, self.judge(self.options.pictures)
+        self.log.record({"step": self.step, "miou": found.miou, "macc": found.macc, "aacc": found.aacc})
         return SegmentEvaluation(
             checkpoint=options.checkpoint,
             scratch=options.scratch,
@@ -424,71 +416,7 @@ class Segmentation:
             train_images=len(self.data),
             steps=self.step,
             history=self.history,
-            seconds=round(time.perf_counter() - self.begin, 1),
-        )
-
-    def _stream(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's training crops from here on: images of one optimizer step depend on the step alone."""
-        options, data = self.options, self.data
-
-        def keys() -> Iterator[tuple[int, int]]:
-            for step in range(self.step, options.steps):
-                epoch, into = divmod(step, self.steps_per_epoch)
-                ids = order(len(data), options.seed, epoch)
-                for micro in range(options.accumulate):
-                    position = into * options.accumulate + micro
-                    mine = batch_ids(ids, position, options.batch_size, distributed.rank(), distributed.world())
-                    yield from ((epoch, int(i)) for i in mine)
-
-        def make(key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-            epoch, i = key
-            pair = data.pair(i, self.classes)
-            return cut(*pair, options.cutting, seed=options.seed, epoch=epoch, number=i)
-
-        return read_ahead(keys(), make, self.threads, prefetch=2 * max(self.threads, options.batch_size))
-
-    def _step(self, stream: Iterator[tuple[Tensor, Tensor]], clock: Clock) -> dict[str, Tensor]:
-        """One optimizer step; its losses, on the device."""
-        options, losses = self.options, []
-        rate = options.lr * lr_factor(self.step, options.steps, options.warmup_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["lr_scale"]
-        for micro in range(options.accumulate):
-            waiting = time.perf_counter()
-            crops = [next(stream) for _ in range(options.batch_size)]
-            clock.wait(time.perf_counter() - waiting)
-            images, labels = (torch.stack(part).to(self.device) for part in zip(*crops, strict=True))
-            torch.manual_seed(_seed(options.seed, self.step, micro, distributed.rank()))
-            if distributed.world() > 1:
-                self.parallel.require_backward_grad_sync = micro == options.accumulate - 1
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                scores, small = self.parallel(images)
-            main = pixel_loss(scores, labels)
-            loss = main if small is None else main + options.auxiliary * pixel_loss(small, labels)
-            self.scaler.scale(loss / options.accumulate).backward()
-            losses.append(torch.stack([loss.detach(), main.detach()]))
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss, main = torch.stack(losses).mean(0)
-        return {"loss": loss, "loss_decoder": main}
-
-    def _record(self, log: RunLog, ring: MetricRing, clock: Clock) -> None:
-        steps, _, rows = ring.drain()
-        for step, row in zip(steps, rows, strict=True):
-            if not math.isfinite(row["loss"]):
-                kept = f"{self.path}" if self.path.exists() else "no checkpoint yet"
-                raise EvaluationError(f"step {step}: the loss is not finite; try a smaller --lr; kept: {kept}")
-        seconds, waited = clock.read()
-        log.record(
-            {
-                "step": self.step,
-                "epoch": self.step / self.steps_per_epoch,
-                **{key: sum(row[key] for row in rows) / len(rows) for key in rows[0]},
-                "lr": self.options.lr * lr_factor(self.step - 1, self.options.steps, self.options.warmup_steps),
-                "images_per_s": len(rows) * self.images_per_step / seconds,
-                "data_wait": waited,
-            }
+            seconds=round(time.perf_counter() - self.begun, 1),
         )
 
     # -- judging -------------------------------------------------------------------------------------------------------
@@ -496,7 +424,8 @@ class Segmentation:
     def judge(self, pictures: int = 0) -> Overlap:
         """The numbers on val, the same on every process; `pictures` of its images are drawn."""
         options = self.options
-        with frozen(self.network):
+        assert self.folder is not None
+        with frozen(self.segmenter):
             return judge(
                 self._classify,
                 self.val,
@@ -518,13 +447,13 @@ class Segmentation:
         image = normalise(seen).to(self.device)
 
         def look(images: Tensor) -> Tensor:
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                return self.network(images)[0]
+            with self.autocast():
+                return self.segmenter(images)[0]
 
         if options.mode == "slide":
             scores = slide(look, image, options.crop, options.stride or max(options.crop * 2 // 3, 1))
         else:
-            scores = whole(look, image, int(self.network.pyramid.strides[-1]))
+            scores = whole(look, image, int(self.segmenter.pyramid.strides[-1]))
         if not torch.isfinite(scores).all():
             raise EvaluationError("the network's scores are not finite; its weights are broken")
         return best_classes(scores, height, width)
@@ -592,11 +521,6 @@ def read_names(path: str) -> list[str]:
         return [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"names is {path!r}, which cannot be read ({error})") from None
-
-
-def _seed(*numbers: int) -> int:
-    """Seed of stochastic depth and dropout: a function of where the run stands, so a resumption repeats it."""
-    return zlib.crc32(b"segment" + struct.pack(f"<{len(numbers)}Q", *numbers))
 
 
 def evaluate_segment(options: SegmentOptions) -> SegmentEvaluation:

@@ -16,13 +16,11 @@ from fastssl.config import Model, View
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.sources import Source
 from fastssl.loaders.views import central_batches
-from fastssl.models import build_backbone
 from fastssl.models.vit import ViT
 from fastssl.prepare.parts.learner import PartLearner, add_background
 from fastssl.training import checkpoint
-from fastssl.training.checkpoint import CheckpointError
-
-FORMAT = "fastssl-parts-1"
+from fastssl.training.checkpoint import Checkpoint
+from fastssl.weights.backbone import backbone_of
 
 
 class PartFinder:
@@ -83,18 +81,14 @@ class PartFinder:
     def save(self, path: str | Path) -> None:
         """Writes all that `load_finder` needs; raises CheckpointError if the disk refuses."""
         decoder = self.learner.decoder
-        checkpoint.save(
-            Path(path),
-            {
-                "parts": FORMAT,
-                "model": asdict(self.model),
-                "size": self.size,
-                "numbers": [self.learner.parts, decoder.first.out_channels, len(decoder.steps)],
-                "place": self.place,
-                "backbone": self.backbone.state_dict(),
-                "learner": self.learner.state_dict(),
-            },
-        )
+        network = {
+            **{f"backbone.{key}": value for key, value in self.backbone.state_dict().items()},
+            **{f"learner.{key}": value for key, value in self.learner.state_dict().items()},
+            "place": self.place,
+        }
+        numbers = {"parts": self.learner.parts, "width": decoder.first.out_channels, "doublings": len(decoder.steps)}
+        config = {"model": asdict(self.model), "learner": {**numbers, "size": self.size}}
+        checkpoint.write(path, Checkpoint("parts", config, network, "backbone."))
 
 
 def load_finder(path: str | Path, device: torch.device, dtype: torch.dtype) -> PartFinder:
@@ -103,19 +97,14 @@ def load_finder(path: str | Path, device: torch.device, dtype: torch.dtype) -> P
     Raises:
         CheckpointError: no such file, damaged, or another kind of file.
     """
-    content = checkpoint.load(path, device)
-    if content.get("parts") != FORMAT:
-        raise CheckpointError(f"{path} holds no part learner; 'fastssl parts learn' writes one")
-    model = Model(**content["model"])
-    backbone = build_backbone(model)
-    backbone.load_state_dict(content["backbone"])
-    parts, decoder_width, doublings = content["numbers"]
-    learner = PartLearner(backbone.width, parts, decoder_width, doublings)
-    learner.load_state_dict(content["learner"])
-    finder = PartFinder(
-        model, backbone.to(device).eval().requires_grad_(False), learner.to(device).eval(), content["size"], dtype
-    )
-    finder.place = content["place"]
+    saved = checkpoint.read(path, "parts", device=device)
+    found, numbers = backbone_of(saved), saved.config["learner"]
+    learner = PartLearner(found.module.width, numbers["parts"], numbers["width"], numbers["doublings"])
+    start = len("learner.")
+    learner.load_state_dict({k[start:]: v for k, v in saved.network.items() if k.startswith("learner.")})
+    backbone = found.module.to(device).eval().requires_grad_(False)
+    finder = PartFinder(found.model, backbone, learner.to(device).eval(), numbers["size"], dtype)
+    finder.place = saved.network["place"]
     return finder
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastssl import pictures
-from fastssl.config import ConfigError, Model, check
+from fastssl.config import ConfigError, check
 from fastssl.loaders.sources import Source, open_source
 from fastssl.models.vit import ViT
 from fastssl.prepare.parts.finder import PartFinder, normalised, whole_images
@@ -26,7 +26,7 @@ from fastssl.prepare.parts.learner import PartLearner, overlap
 from fastssl.training.checkpoint import CheckpointError
 from fastssl.training.device import choose_device, choose_dtype
 from fastssl.training.schedule import warmup_cosine
-from fastssl.weights.libraries import open_backbone
+from fastssl.weights.backbone import open_backbone
 
 
 @dataclass
@@ -137,7 +137,7 @@ def _new_finder(options: LearnOptions, device: torch.device, dtype: torch.dtype)
     check(size % vit.patch_size == 0 and size >= 2 * vit.patch_size, "size", size,
           f"a multiple of the checkpoint's patch side, {vit.patch_size}, and two patches or more")  # fmt: skip
     learner = PartLearner(vit.width, options.parts, options.decoder_width, int(math.log2(vit.patch_size)))
-    model = Model(**found.config["model"])
+    model = found.model
     return PartFinder(model, vit.requires_grad_(False), learner.to(device), size, dtype)
 
 

@@ -15,6 +15,7 @@ from fastssl.evaluation.frozen import attentive
 from fastssl.evaluation.frozen.attentive import AttentiveOptions, AttentiveProbe, evaluate_attentive, standardised
 from fastssl.models import build_backbone
 from fastssl.training import checkpoint
+from fastssl.training.checkpoint import Checkpoint
 
 VIT = Model(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=2, heads=2)
 
@@ -37,7 +38,7 @@ def save_checkpoint(path, model, change=lambda weights: None):
     weights = {f"teacher.{key}": value for key, value in build_backbone(model).state_dict().items()}
     change(weights)
     config = Config("dino", {}, {}, model=model).as_dict()
-    checkpoint.save(path, {"config": config, "step": 7, "backbone_prefix": "teacher.", "method": weights})
+    checkpoint.write(path, Checkpoint("pretrain", config, weights, "teacher.", step=7))
     return str(path)
 
 
@@ -108,7 +109,7 @@ def test_trainable_parameters(width, heads, parameters):
 
 
 def test_accuracy_and_what_is_said(given):
-    before = checkpoint.load(given["checkpoint"])["method"]
+    before = checkpoint.read(given["checkpoint"]).network
     evaluation = evaluate_attentive(AttentiveOptions(**given, **QUICK))
     values = evaluation.as_dict()
     assert values["top1"] == evaluation.top1 > 60  # chance: 33
@@ -116,7 +117,7 @@ def test_accuracy_and_what_is_said(given):
     assert set(values["held_out"]) == {"0.1", "1.0"}
     assert "held-out tenth" in evaluation.table()
     assert evaluate_attentive(AttentiveOptions(**given, **QUICK)).scored == evaluation.scored
-    after = checkpoint.load(given["checkpoint"])["method"]
+    after = checkpoint.read(given["checkpoint"]).network
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 

@@ -15,7 +15,8 @@ from fastssl.evaluation.frozen.features import extract
 from fastssl.loaders.sources import open_source
 from fastssl.models import build_backbone
 from fastssl.training import checkpoint
-from fastssl.training.checkpoint import load_backbone
+from fastssl.training.checkpoint import Checkpoint
+from fastssl.weights.backbone import open_backbone
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
     model = Model("vit_tiny", 32, 8, 32, 1, 2)
     method = {f"encoder.{key}": value for key, value in build_backbone(model).state_dict().items()}
     config = {"model": vars(model), "run": {"seed": 0}, "monitor": {"mean_patch": True}}
-    checkpoint.save(root / "c.pt", {"config": config, "step": 1, "backbone_prefix": "encoder.", "method": method})
+    checkpoint.write(root / "c.pt", Checkpoint("pretrain", config, method, "encoder.", step=1))
     return root
 
 
@@ -41,7 +42,7 @@ def test_table_list_and_sheet(folder, tmp_path, capsys):
     assert main([*command, "--batch-size=2", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["images"], result["width"]) == (5, 64)
-    backbone, source = load_backbone(folder / "c.pt").module, open_source(str(folder / "images"))
+    backbone, source = open_backbone(folder / "c.pt").module, open_source(str(folder / "images"))
     table = np.load(f"{out}.npy")
     assert table.dtype == np.float32
     expected = extract(backbone, source, size=32, mean_patch=True, workers=1).values.numpy()

@@ -16,6 +16,7 @@ from fastssl.evaluation.frozen.knn import KNNOptions, evaluate_knn
 from fastssl.evaluation.frozen.linear import LinearOptions, evaluate_linear
 from fastssl.models import build_backbone
 from fastssl.training import checkpoint
+from fastssl.training.checkpoint import Checkpoint
 
 VIT = Model(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=4, heads=2)
 
@@ -37,8 +38,7 @@ def save_checkpoint(path, model):
     torch.manual_seed(0)
     weights = {f"teacher.{key}": value for key, value in build_backbone(model).state_dict().items()}
     config = Config("dino", {}, {}, model=model).as_dict()
-    content = {"config": config, "step": 7, "backbone_prefix": "teacher.", "method": weights}
-    checkpoint.save(path, content)
+    checkpoint.write(path, Checkpoint("pretrain", config, weights, "teacher.", step=7))
     return str(path)
 
 

@@ -29,6 +29,8 @@ from fastssl.models import build_backbone
 from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT
 from fastssl.training import checkpoint
+from fastssl.training.checkpoint import Checkpoint
+from fastssl.training.loop import TrainingError
 
 IDS = (3, 7, 40)  # of the categories: with gaps, as COCO's own
 NAMES = ("cat", "dog", "owl")
@@ -550,8 +552,7 @@ def ready(tmp_path):
     model = Model(**MODEL)
     state = {f"backbone.{key}": value for key, value in build_backbone(model).state_dict().items()}
     config = {"model": asdict(model), "run": {"seed": 0}, "monitor": {"mean_patch": False}}
-    content = {"config": config, "step": 9, "backbone_prefix": "backbone.", "method": state}
-    checkpoint.save(tmp_path / "backbone.pt", content)
+    checkpoint.write(tmp_path / "backbone.pt", Checkpoint("pretrain", config, state, "backbone.", step=9))
     boxes = [[(IDS[i % 3], (4 + i, 8, 24, 20))] if i % 4 else [] for i in range(12)]
     train = write_set(tmp_path / "train", boxes)
     val = write_set(tmp_path / "val", boxes[:5])
@@ -591,12 +592,12 @@ def test_a_run_gives_numbers_files_and_the_same_result_again(ready, tmp_path, ca
     assert "9 training images, 4 steps, 5 validation images" in text
     assert f"{result['box_ap']:.1f}" in text
     assert main(["evaluate", "detect", *arguments, "--lr", "0.5"]) == 1
-    assert "was written with lr = 0.001, this run has 0.5" in capsys.readouterr().err
+    assert "other settings: lr (was 0.001, now 0.5);" in capsys.readouterr().err
 
 
 def test_a_run_that_stops_after_an_epoch_continues_to_the_same_weights(ready, tmp_path):
     evaluate_detect(DetectOptions(**ready))
-    straight = checkpoint.load(tmp_path / "run" / "last.pt")
+    straight = checkpoint.read(tmp_path / "run" / "last.pt")
 
     class Killed(Exception):
         pass
@@ -605,23 +606,23 @@ def test_a_run_that_stops_after_an_epoch_continues_to_the_same_weights(ready, tm
     run = Detection(DetectOptions(**ready))
     save = run.save
 
-    def save_and_die():
-        save()
+    def save_and_die(path):
+        save(path)
         raise Killed
 
     run.save = save_and_die
     with pytest.raises(Killed):
-        run.run()
-    assert checkpoint.load(tmp_path / "other" / "last.pt")["epoch"] == 1
+        run.train()
+    assert checkpoint.read(tmp_path / "other" / "last.pt").step == straight.step / 2
     torch.manual_seed(77)
     evaluate_detect(DetectOptions(**ready))
-    continued = checkpoint.load(tmp_path / "other" / "last.pt")
-    assert continued["epoch"] == straight["epoch"] == 2
-    assert all(torch.equal(value, continued["method"][key]) for key, value in straight["method"].items())
+    continued = checkpoint.read(tmp_path / "other" / "last.pt")
+    assert continued.step == straight.step
+    assert all(torch.equal(value, continued.network[key]) for key, value in straight.network.items())
 
 
 def test_the_checkpoints_weights_are_taken_unless_told_otherwise(ready):
-    stored = checkpoint.load(ready["checkpoint"])["method"]
+    stored = checkpoint.read(ready["checkpoint"]).network
     key = "blocks.1.attn.qkv.weight"
     taken = Detection(DetectOptions(**ready)).backbone.module.state_dict()[key]
     assert torch.equal(taken, stored[f"backbone.{key}"])
@@ -698,27 +699,26 @@ def test_only_crowds_are_an_error(ready, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(ready, tmp_path):
-    with pytest.raises(EvaluationError, match="the loss is not finite; try a smaller --lr; kept: no checkpoint yet"):
+    with pytest.raises(TrainingError, match=r"is not finite; samples of that step: .* kept: no checkpoint yet"):
         evaluate_detect(DetectOptions(**{**ready, "lr": 1e30, "warmup_steps": 0, "epochs": 1, "batch_size": 2}))
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
 def run_on_rank(rank, options):
     result = evaluate_detect(DetectOptions(**options))
-    state = checkpoint.load(Path(options["dir"]) / "last.pt")
-    return asdict(result), state["epoch"], rank
+    return asdict(result), checkpoint.read(Path(options["dir"]) / "last.pt").step, rank
 
 
 def test_two_processes_judge_every_image_once_and_give_the_number_of_one(ready, on_processes):
     ready["batch_size"] = 2
-    (first, epoch, _), (second, _, _) = on_processes(2, run_on_rank, ready)
-    assert epoch == 2
+    (first, step, _), (second, _, _) = on_processes(2, run_on_rank, ready)
+    assert step == first["steps"] > 0
     assert first.pop("seconds") >= 0
     second.pop("seconds")
     assert first == second
     # The saved weights, judged by one process, give the detections and the number that two gave.
     run = Detection(DetectOptions(**{**ready, "dir": ready["dir"] + "-alone", "batch_size": 4}))
-    run.detector.load_state_dict(checkpoint.load(Path(ready["dir"]) / "last.pt")["method"])
+    run.detector.load_state_dict(checkpoint.read(Path(ready["dir"]) / "last.pt").network)
     found = detect(run.detector, run.val, run.device, 1)
     assert {one["image_id"] for one in found} == {image["id"] for image in run.val.images}
     assert found == json.loads(Path(first["detections"]).read_text())

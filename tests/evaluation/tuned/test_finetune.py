@@ -22,7 +22,8 @@ from fastssl.models import build_backbone
 from fastssl.models.relative_positions import relative_index
 from fastssl.parse import parse_options
 from fastssl.training import checkpoint
-from fastssl.training.checkpoint import CheckpointError, load_backbone
+from fastssl.training.checkpoint import Checkpoint, CheckpointError
+from fastssl.weights.backbone import open_backbone
 
 VIT = Model(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=2, heads=2, positions="sincos")
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def save_checkpoint(path, model, change=lambda weights: None):
     weights = {f"encoder.{key}": value for key, value in build_backbone(model).state_dict().items()}
     change(weights)
     config = Config("mae", {}, {}, model=model).as_dict()
-    checkpoint.save(path, {"config": config, "step": 7, "backbone_prefix": "encoder.", "method": weights})
+    checkpoint.write(path, Checkpoint("pretrain", config, weights, "encoder.", step=7))
     return str(path)
 
 
@@ -145,8 +146,8 @@ def test_relative_index():
 def test_relative_positions_start_without_effect_and_act_on_their_pair(given):
     torch.manual_seed(0)
     images = torch.randn(2, 3, 16, 16)
-    plain = Classifier(load_backbone(given["checkpoint"]).module, 3, "mean", 16).eval()
-    biased = Classifier(load_backbone(given["checkpoint"]).module, 3, "mean", 16, relative_positions=True).eval()
+    plain = Classifier(open_backbone(given["checkpoint"]).module, 3, "mean", 16).eval()
+    biased = Classifier(open_backbone(given["checkpoint"]).module, 3, "mean", 16, relative_positions=True).eval()
     torch.testing.assert_close(biased.features(images), plain.features(images))
     table = biased.backbone.blocks[1].attn.relative_position_bias_table
     with torch.no_grad():  # patches of the last block look at the class token alone: all get the same update
@@ -165,7 +166,7 @@ def test_relative_positions_start_without_effect_and_act_on_their_pair(given):
 
 def test_what_the_linear_layer_sees(given):
     images = torch.randn(2, 3, 16, 16)
-    backbone = load_backbone(given["checkpoint"]).module
+    backbone = open_backbone(given["checkpoint"]).module
     mean, token = (Classifier(backbone, 3, pool, 16).eval().features(images) for pool in ("mean", "class"))
     x = backbone.embed(images)
     for block in backbone.blocks:
@@ -187,7 +188,7 @@ def test_weights_and_switches_reach_the_network(given, tmp_path):
         options = FinetuneOptions(**{**given, "checkpoint": path, "dir": str(tmp_path / "none"), **change})
         return Finetuner(options, CPU).network.backbone
 
-    pretrained = load_backbone(path).module.state_dict()
+    pretrained = open_backbone(path).module.state_dict()
     assert all(torch.equal(value, pretrained[key]) for key, value in network().state_dict().items())
     assert set(network(new_norm=True).norm.weight.tolist()) == {1.0}
     assert not network().pos_embed.requires_grad
@@ -208,7 +209,7 @@ def test_learns_and_says_what_it_found(tuned):
     assert values["images"] == 31
     assert values["train_images"] == 48
     assert values["ema"]["images"] == 31
-    history = checkpoint.load(evaluation.path)["history"]
+    history = checkpoint.read(evaluation.path).extra["history"]
     assert [line["epoch"] for line in history] == [1, 2, 3]
     assert history[-1]["top1"] == evaluation.top1
     assert values["best_top1"] == max(line["top1"] for line in history)
@@ -223,7 +224,7 @@ def test_learns(given, tmp_path):
     options = {**given, **PLAIN, "epochs": 12, "val_every": 5, "drop_path": 0.0, "lr_batch": 0, "lr": 3e-3}
     evaluation = evaluate_finetune(FinetuneOptions(**options, dir=str(tmp_path)))
     assert evaluation.top1 > 70  # chance: 33
-    history = checkpoint.load(evaluation.path)["history"]
+    history = checkpoint.read(evaluation.path).extra["history"]
     assert [line["epoch"] for line in history if "top1" in line] == [5, 10, 12]
 
 
@@ -252,7 +253,7 @@ def test_resumed_is_exact(tuned, given, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             evaluate_finetune(same)
     resumed = evaluate_finetune(same)
-    ours, theirs = checkpoint.load(resumed.path), checkpoint.load(whole.path)
+    ours, theirs = checkpoint.read(resumed.path), checkpoint.read(whole.path)
     for part in ("method", "ema"):
         assert all(torch.equal(ours[part][key], theirs[part][key]) for key in theirs[part])
     assert ours["history"] == theirs["history"]
@@ -269,7 +270,7 @@ def test_a_step_is_adamw_on_the_mean_of_its_micro_batches(given, tmp_path):
         **{**given, **PLAIN, "accumulate": 2, "drop_path": 0.0, "warmup_epochs": 0}, dir=str(tmp_path)
     )
     run = Finetuner(options, CPU)
-    backbone = load_backbone(given["checkpoint"]).module
+    backbone = open_backbone(given["checkpoint"]).module
     reference = Classifier(backbone, 3, "mean", 16)
     reference.load_state_dict(run.network.state_dict())
     reference.train()
@@ -385,7 +386,7 @@ def test_two_processes(tuned, given, tmp_path, on_processes):
         assert ours.loss == pytest.approx(alone.loss, rel=1e-6)
     assert first[2].final == second[2].final
     one = evaluate_finetune(FinetuneOptions(**{**options, "batch_size": 16, "dir": str(tmp_path / "one")}))
-    ours, theirs = checkpoint.load(first[2].path)["method"], checkpoint.load(one.path)["method"]
+    ours, theirs = checkpoint.read(first[2].path).network, checkpoint.read(one.path).network
     for key, value in theirs.items():  # 2 x 8 images are 1 x 16
         torch.testing.assert_close(ours[key], value, atol=1e-5, rtol=1e-3)
 
@@ -394,7 +395,7 @@ def test_two_processes(tuned, given, tmp_path, on_processes):
 
 
 def test_a_fine_tuned_network_is_a_checkpoint_like_any_other(tuned):
-    backbone = load_backbone(tuned[1].path)
+    backbone = open_backbone(tuned[1].path)
     assert backbone.step == 9
     assert backbone.module(torch.randn(1, 3, 16, 16)).isfinite().all()
 

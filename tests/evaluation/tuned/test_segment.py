@@ -19,6 +19,7 @@ from fastssl.loaders.synthetic import draw_image
 from fastssl.models import build_backbone
 from fastssl.parse import parse_options
 from fastssl.training import checkpoint, distributed
+from fastssl.training.checkpoint import Checkpoint
 
 RECIPES = Path(__file__).parents[2] / "configs" / "ade20k"
 VIT = Model(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=4, heads=2)
@@ -31,7 +32,7 @@ def save_checkpoint(path, model):
     torch.manual_seed(0)
     weights = {f"teacher.{key}": value for key, value in build_backbone(model).state_dict().items()}
     config = Config("dino", {}, {}, model=model).as_dict()
-    checkpoint.save(path, {"config": config, "step": 7, "backbone_prefix": "teacher.", "method": weights})
+    checkpoint.write(path, Checkpoint("pretrain", config, weights, "teacher.", step=7))
     return str(path)
 
 
@@ -105,7 +106,7 @@ def test_checkpoint_gives_the_weights_and_scratch_does_not(given, tmp_path):
     for scratch in (False, True):
         options = SegmentOptions(**given, scratch=scratch, seed=5, steps=2, dir=str(tmp_path))
         loaded[scratch] = Segmentation(options).network.pyramid.backbone.blocks[0].mlp.fc1.weight
-    stored = checkpoint.load(given["checkpoint"])["method"]["teacher.blocks.0.mlp.fc1.weight"]
+    stored = checkpoint.read(given["checkpoint"]).network["teacher.blocks.0.mlp.fc1.weight"]
     assert torch.equal(loaded[False], stored)
     assert not torch.equal(loaded[True], stored)
 

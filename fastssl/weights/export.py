@@ -1,117 +1,25 @@
-"""Backbones to and from the libraries that people use next: timm, torchvision, Hugging Face; and the authors' layout.
+"""Backbones for the libraries that people use next (timm, torchvision, Hugging Face), methods in their authors' layout.
 
-Our ViT carries timm's names and our ResNet torchvision's, so nothing is renamed; what these libraries cannot express is
-refused. A name like `timm:vit_base_patch16_224.mae` or `torchvision:resnet50` stands for a checkpoint in every command.
+Our ViT carries timm's names and our ResNet torchvision's, so nothing is renamed; what these cannot express is refused.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.config import ConfigError, Model
-from fastssl.methods import METHODS
-from fastssl.models import VITS, build_backbone
+from fastssl.models import VITS
 from fastssl.models.vit import ViT
 from fastssl.training import checkpoint
-from fastssl.training.checkpoint import Backbone, CheckpointError, load_backbone, replace_file
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-RESNET_WEIGHTS = {"resnet18": "IMAGENET1K_V1", "resnet34": "IMAGENET1K_V1", "resnet50": "IMAGENET1K_V2"}
-
-
-def open_backbone(name: str, device: torch.device | str = "cpu") -> Backbone:
-    """The backbone of a checkpoint file, or of a library's model with the library's weights.
-
-    Args:
-        name: a path, `timm:NAME` (plain ViTs with a class token), or `torchvision:NAME` (resnet18, 34, 50). A library's
-            weights are downloaded once, into its own cache.
-        device: where to put it.
-
-    Raises:
-        CheckpointError: no such file or model, not a backbone that we have, or the download failed.
-    """
-    library, colon, model = str(name).partition(":")
-    if not colon or library not in ("timm", "torchvision"):
-        return load_backbone(name, device)
-    try:
-        found = _timm(model) if library == "timm" else _torchvision(model)
-    except CheckpointError:
-        raise
-    except Exception as error:  # unknown names, no network, broken downloads: each library has its own types
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{name} could not be loaded ({reason[:200]})") from None
-    found.module.to(device).eval()
-    return found
-
-
-def _timm(name: str) -> Backbone:
-    import timm
-
-    theirs = timm.create_model(name, pretrained=True, num_classes=0)
-    return from_timm(theirs, name)
-
-
-def from_timm(theirs: nn.Module, name: str) -> Backbone:
-    """Our backbone with the weights of a timm model.
-
-    Raises:
-        CheckpointError: it is not a plain ViT with a class token.
-    """
-    embed = getattr(theirs, "patch_embed", None)
-    try:
-        side, patch = embed.img_size[0], embed.patch_size[0]
-        heads = theirs.blocks[0].attn.num_heads
-        width, depth = theirs.embed_dim, len(theirs.blocks)
-        gamma = getattr(theirs.blocks[0].ls1, "gamma", None)
-    except (AttributeError, IndexError, TypeError):
-        raise CheckpointError(
-            f"timm:{name} is not a plain ViT; plain ViTs and torchvision's ResNets are known"
-        ) from None
-    model = Model(
-        name=next((key for key, shape in VITS.items() if shape["width"] == width), "vit_base"),
-        image_size=side,
-        patch_size=patch,
-        width=width,
-        depth=depth,
-        heads=heads,
-        layer_scale=0.0 if gamma is None else 1.0,
-    )
-    state = {key: value for key, value in theirs.state_dict().items() if not key.startswith(("head.", "fc_norm."))}
-    return _filled(model, state, f"timm:{name}")
-
-
-def _torchvision(name: str) -> Backbone:
-    import torchvision
-
-    if name not in RESNET_WEIGHTS:
-        raise CheckpointError(f"torchvision:{name} is not known; known: {', '.join(RESNET_WEIGHTS)}")
-    theirs = torchvision.models.get_model(name, weights=RESNET_WEIGHTS[name])
-    return from_torchvision(theirs, name)
-
-
-def from_torchvision(theirs: nn.Module, name: str) -> Backbone:
-    """Our backbone with the weights of a torchvision ResNet."""
-    state = {key: value for key, value in theirs.state_dict().items() if not key.startswith("fc.")}
-    return _filled(Model(name=name), state, f"torchvision:{name}")
-
-
-def _filled(model: Model, state: dict[str, Tensor], source: str) -> Backbone:
-    module = build_backbone(model)
-    own = module.state_dict()
-    odd = sorted(own.keys() ^ state.keys()) + [
-        key for key in own if key in state and own[key].shape != state[key].shape
-    ]
-    if odd:
-        raise CheckpointError(f"{source} is not a backbone that we have; what differs: {', '.join(odd[:6])}")
-    module.load_state_dict(state)
-    config = {"model": asdict(model), "run": {"seed": 0}, "monitor": {"mean_patch": False}}
-    return Backbone(module, model.image_size, config, 0)
+from fastssl.training.checkpoint import CheckpointError, replace_file
+from fastssl.weights.backbone import open_backbone, open_method
 
 
 @dataclass
@@ -181,7 +89,7 @@ def export(options: ExportOptions) -> Exported:
         )
     path = Path(options.out)
     if vit:
-        name, arguments = timm_architecture(Model(**backbone.config["model"]), backbone.module)
+        name, arguments = timm_architecture(backbone.model, backbone.module)
         call = ", ".join([f"{name!r}", *(f"{key}={value!r}" for key, value in arguments.items())])
         if options.to == "hf":
             _write_hf(path, name, arguments, state)
@@ -190,7 +98,7 @@ def export(options: ExportOptions) -> Exported:
             _write(path, state)
             code = f"import timm\n{_reading(path)}\nmodel = timm.create_model({call})\nmodel.load_state_dict(weights)"
     else:
-        model = Model(**backbone.config["model"])
+        model = backbone.model
         if model.small_images or model.width not in (0, 64):
             raise CheckpointError(
                 f"{options.checkpoint} has a stem or widths that torchvision's {model.name} has not "
@@ -206,17 +114,13 @@ def export(options: ExportOptions) -> Exported:
 
 
 def _export_official(options: ExportOptions) -> Exported:
-    content = checkpoint.load(options.checkpoint)
-    state, prefix = content.get("method", {}), content.get("backbone_prefix", "")
-    whole = "imported" in content and any(not key.startswith(prefix) for key in state)
-    if not whole and "method" not in content.get("fit", {}):
-        raise CheckpointError(f"{options.checkpoint} is not of a pretraining run; official needs all its networks")
-    theirs = METHODS[content["config"]["method"]].to_official(state)
+    config, method = open_method(checkpoint.read(options.checkpoint, "pretrain", "import"))
+    theirs = method.to_official(method.state_dict())
     path = Path(options.out)
     _write(path, theirs)
     tensors = sum(len(part) if isinstance(part, dict) else 1 for part in theirs.values())
     code = f"import torch\ncheckpoint = torch.load({str(path)!r}, weights_only=True)"
-    return Exported(str(path), f"{content['config']['method']} as its authors save it", tensors, code)
+    return Exported(str(path), f"{config.method} as its authors save it", tensors, code)
 
 
 def timm_architecture(model: Model, module: ViT) -> tuple[str, dict[str, Any]]:
@@ -266,8 +170,8 @@ def _write_hf(folder: Path, name: str, arguments: dict[str, Any], state: dict[st
             "interpolation": "bicubic",
             "crop_pct": 0.875,
             "crop_mode": "center",
-            "mean": list(MEAN),
-            "std": list(STD),
+            "mean": list(IMAGENET_MEAN),
+            "std": list(IMAGENET_STD),
             "num_classes": 0,
             "first_conv": "patch_embed.proj",
             "classifier": "head",

@@ -7,14 +7,12 @@ import timm
 import torch
 import torchvision
 
-from fastssl import __version__
 from fastssl.cli import main
 from fastssl.config import Model
 from fastssl.models import build_backbone
 from fastssl.training import checkpoint
-from fastssl.training.checkpoint import CheckpointError, load_backbone
-from fastssl.weights import libraries
-from fastssl.weights.libraries import from_timm, from_torchvision, open_backbone
+from fastssl.training.checkpoint import Checkpoint, CheckpointError
+from fastssl.weights.backbone import from_timm, from_torchvision, open_backbone
 
 
 def written(path, **model):
@@ -26,8 +24,8 @@ def written(path, **model):
         if value.dtype.is_floating_point:
             value.add_(torch.rand_like(value) * 0.02)
     method = {f"encoder.{key}": value for key, value in module.state_dict().items()}
-    content = {"version": __version__, "config": {"model": vars(config), "run": {"seed": 0}, "monitor": {}}, "step": 3}
-    checkpoint.save(path, {**content, "backbone_prefix": "encoder.", "method": method})
+    content = {"model": vars(config), "run": {"seed": 0}, "monitor": {}}
+    checkpoint.write(path, Checkpoint("pretrain", content, method, "encoder.", step=3))
     return module.eval()
 
 
@@ -150,7 +148,7 @@ def test_a_path_is_a_path(tmp_path):
     images = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(open_backbone(str(tmp_path / "a:b.pt")).module(images), ours(images))
-    assert open_backbone(str(tmp_path / "a:b.pt")).step == load_backbone(tmp_path / "a:b.pt").step == 3
+    assert open_backbone(str(tmp_path / "a:b.pt")).step == open_backbone(tmp_path / "a:b.pt").step == 3
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, capsys):
@@ -160,7 +158,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch, capsys):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(libraries.torch, "save", full)
+    monkeypatch.setattr(torch, "save", full)
     assert main(["export", str(tmp_path / "ours.pt"), str(tmp_path / "out.pth")]) == 1
     assert "No space left" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"ours.pt"}

@@ -1,0 +1,449 @@
+"""The one training loop: pretraining, fine-tuning, segmentation, detection and attentive probes all run here.
+
+A run brings what is its own (batches, loss, schedule, what it measures on the way); `Run` has what all of them share:
+processes, arithmetic, accumulation, randomness, the stop at a loss that is not finite, log lines, checkpoints, signals.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import signal
+import struct
+import threading
+import time
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastssl.config import ConfigError, plain
+from fastssl.training import checkpoint, distributed
+from fastssl.training.batch_norm import synchronise_batch_norm
+from fastssl.training.checkpoint import Checkpoint, CheckpointError
+from fastssl.training.log import Clock, MetricRing, RunLog
+from fastssl.training.optim import clip_gradients
+from fastssl.training.timing import section
+
+B = TypeVar("B")  # a micro-batch
+R = TypeVar("R")  # what a run returns
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says at which step, why, and what is kept."""
+
+
+class Stopped(RuntimeError):
+    """A signal ended the run before its last step; all is saved.
+
+    Attributes:
+        code: exit code for the command, 128 + the signal's number.
+    """
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How many steps a run has and how one is made.
+
+    Attributes:
+        total_steps: optimizer steps of the whole schedule.
+        steps_per_epoch: optimizer steps per pass over the data.
+        images_per_step: images of one optimizer step, over all processes and micro-batches.
+        accumulate: micro-batches per optimizer step.
+        seed: of the run.
+        save_every: optimizer steps between two checkpoints.
+        log_every: optimizer steps between two readings of the scalars on the device.
+        last_step: where this start of the run ends; None: at total_steps.
+        clip_grad, clip_each: see `optim.clip_gradients`.
+    """
+
+    total_steps: int
+    steps_per_epoch: int
+    images_per_step: int
+    accumulate: int = 1
+    seed: int = 0
+    save_every: int = 1000
+    log_every: int = 50
+    last_step: int | None = None
+    clip_grad: float = 0.0
+    clip_each: bool = False
+
+
+class Run(ABC, Generic[B, R]):
+    """One training on this process (one of several under torchrun). `train()` brings it to its end.
+
+    A subclass builds its data, network and optimizer, then calls `prepare`. `B` is its micro-batch, `R` its result.
+    """
+
+    kind: ClassVar[str]  # of its checkpoints
+    folder_option: ClassVar[str] = "--dir"
+    file_name: ClassVar[str] = "last.pt"
+    salt: ClassVar[bytes] = b""  # keeps the randomness of different kinds of runs apart
+
+    # -- what a run brings ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def micro_batches(self) -> Generator[B, None, None]:
+        """Micro-batches of this process, from the present step on, without end or up to the last step."""
+
+    @abstractmethod
+    def losses(self, batch: B) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch (through `self.parallel`, under autocast) and detached scalars for the log."""
+
+    @abstractmethod
+    def schedule(self) -> dict[str, float]:
+        """Sets the optimizer's learning rate (and the like) for the present step; returns what the log line says."""
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What a continuation must have in common with this run, as plain values."""
+
+    @abstractmethod
+    def sample_ids(self, batch: B) -> list[Any]:
+        """Names or numbers of the batch's samples, for the message on a loss that is not finite."""
+
+    @abstractmethod
+    def record(self) -> Checkpoint:
+        """The run's checkpoint record: configuration, network, and what only this kind keeps."""
+
+    @abstractmethod
+    def finish(self) -> R:
+        """After the last step: judges, and returns the result."""
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Takes back what only this kind keeps in `saved.extra`."""
+
+    def describe(self) -> list[str]:
+        """Lines that are printed before the first step."""
+        return []
+
+    def on_device(self, batch: B) -> B:
+        """The batch as `losses` takes it."""
+        return batch
+
+    def after_backward(self) -> None:
+        """Between the backward passes and the optimizer, on unscaled gradients."""
+
+    def after_step(self) -> None:
+        """After the optimizer (a teacher's average, for example)."""
+
+    def begin(self) -> None:
+        """Before the first step of this start."""
+
+    def observe(self, steps: list[int], rows: list[dict[str, float]]) -> None:
+        """Sees every step's scalars (means over the processes) once, when they are read from the device."""
+
+    def between(self) -> None:
+        """After a step and its checkpoint: measurements on the way. Its time is not counted as training."""
+
+    def save_also(self) -> None:
+        """After a step, before `between`: further checkpoints than the last one."""
+
+    def logged(self, line: dict[str, float]) -> None:
+        """Sees every log line."""
+
+    def stopped(self, message: str, code: int) -> R:
+        """What `train` does after a signal ended it and all is saved."""
+        raise Stopped(message, code)
+
+    # -- getting ready -------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        pace: Pace,
+        *,
+        folder: Path | None,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        """Takes what is trained, and goes to where the run folder's checkpoint stands.
+
+        Args:
+            network: on its device, in training mode; its batch norms are synchronised over the processes.
+            optimizer: of its parameters.
+            pace: the run's numbers.
+            folder: for the checkpoint and the logs; None: nothing is kept.
+            device: where it computes.
+            dtype: of autocast; float32: none.
+
+        Raises:
+            CheckpointError: the folder's checkpoint is not of this run.
+        """
+        self.network, self.optimizer, self.pace = network, optimizer, pace
+        self.folder, self.device, self.dtype = folder, device, dtype
+        if distributed.world() > 1:
+            synchronise_batch_norm(network, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.begun = time.perf_counter()
+        self.step = self.saved_step = 0  # saved_step: of the checkpoint; 0: there is none
+        self.signal = 0  # number of the signal that asked the run to stop
+        self.ring, self.clock, self.agreement = MetricRing(), Clock(), distributed.Agreement()
+        self.recent_ids: dict[int, list[Any]] = {}  # step -> this process's sample ids, since the last reading
+        self.unlogged: list[dict[str, float]] = []  # scalars of the steps since the last log line
+        self.rates: dict[str, float] = {}
+        if self.path is not None and self.path.exists():
+            self._resume(checkpoint.read(self.path, self.kind))
+
+    @property
+    def path(self) -> Path | None:
+        """The file that the run continues from."""
+        return None if self.folder is None else self.folder / self.file_name
+
+    @property
+    def last_step(self) -> int:
+        """Where this start of the run ends."""
+        last = self.pace.last_step
+        return self.pace.total_steps if last is None else min(last, self.pace.total_steps)
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.step / self.pace.steps_per_epoch
+
+    @functools.cached_property
+    def parallel(self) -> nn.Module:
+        """The network as the processes train it together."""
+        if distributed.world() == 1:
+            return self.network
+        devices = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
+
+    def _resume(self, saved: Checkpoint) -> None:
+        saved.check(self.fingerprint(), self.folder_option)
+        try:
+            self.network.load_state_dict(saved.network)
+            self.optimizer.load_state_dict(saved.optimizer)
+        except (RuntimeError, ValueError) as error:
+            raise CheckpointError(
+                f"{saved.path} does not fit this network ({' '.join(str(error).split())[:160]}); "
+                f"use the configuration that it was made with, or name another folder with {self.folder_option}"
+            ) from None
+        self.scaler.load_state_dict(saved.scaler)
+        self.step = self.saved_step = saved.step
+        self.restore(saved)
+
+    # -- the loop ------------------------------------------------------------------------------------------------------
+
+    def train(self) -> R:
+        """Runs to the last step, or until SIGTERM, SIGUSR1 or Ctrl-C, which save a checkpoint first.
+
+        Raises:
+            TrainingError: a loss is not finite.
+            Stopped: a signal ended the run (pretraining returns its summary instead, but for Ctrl-C).
+        """
+        stream = self.micro_batches()
+        with self.logging() as self.log, signals(self.ask_to_stop), contextlib.closing(stream):
+            for line in self.describe():
+                self.log.say(line)
+            self.begin()
+            while self.step < self.last_step and not self.agreement(self.signal > 0):
+                self.train_step(stream)
+                self.log.progress()
+                if self.step % self.pace.log_every == 0:
+                    self.log_line()
+                with self.clock.aside():
+                    if self.step % self.pace.save_every == 0:
+                        self.save_last()
+                    self.save_also()
+                    self.between()
+            self.agreement.close()
+            self.log_line()
+            self.save_last()
+            if self.step < self.last_step:
+                return self._stop()
+            return self.finish()
+
+    def train_step(self, stream: Iterator[B]) -> None:
+        """One optimizer step; asks the device nothing."""
+        pace = self.pace
+        self.rates = self.schedule()
+        ids, losses, metrics = [], [], []
+        for micro in range(pace.accumulate):
+            with section("data"), self.clock.waiting():
+                batch = next(stream)
+            ids += self.sample_ids(batch)
+            torch.manual_seed(self.step_seed(micro))
+            with section("augment"):
+                batch = self.on_device(batch)
+            with self.quiet(micro):
+                with section("forward"), self.autocast():
+                    loss, terms = self.losses(batch)
+                with section("backward"):
+                    self.scaler.scale(loss / pace.accumulate).backward()
+            losses.append(loss.detach())
+            metrics.append(terms)
+        with section("optimizer"):
+            self.scaler.unscale_(self.optimizer)
+            self.after_backward()
+            norm = clip_gradients(self.network, pace.clip_grad, pace.clip_each)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+        with section("ema"):
+            self.after_step()
+        self.step += 1
+        self.recent_ids[self.step] = ids
+        mean = {key: torch.stack([m[key] for m in metrics]).mean() for key in metrics[0]}
+        self.ring.add(self.step, {"loss": torch.stack(losses).mean(), "grad_norm": norm, **mean})
+
+    def autocast(self) -> AbstractContextManager:
+        """The run's arithmetic."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def quiet(self, micro: int) -> AbstractContextManager:
+        """No exchange of gradients but after the last micro-batch."""
+        parallel = self.parallel
+        if micro == self.pace.accumulate - 1 or not isinstance(parallel, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return parallel.no_sync()
+
+    def step_seed(self, micro: int) -> int:
+        """Seed of drop path and the like in a micro-batch: a function of where the run stands, so it can be repeated."""
+        return zlib.crc32(self.salt + struct.pack("<4Q", self.pace.seed, self.step, micro, distributed.rank()))
+
+    # -- between steps -------------------------------------------------------------------------------------------------
+
+    def logging(self) -> AbstractContextManager[RunLog]:
+        """The run's log, open while the loop runs."""
+        if self.folder is not None and distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return contextlib.closing(RunLog(self.folder, self.step, self.pace.total_steps))
+
+    def read_scalars(self) -> None:
+        """Reads the scalars since the last reading; stops where one is not finite."""
+        steps, own, mean = self.ring.drain()
+        watched = ("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm")
+        broken = [(s, key) for s, row in zip(steps, own, strict=True) for key in watched if not math.isfinite(row[key])]
+        if distributed.any_process(bool(broken), self.device):
+            raise TrainingError(self._non_finite(broken))
+        self.recent_ids.clear()
+        self.unlogged += mean
+        self.observe(steps, mean)
+
+    def _non_finite(self, broken: list[tuple[int, str]]) -> str:
+        if not broken:
+            return f"another process met a loss that is not finite near step {self.step}; kept: {self.kept()}"
+        step, what = broken[0]
+        ids = self.recent_ids.get(step, [])
+        return (
+            f"step {step}: the {'loss' if what == 'loss' else 'gradient norm'} is not finite; "
+            f"samples of that step: {ids}; try a smaller learning rate; kept: {self.kept()}"
+        )
+
+    def kept(self) -> str:
+        """What a message says of the last checkpoint."""
+        return f"{self.path} (step {self.saved_step})" if self.saved_step else "no checkpoint yet"
+
+    def log_line(self) -> None:
+        """Writes one log line: means over the steps since the last one."""
+        self.read_scalars()
+        if not self.unlogged:
+            return
+        elapsed, waited = self.clock.read()
+        rows, self.unlogged = self.unlogged, []
+        line = {
+            "step": self.step,
+            "epoch": self.epoch,
+            **{key: sum(row[key] for row in rows) / len(rows) for key in rows[0]},
+            **self.rates,
+            "images_per_s": len(rows) * self.pace.images_per_step / elapsed,
+            "data_wait": waited,
+        }
+        self.log.record(line)
+        self.logged(line)
+
+    def save_last(self, again: bool = False) -> None:
+        """Writes the checkpoint of this moment, unless there is one of this step already; `again`: in any case."""
+        self.read_scalars()
+        if self.path is not None and (again or self.step != self.saved_step):
+            self.save(self.path)
+            self.saved_step = self.step
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint of this moment (main process; the others wait)."""
+        if distributed.is_main():
+            saved = self.record()
+            saved.step, saved.fingerprint = self.step, self.fingerprint()
+            saved.optimizer, saved.scaler = self.optimizer.state_dict(), self.scaler.state_dict()
+            checkpoint.write(path, saved)
+        distributed.barrier()
+
+    # -- asked to stop -------------------------------------------------------------------------------------------------
+
+    def ask_to_stop(self, number: int) -> None:
+        """Ends the loop after the present step; a second Ctrl-C, or one where nothing is kept, ends it at once."""
+        if number == signal.SIGINT and (self.signal or self.folder is None):
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def _stop(self) -> R:
+        number = self.signal or signal.SIGTERM  # another process was asked
+        name = signal.Signals(number).name
+        where = "nothing was to be kept"
+        if self.path is not None:
+            where = f"step {self.step} is saved in {self.path}; the same command continues"
+        return self.stopped(f"asked to stop ({name}): {where}", 128 + number)
+
+
+@contextlib.contextmanager
+def signals(stop: Callable[[int], None]) -> Iterator[None]:
+    """SIGTERM, SIGUSR1 (a scheduler's warning before the end of a job) and Ctrl-C call `stop` while the block runs."""
+    main = threading.current_thread() is threading.main_thread()  # Python has handlers there alone
+    kinds = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT) if main else ()
+    previous = [signal.signal(kind, lambda number, _: stop(number)) for kind in kinds]
+    try:
+        yield
+    finally:
+        for kind, handler in zip(kinds, previous, strict=True):
+            signal.signal(kind, handler)
+
+
+# -- what runs on labelled data say alike ------------------------------------------------------------------------------
+
+FREE = ("dir", "val", "workers", "device", "precision", "batch_size", "accumulate")  # may change when a run goes on
+
+
+def settings(options: Any, *free: str) -> dict[str, Any]:
+    """The fields of an options dataclass that a continuation must have in common, as plain values.
+
+    Args:
+        options: the dataclass.
+        free: further fields than `FREE` that may change.
+    """
+    return {key: value for key, value in plain(vars(options)).items() if key not in FREE and key not in free}
+
+
+def count_steps(images: int, batch_size: int, accumulate: int, data: str, what: str = "images") -> tuple[int, int]:
+    """(images per optimizer step, optimizer steps per epoch).
+
+    Raises:
+        ConfigError: there are fewer images than one optimizer step takes.
+    """
+    images_per_step = batch_size * accumulate * distributed.world()
+    if images < images_per_step:
+        raise ConfigError(
+            f"{data} has {images} {what}, fewer than one optimizer step takes: {images_per_step} "
+            "(batch_size x accumulate x processes)"
+        )
+    return images_per_step, images // images_per_step
+
+
+def run_folder(name: str, checkpoint: str, kind: str) -> Path:
+    """The folder `name`; if empty, the folder `kind` beside the checkpoint, or runs/`kind` for a library's model."""
+    if name:
+        return Path(name)
+    return (Path(checkpoint).parent if Path(checkpoint).is_file() else Path("runs")) / kind
