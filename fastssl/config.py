@@ -1,4 +1,4 @@
-"""The configuration of a run: typed dataclasses, each field documented beside it, each value checked when it is made.
+"""The configuration of a run: typed dataclasses, each field documented beside it, its range declared in its type.
 
 A recipe (YAML) and the command line fill these in; `fastssl.cli` turns an unknown key into an error. A method adds two
 sections of its own: `views` (its view groups) and a section with the method's name (its numbers).
@@ -6,8 +6,13 @@ sections of its own: `views` (its view groups) and a section with the method's n
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+import math
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from functools import cache
+from itertools import pairwise
+from numbers import Real
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class ConfigError(ValueError):
@@ -25,65 +30,198 @@ def check_probability(key: str, value: float) -> None:
     check(0.0 <= value <= 1.0, key, value, "a probability from 0 to 1")
 
 
+# -- ranges: declared in a field's type, read by the check and by --help -----------------------------------------------
+
+
+class Rule:
+    """A condition on a value, as the second part of `Annotated[type, rule]`; its text completes "it must be ..."."""
+
+    def holds(self, value: Any) -> bool:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Range(Rule):
+    """Bounds of a number, None where there is none; `noun` says what kind of number it is, where that helps."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    multiple_of: int | None = None
+    noun: str = ""
+
+    def holds(self, value: Any) -> bool:
+        number = isinstance(value, Real)
+        return (
+            number
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+            and (self.multiple_of is None or value % self.multiple_of == 0)
+        )
+
+    def __str__(self) -> str:
+        bounds = (("at least", self.at_least), ("above", self.above), ("at most", self.at_most), ("below", self.below))
+        given = [f"{word} {bound}" for word, bound in bounds if bound is not None]
+        text = " and ".join(given)
+        if given == [f"at least {self.at_least}"]:
+            text = f"{self.at_least} or more"
+        elif given == ["above 0"]:
+            text = "positive"
+        elif self.at_least is not None and self.at_most is not None:
+            text = f"from {self.at_least} to {self.at_most}"
+        if self.multiple_of is not None:
+            text = f"a multiple of {self.multiple_of}, {text}"
+        return f"{self.noun} {text}".strip()
+
+
+@dataclass(frozen=True)
+class Ascending(Rule):
+    """Several numbers, none of them smaller than the one before."""
+
+    def holds(self, value: Any) -> bool:
+        return all(first <= second for first, second in pairwise(value))
+
+    def __str__(self) -> str:
+        return "in ascending order"
+
+
+PositiveInt = Annotated[int, Range(at_least=1)]
+NonNegativeInt = Annotated[int, Range(at_least=0)]
+PositiveFloat = Annotated[float, Range(above=0)]
+NonNegativeFloat = Annotated[float, Range(at_least=0)]
+ZeroToOne = Annotated[float, Range(at_least=0, at_most=1)]
+Probability = Annotated[float, Range(at_least=0, at_most=1, noun="a probability")]
+BelowOne = Annotated[float, Range(at_least=0, below=1)]
+Fraction = Annotated[float, Range(above=0, at_most=1)]
+FractionRange = Annotated[tuple[Fraction, Fraction], Ascending()]
+Seed = Annotated[int, Range(at_least=0, at_most=2**32 - 1, noun="a whole number")]
+Hue = Annotated[float, Range(at_least=0, at_most=0.5, noun="hue")]
+Sigma = Annotated[float, Range(above=0, at_most=2)]
+
+
+def holds(hint: Any, value: Any) -> bool:
+    """Whether a value, and everything in it, is finite and keeps to the rules in a type."""
+    parts = get_args(hint)
+    if get_origin(hint) is Annotated:
+        return holds(parts[0], value) and all(rule.holds(value) for rule in parts[1:] if isinstance(rule, Rule))
+    if get_origin(hint) in (Union, UnionType):
+        return any(holds(part, value) for part in parts)
+    if get_origin(hint) is tuple:
+        if not isinstance(value, (tuple, list)):
+            return False
+        kinds = parts[:1] * len(value) if parts[1:] == (...,) else parts
+        return len(kinds) == len(value) and all(map(holds, kinds, value))
+    if hint is NoneType:
+        return value is None
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def allowed(hint: Any) -> str:
+    """The rules in a type, in words; empty if there are none."""
+    parts = [part for part in get_args(hint) if part is not ...]
+    if get_origin(hint) is Annotated:
+        texts = [allowed(parts[0]), *(str(rule) for rule in parts[1:] if isinstance(rule, Rule))]
+        return ", ".join(filter(None, texts))
+    texts = [allowed(part) for part in parts]
+    if get_origin(hint) is tuple and any(texts):
+        count = f"{len(texts)} " if len(texts) > 1 else ""
+        return f"{count}numbers" + (f", each {texts[0]}" if len(set(texts)) == 1 else f": {', '.join(texts)}")
+    return " or ".join(filter(None, texts)) if get_origin(hint) in (Union, UnionType) else ""
+
+
+def rules(kind: type, prefix: str = "") -> dict[str, str]:
+    """The rules of a dataclass's fields in words, by key; those of a dataclass in a field (a view) too."""
+    found: dict[str, str] = {}
+    for name, hint in _hints(kind).items():
+        if isinstance(hint, type) and is_dataclass(hint):
+            found |= rules(hint, f"{prefix}{name}.")
+        elif words := allowed(hint):
+            found[f"{prefix}{name}"] = words
+    return found
+
+
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    """The types of a dataclass's fields, with their rules."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {one.name: hints[one.name] for one in fields(kind)}
+
+
 @dataclass
-class View:
+class Checked:
+    """Base of all configurations: compares each value with the rules in its field's type, when the object is made.
+
+    What concerns several values at once stands in the `__post_init__` of a subclass, which calls this one first.
+    """
+
+    section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        kind: type = type(self)
+        for name, hint in _hints(kind).items():
+            value = getattr(self, name)
+            if not holds(hint, value):
+                broken = isinstance(value, float) and not math.isfinite(value)
+                words = [allowed(hint), "finite" if broken else ""]
+                check(False, self.key(name), value, " and ".join(filter(None, words)))
+
+    def key(self, name: str) -> str:
+        """A field's name as the user writes it, with its section."""
+        return f"{self.section}.{name}" if self.section else name
+
+
+# -- the sections of a run ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class View(Checked):
     """One group of views: `count` random crops of the same kind, cut from one decoded image."""
 
-    count: int = 1
+    count: NonNegativeInt = 1
     """Crops per image in this group. 0: none, where the method can do without."""
-    size: int = 224
+    size: PositiveInt = 224
     """Side of the crop after resizing, in pixels."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: FractionRange = (0.08, 1.0)
     """Range of the crop's area, as a fraction of the image's area."""
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: Annotated[tuple[PositiveFloat, PositiveFloat], Ascending()] = (3 / 4, 4 / 3)
     """Range of the crop's width / height before resizing; drawn log-uniformly."""
     interpolation: Literal["bicubic", "bilinear", "lanczos"] = "bicubic"
     """Resampling filter, antialiased as PIL defines it."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip."""
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    jitter: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat, Hue] = (0.0, 0.0, 0.0, 0.0)
     """Strengths of brightness, contrast, saturation and hue jitter (torchvision's ColorJitter)."""
-    jitter_p: float = 0.0
+    jitter_p: Probability = 0.0
     """Probability that the four jitter operations are applied, in a drawn order."""
-    gray: float = 0.0
+    gray: Probability = 0.0
     """Probability of turning the crop gray."""
-    blur: float = 0.0
+    blur: Probability = 0.0
     """Probability of a Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Annotated[tuple[Sigma, Sigma], Ascending()] = (0.1, 2.0)
     """Range of the blur's standard deviation, in pixels of the crop; at most 2."""
-    solarize: float = 0.0
+    solarize: Probability = 0.0
     """Probability of solarizing (inverting values at or above the threshold)."""
-    solarize_threshold: int = 128
+    solarize_threshold: Annotated[int, Range(at_least=0, at_most=256)] = 128
     """Threshold of solarize, in gray levels 0-255."""
     same_crop_as: str | None = None
     """Name of another group whose boxes and flips this group reuses (at its own size). None: draws its own."""
-    squash: int = 0
+    squash: NonNegativeInt = 0
     """Resize the whole image to this square, in pixels, ignoring its shape (bilinear), before cropping. 0: off."""
     name: str = ""
     """Name of the group; filled in from the key under `views`."""
 
-    def __post_init__(self) -> None:
-        where = f"views.{self.name}" if self.name else "view"
-        check(self.count >= 0, f"{where}.count", self.count, "0 or more")
-        check(self.size >= 1, f"{where}.size", self.size, "1 pixel or more")
-        lo, hi = self.scale
-        check(0.0 < lo <= hi <= 1.0, f"{where}.scale", self.scale, "a range inside (0, 1]")
-        lo, hi = self.ratio
-        check(0.0 < lo <= hi, f"{where}.ratio", self.ratio, "a range of positive numbers")
-        brightness, contrast, saturation, hue = self.jitter
-        check(min(brightness, contrast, saturation, hue) >= 0.0, f"{where}.jitter", self.jitter, "non-negative")
-        check(hue <= 0.5, f"{where}.jitter", self.jitter, "at most 0.5 in hue (the fourth number)")
-        for key in ("flip", "jitter_p", "gray", "blur", "solarize"):
-            check_probability(f"{where}.{key}", getattr(self, key))
-        lo, hi = self.blur_sigma
-        check(0.0 < lo <= hi <= 2.0, f"{where}.blur_sigma", self.blur_sigma, "a range inside (0, 2] pixels")
-        check(0 <= self.solarize_threshold <= 256, f"{where}.solarize_threshold", self.solarize_threshold, "0 to 256")
-        check(self.squash >= 0, f"{where}.squash", self.squash, "0 (off) or a side in pixels")
+    def key(self, name: str) -> str:
+        return f"views.{self.name}.{name}" if self.name else f"view.{name}"
 
 
 @dataclass
-class Data:
+class Data(Checked):
     """Where the images come from and how they are read."""
+
+    section: ClassVar[str] = "data"
 
     path: str = ""
     """Training images: a .beton file, a glob of shards ('train-*.beton'), or a folder of images."""
@@ -92,206 +230,171 @@ class Data:
     engine: Literal["auto", "ffcv", "dali", "reference"] = "auto"
     """What decodes and crops: compiled code on the CPU (ffcv), NVIDIA's DALI, or PIL (reference). auto takes the
     fastest on the CPU that works here and says which."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per process and micro-batch."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Decoding threads per process. 0: this machine's cores divided by the processes on it."""
-    prefetch: int = 4
+    prefetch: PositiveInt = 4
     """Batches prepared ahead of the training step."""
-    page_window: int = 0
+    page_window: NonNegativeInt = 0
     """For a .beton that does not fit in memory: shuffle only the samples of so many pages (8 MiB each) at a time, pages
     in random order, so that the disk is read in large pieces. 0: shuffle everything."""
     on_bad: Literal["skip", "raise"] = "skip"
     """A sample that cannot be decoded is replaced by another one (skip) or ends the run (raise)."""
-    max_bad: int = 100
+    max_bad: NonNegativeInt = 100
     """With on_bad=skip: more bad samples than this end the run."""
-
-    def __post_init__(self) -> None:
-        check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
-        check(self.workers >= 0, "data.workers", self.workers, "0 (automatic) or more")
-        check(self.prefetch >= 1, "data.prefetch", self.prefetch, "1 or more")
-        check(self.page_window >= 0, "data.page_window", self.page_window, "0 (off) or a number of pages")
-        check(self.max_bad >= 0, "data.max_bad", self.max_bad, "0 or more")
 
 
 @dataclass
-class Model:
+class Model(Checked):
     """The backbone."""
+
+    section: ClassVar[str] = "model"
 
     name: str = "vit_small"
     """vit_tiny, vit_small, vit_base, vit_large, vit_huge, resnet18, resnet34, resnet50 (see fastssl.models)."""
-    image_size: int = 224
+    image_size: PositiveInt = 224
     """Side of the image for which a ViT's position table is made, in pixels; other sizes are interpolated."""
-    patch_size: int = 16
+    patch_size: PositiveInt = 16
     """Side of a ViT's patch, in pixels."""
-    width: int = 0
+    width: NonNegativeInt = 0
     """Width of a ViT's tokens, or channels of a ResNet's first stage (64 in the paper). 0: the named model's."""
-    depth: int = 0
+    depth: NonNegativeInt = 0
     """Number of a ViT's blocks. 0: the named model's."""
-    heads: int = 0
+    heads: NonNegativeInt = 0
     """Attention heads of a ViT. 0: the named model's."""
     positions: Literal["learned", "sincos", "sincos_rows"] = "learned"
     """A ViT's position table: learned, or fixed 2-D sine-cosine with the column in the first half of the channels
     (sincos, MAE's) or the row (sincos_rows, CAE's)."""
-    layer_scale: float = 0.0
+    layer_scale: NonNegativeFloat = 0.0
     """Start value of a ViT's layer scale, a learned gain per channel on every block's two branches. 0: none."""
-    drop_path: float = 0.0
+    drop_path: Probability = 0.0
     """Stochastic depth of the student's last block; earlier blocks get proportionally less."""
     small_images: bool = False
     """ResNet only: 3x3 stem with stride 1 and no max-pool, for 32-pixel images."""
 
-    def __post_init__(self) -> None:
-        check(self.image_size >= 1, "model.image_size", self.image_size, "1 pixel or more")
-        check(self.patch_size >= 1, "model.patch_size", self.patch_size, "1 pixel or more")
-        check(min(self.width, self.depth, self.heads) >= 0, "model.width/depth/heads",
-               (self.width, self.depth, self.heads), "0 (the named model's) or positive")  # fmt: skip
-        check_probability("model.drop_path", self.drop_path)
-        check(self.layer_scale >= 0, "model.layer_scale", self.layer_scale, "0 (none) or positive")
-
 
 @dataclass
-class Optim:
+class Optim(Checked):
     """The optimizer."""
+
+    section: ClassVar[str] = "optim"
 
     name: Literal["adamw", "sgd", "lars"] = "adamw"
     """adamw, sgd (momentum), or lars."""
-    lr: float = 5e-4
+    lr: PositiveFloat = 5e-4
     """Peak learning rate for a batch of lr_batch images."""
-    lr_batch: int = 256
+    lr_batch: NonNegativeInt = 256
     """The peak is lr x (images per optimizer step) / lr_batch. 0: lr as written."""
-    min_lr: float = 1e-6
+    min_lr: NonNegativeFloat = 1e-6
     """Learning rate at the end of the cosine; not scaled by the batch."""
-    weight_decay: float = 0.04
+    weight_decay: NonNegativeFloat = 0.04
     """Weight decay at the start (matrices only; never biases, norms)."""
-    weight_decay_end: float | None = None
+    weight_decay_end: NonNegativeFloat | None = None
     """Weight decay at the end of a cosine. None: constant."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
-    eps: float = 1e-8
+    eps: NonNegativeFloat = 1e-8
     """AdamW's epsilon."""
-    momentum: float = 0.9
+    momentum: BelowOne = 0.9
     """Momentum of sgd and lars."""
-    clip_grad: float = 0.0
+    clip_grad: NonNegativeFloat = 0.0
     """Largest gradient norm. 0: no clipping."""
     clip_each: bool = False
     """Clip every parameter tensor by its own norm (DINO, SiT) rather than all by their common norm."""
 
-    def __post_init__(self) -> None:
-        check(self.lr > 0, "optim.lr", self.lr, "positive")
-        check(self.lr_batch >= 0, "optim.lr_batch", self.lr_batch, "0 (no scaling) or a number of images")
-        check(self.min_lr >= 0, "optim.min_lr", self.min_lr, "0 or more")
-        check(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
-        check(self.clip_grad >= 0, "optim.clip_grad", self.clip_grad, "0 (off) or more")
-        for beta in self.betas:
-            check(0.0 <= beta < 1.0, "optim.betas", self.betas, "two numbers in [0, 1)")
-
 
 @dataclass
-class Schedule:
+class Schedule(Checked):
     """How long the run lasts. Schedules are pure functions of the optimizer step (fastssl.training.schedule)."""
 
-    epochs: int = 100
+    section: ClassVar[str] = "schedule"
+
+    epochs: PositiveInt = 100
     """Passes over the data in the whole run."""
-    warmup_epochs: float = 10
+    warmup_epochs: NonNegativeFloat = 10
     """Epochs of linear learning-rate warm-up from 0."""
 
     def __post_init__(self) -> None:
-        check(self.epochs >= 1, "schedule.epochs", self.epochs, "1 or more")
-        check(0 <= self.warmup_epochs <= self.epochs, "schedule.warmup_epochs", self.warmup_epochs,
-               f"from 0 to schedule.epochs ({self.epochs})")  # fmt: skip
+        super().__post_init__()
+        allowed = f"from 0 to schedule.epochs ({self.epochs})"
+        check(self.warmup_epochs <= self.epochs, "schedule.warmup_epochs", self.warmup_epochs, allowed)
 
 
 @dataclass
-class Run:
+class Run(Checked):
     """One run: where it writes, on what it computes, how it is saved."""
+
+    section: ClassVar[str] = "run"
 
     dir: str = ""
     """Run folder: config, logs, checkpoints. A run that finds last.pt there continues it. Empty: runs/<method>."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of everything random, 0 to 2^32 - 1."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Arithmetic of the networks. auto: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the CPU."""
-    steps: int = 0
+    steps: NonNegativeInt = 0
     """Stop after so many optimizer steps in all, with a checkpoint; schedules keep their length. 0: run to the end."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-batches per optimizer step."""
     compile: bool = False
     """Compile the backbone with torch.compile."""
-    threads: int = 0
+    threads: NonNegativeInt = 0
     """CPU threads of PyTorch. 0: PyTorch's own choice, divided among the processes on this machine."""
-    log_every: int = 10
+    log_every: PositiveInt = 10
     """Optimizer steps between two log lines (the device is read only then)."""
-    save_every: float = 1.0
+    save_every: PositiveFloat = 1.0
     """Epochs between two writings of last.pt (fractions allowed)."""
-    keep_every: int = 0
+    keep_every: NonNegativeInt = 0
     """Epochs between checkpoints that are kept for good (epoch-0100.pt). 0: only the last."""
     resume: bool = True
     """Continue from last.pt in the run folder if there is one. False: refuse to overwrite such a folder."""
 
-    def __post_init__(self) -> None:
-        check(0 <= self.seed < 2**32, "run.seed", self.seed, "a whole number from 0 to 4294967295")
-        check(self.steps >= 0, "run.steps", self.steps, "0 (to the end) or more")
-        check(self.accumulate >= 1, "run.accumulate", self.accumulate, "1 or more")
-        check(self.log_every >= 1, "run.log_every", self.log_every, "1 or more")
-        check(self.save_every > 0, "run.save_every", self.save_every, "more than 0 epochs")
-        check(self.keep_every >= 0, "run.keep_every", self.keep_every, "0 (only the last) or more")
-        check(self.threads >= 0, "run.threads", self.threads, "0 (automatic) or more")
-
 
 @dataclass
-class Monitor:
+class Monitor(Checked):
     """Online k-NN: the backbone of the moment classifies data.val by its nearest neighbours in data.path."""
 
-    every: int = 0
+    section: ClassVar[str] = "monitor"
+
+    every: NonNegativeInt = 0
     """Epochs between two measurements. 0: off. Needs data.val and labels."""
-    k: int = 20
+    k: PositiveInt = 20
     """Neighbours that vote."""
     mean_patch: bool = False
     """The feature is the class token and the mean patch token of a ViT, rather than the class token alone."""
-    train_images: int = 10000
+    train_images: PositiveInt = 10000
     """At most so many (evenly spaced) training images form the memory."""
-    val_images: int = 2000
+    val_images: PositiveInt = 2000
     """At most so many (evenly spaced) validation images are classified."""
-    pictures: int = 8
+    pictures: NonNegativeInt = 8
     """Images whose views, masks, maps and reconstructions are drawn into the run folder (pictures/). 0: none."""
-    pictures_every: int = 0
+    pictures_every: NonNegativeInt = 0
     """Epochs between two drawings. 0: only at the end of the run."""
-
-    def __post_init__(self) -> None:
-        check(self.every >= 0, "monitor.every", self.every, "0 (off) or a number of epochs")
-        check(self.pictures >= 0, "monitor.pictures", self.pictures, "0 (none) or a number of images")
-        check(self.pictures_every >= 0, "monitor.pictures_every", self.pictures_every,
-               "0 (at the end) or a number of epochs")  # fmt: skip
-        for key in ("k", "train_images", "val_images"):
-            check(getattr(self, key) >= 1, f"monitor.{key}", getattr(self, key), "1 or more")
 
 
 @dataclass
-class Health:
+class Health(Checked):
     """The watch that says, in one line, when a run is going wrong (fastssl.training.health)."""
+
+    section: ClassVar[str] = "health"
 
     action: Literal["off", "warn", "stop"] = "warn"
     """off, warn (one line per finding), or stop (end the run with an error; the last checkpoint stays as it is)."""
-    patience: int = 500
+    patience: PositiveInt = 500
     """Optimizer steps that a bad sign must last before it counts. The first warm-up epoch never counts."""
-    chance_margin: float = 0.01
+    chance_margin: ZeroToOne = 0.01
     """The loss is pinned when it stays within this fraction of its value for a constant output (ln K for DINO)."""
-    entropy_margin: float = 0.02
+    entropy_margin: ZeroToOne = 0.02
     """The teacher has collapsed when its entropy / ln K stays below this, or above 1 minus this."""
-    feature_std: float = 0.02
+    feature_std: ZeroToOne = 0.02
     """Features have collapsed when their standard deviation over the batch (1 = as spread as can be) stays below."""
-    grad_spike: float = 20.0
+    grad_spike: Annotated[float, Range(above=1)] = 20.0
     """A gradient norm this many times its running median is a spike."""
-    data_wait: float = 0.3
+    data_wait: ZeroToOne = 0.3
     """Warn when the step waits for data for more than this share of the time."""
-
-    def __post_init__(self) -> None:
-        check(self.patience >= 1, "health.patience", self.patience, "1 step or more")
-        for key in ("chance_margin", "entropy_margin", "feature_std", "data_wait"):
-            check_probability(f"health.{key}", getattr(self, key))
-        check(self.grad_spike > 1, "health.grad_spike", self.grad_spike, "more than 1")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from fastssl.config import Config, ConfigError, Data, Health, Model, Monitor, Optim, Run, Schedule
+from fastssl.config import Config, ConfigError, Data, Health, Model, Monitor, Optim, Run, Schedule, rules
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -26,12 +26,21 @@ SECTIONS = {
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser with one-line errors that name the nearest known key."""
+    """jsonargparse's parser, with one-line errors that name the nearest known key, and with ranges in the help."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("usage", "%(prog)s [options]")
         kwargs.setdefault("allow_abbrev", False)  # --run.step is not --run.steps
         super().__init__(*args, **kwargs)
+
+    def add_class_arguments(self, theclass: type, nested_key: str | None = None, **kwargs: Any) -> list[str]:  # type: ignore[override]
+        """As jsonargparse; what a field's type allows stands in its help behind the type's name."""
+        added = super().add_class_arguments(theclass, nested_key, **kwargs)
+        words = rules(theclass, f"{nested_key}." if nested_key else "")
+        for action in self._actions:
+            if action.dest in words:
+                action.help = f"{action.help} (type: %(type)s, {words[action.dest]}, default: %(default)s)"
+        return added
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = re.sub(r"\s+", " ", message).strip()
@@ -51,14 +60,16 @@ class Parser(ArgumentParser):
             text = f"unknown key '{key}'{self._nearest(key)}"
         raise ConfigError(text)
 
-    def parse_args(self, args: list[str], **kwargs: Any) -> Any:
+    def parse_args(self, args: list[str], **kwargs: Any) -> Any:  # type: ignore[override]
         """As jsonargparse, but --max-bad and --max_bad are the same."""
         return super().parse_args([_underscored(argument) for argument in args], **kwargs)
 
-    def format_help(self) -> str:
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
         """Options of commands are shown with dashes; configuration keys (with dots) as they stand in a recipe."""
         return re.sub(
-            r"--[a-z]+(?:_[a-z]+)+(?![\w.])", lambda option: option[0].replace("_", "-"), super().format_help()
+            r"--[a-z]+(?:_[a-z]+)+(?![\w.])",
+            lambda option: option[0].replace("_", "-"),
+            super().format_help(*args, **kwargs),
         )
 
     def _nearest(self, key: str) -> str:
@@ -86,7 +97,7 @@ def parse_options(
         parser.add_argument(
             "--config", action="config", help="Recipe: a YAML file with the same keys as these options."
         )
-    first = []
+    first: list[str] = []
     while arguments and not arguments[0].startswith("-") and len(first) < len(positional):
         first.append(arguments[0])
         arguments = arguments[1:]
@@ -150,6 +161,8 @@ def parse_recipe(prog: str, about: str, arguments: list[str], **sections: type) 
         parser.add_class_arguments(section, name)
     parser.set_defaults(kind.defaults)
     namespace = parser.parse_args(arguments)
+    for group in fields(kind.Views):
+        namespace[f"views.{group.name}.name"] = group.name  # so that an error in it names the group
     values = parser.instantiate(namespace)
     common = {name: values[name] for name in SECTIONS}
     config = Config(method=method, views=values["views"], settings=values[method], **common)

@@ -37,7 +37,9 @@ def test_method_defaults_are_the_papers():
         (["--mae.mask_ratio=0.5"], "unknown key 'mae.mask_ratio'"),
         (["--data.batch_size", "0"], "data.batch_size is 0"),
         (["--data.batch_size", "many"], "data.batch_size"),
-        (["--views.local.count=-1"], "count is -1"),
+        (["--optim.lr=-1"], "optim.lr is -1.0; it must be positive"),
+        (["--views.global1.scale=[0.5,0.2]"], "views.global1.scale is (0.5, 0.2); it must be 2 numbers, each above 0"),
+        (["--views.local.count=-1"], "views.local.count is -1; it must be 0 or more"),
     ],
 )
 def test_a_bad_argument_is_one_line_that_names_the_key(arguments, words):
@@ -53,6 +55,11 @@ def test_a_bad_argument_is_one_line_that_names_the_key(arguments, words):
         ("method: dino\nviews: {local: {cuont: 4}}\n", "did you mean 'views.local.count'?"),
         ("method: dino\nshedule: {epochs: 4}\n", "did you mean 'schedule"),
         ("method: dion\n", "did you mean 'dino'?"),
+        (
+            "method: dino\noptim: {betas: [0.9, 1]}\n",
+            "optim.betas is (0.9, 1.0); it must be 2 numbers, each at least 0",
+        ),
+        ("method: dino\nviews: {local: {flip: 2}}\n", "views.local.flip is 2.0; it must be a probability from 0 to 1"),
         ("method: [unclosed\n", "recipe.yaml"),
         ("just text\n", "not a recipe"),
     ],
@@ -75,6 +82,7 @@ def test_a_bad_recipe_is_one_line_that_names_the_key(tmp_path, text, words):
         (["convert"], "needs SRC"),
         (["evaluate", "kn"], "known: knn, linear"),
         (["verify", "/nowhere.beton"], "/nowhere.beton"),
+        (["pretrain", "--method=mae", "--optim.lr=-1"], "fastssl: error: optim.lr is -1.0; it must be positive"),
     ],
 )
 def test_commands_fail_with_one_line_and_a_code(arguments, words, capsys):
@@ -105,6 +113,17 @@ def test_help_shows_dashes_for_commands_and_underscores_for_configuration_keys(c
         with pytest.raises(SystemExit):
             main([*arguments, "--help"])
         assert shown in capsys.readouterr().out
+
+
+def test_help_shows_what_a_value_may_be(capsys):
+    for command, shown in (
+        (["pretrain", "--method=dino"], "(type: float, positive, default: 0.0005)"),
+        (["pretrain", "--method=dino"], "Probability of a horizontal flip. (type: float, a probability from 0 to 1,"),
+        (["evaluate", "knn"], "Images per forward pass. (type: int, 1 or more, default: 64)"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        assert shown in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_switch_alone_means_yes():

@@ -5,13 +5,32 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from fastssl.config import ConfigError
+from fastssl.config import Checked, ConfigError, NonNegativeInt, PositiveInt
+
+
+def require(options: Any, **what: str) -> None:
+    """Raises ConfigError for the first of the named options that is empty; `what` says in words what it names."""
+    for key, words in what.items():
+        if not getattr(options, key):
+            raise ConfigError(f"{key} is empty; name {words} with --{key}")
+
+
+@dataclass(kw_only=True)
+class Hardware(Checked):
+    """On what a network computes. As keywords, these options stand last in --help, whatever class inherits them."""
+
+    workers: NonNegativeInt = 0
+    """Decoding threads per process. 0: this machine's cores divided by the processes on it."""
+    device: str = "auto"
+    """auto, cpu, cuda, or cuda:N."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Arithmetic of the network. auto: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the CPU."""
 
 
 @dataclass
-class EvaluateOptions:
+class EvaluateOptions(Hardware):
     """What every protocol needs: a checkpoint, images, and how the images go through the network."""
 
     checkpoint: str = ""
@@ -20,28 +39,16 @@ class EvaluateOptions:
     """Labelled training images: a .beton file, a glob of shards, or a folder with one sub-folder per class."""
     val: str = ""
     """Labelled images to classify, same forms as data."""
-    size: int = 0
+    size: NonNegativeInt = 0
     """Side of the images that the network sees, in pixels. 0: the checkpoint's."""
-    resize: int = 0
+    resize: NonNegativeInt = 0
     """The shorter side is resized to this before the central crop, in pixels. 0: size x 256/224, or size up to 64."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per forward pass."""
-    workers: int = 0
-    """Decoding threads. 0: this machine's cores."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic of the network. auto: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the CPU."""
 
     def __post_init__(self) -> None:
-        for key, what in (("checkpoint", "a checkpoint"), ("data", "labelled images"), ("val", "labelled images")):
-            if not getattr(self, key):
-                raise ConfigError(f"{key} is empty; name {what} with --{key}")
-        for key in ("size", "resize", "workers"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"{key} is {getattr(self, key)}; it must be 0 (automatic) or more")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}; it must be 1 or more")
+        super().__post_init__()
+        require(self, checkpoint="a checkpoint", data="labelled images", val="labelled images")
 
     @property
     def same_images(self) -> bool:
