@@ -414,16 +414,17 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """The whole configuration as plain values, the method's numbers under the method's name, as in a recipe."""
-        values = {key: _plain(value) for key, value in asdict(self).items()}
+        values = {key: plain(value) for key, value in asdict(self).items()}
         values[self.method] = values.pop("settings")
         for group in values["views"].values():
             group.pop("name")
         return values
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """The value as files hold it: tuples become lists, in dicts too."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return value
