@@ -322,7 +322,7 @@ def advise(rows: list[dict[str, Any]], source: Source, ids: np.ndarray, workers:
         name, cost = best["engine"], best["cpu_ms_per_image"]
         lines.append(f"{case}: use data.engine={name} ({best['images_per_s']:.0f} img/s with {workers} workers)")
         stages = {row["stage"]: row["cpu_ms_per_image"] for row in mine if row["engine"] == name} | {"overall": 0.0}
-        slowest = max(stages, key=stages.get)
+        slowest = max(stages, key=lambda stage: stages[stage])
         if stages[slowest] > 0:
             share = stages[slowest] / sum(stages.values())
             lines.append(

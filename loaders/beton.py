@@ -11,13 +11,15 @@ Source: Leclerc et al. 2023, FFCV, and the format as its writer produces it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -43,7 +45,7 @@ _ROW_TYPES = {
     TENSOR: np.dtype("<u8"),
 }
 ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
-MODES = ("jpg", "raw")
+MODES: tuple[Literal["jpg", "raw"], ...] = ("jpg", "raw")
 
 
 class BetonError(ValueError):
@@ -165,9 +167,10 @@ class Beton:
         if self._parts is None:
             return None
         data = self.stored(i, self._parts)
-        if data.size != np.prod(self.parts_shape):
-            raise DecodeError(f"has {data.size} bytes of part maps, but shape {self.parts_shape} was promised")
-        return data.reshape(self.parts_shape)
+        shape = self.fields[self._parts].shape
+        if data.size != math.prod(shape):
+            raise DecodeError(f"has {data.size} bytes of part maps, but shape {shape} was promised")
+        return data.reshape(shape)
 
     def name(self, i: int) -> str:
         """How messages name sample `i`: the file, the index, and the source file where it is known."""
@@ -245,12 +248,13 @@ class Beton:
         return Field(name, kind, tuple(int(side) for side in head["shape"] if side), dtype)
 
     def _read_columns(self) -> None:
-        def first(match) -> int | None:
+        def first(match: Callable[[Field], bool]) -> int | None:
             return next((index for index, field in enumerate(self.fields) if match(field)), None)
 
-        self._image = first(lambda field: field.type_id == IMAGE)
-        if self._image is None:
+        image = first(lambda field: field.type_id == IMAGE)
+        if image is None:
             raise self._fail(f"has no image field (fields: {', '.join(field.name for field in self.fields) or 'none'})")
+        self._image = image
         self._parts = first(lambda f: f.type_id in (ARRAY, TENSOR) and f.dtype == np.uint8 and len(f.shape) == 3)
         label = first(lambda field: field.type_id == INT and field.name == "label")
         label = first(lambda field: field.type_id == INT) if label is None else label

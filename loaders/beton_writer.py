@@ -10,6 +10,7 @@ import time
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -35,6 +36,7 @@ from fastssl.loaders.beton import (
 from fastssl.loaders.decode import Encoded
 
 MAX_PIECE = 1 << 31  # the largest power of two that the header's page_size holds, in bytes
+CLOSED = -1  # in place of a file's number
 LOCK_SECONDS = 5.0  # how long to wait for another writer of the same file
 
 Sample = Sequence[Encoded | float | bytes | np.ndarray]
@@ -121,10 +123,10 @@ class BetonWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._file is not None:
+        if self._file != CLOSED:
             self.partial.unlink(missing_ok=True)
             os.close(self._file)
-            self._file = None
+            self._file = CLOSED
 
     def append(self, *sample: Encoded | float | bytes | np.ndarray) -> None:
         """Writes one sample, one value per field."""
@@ -170,7 +172,7 @@ class BetonWriter:
         side_path = SideFile.path_of(self.path)
         side_partial = side_path.with_name(side_path.name + ".partial")
         crc_tables, size = zlib.crc32(tail, zlib.crc32(head)), self._end + len(tail)
-        side = SideFile(side_path, list(classes), tuple(shard), size, crc_tables, crc32)
+        side = SideFile(side_path, list(classes), shard, size, crc_tables, crc32)
         try:
             side.write(side_partial, names)
             os.replace(side_partial, side_path)
@@ -179,7 +181,7 @@ class BetonWriter:
         os.replace(self.partial, self.path)
         _sync_folder(self.path.parent)
         os.close(self._file)
-        self._file = None
+        self._file = CLOSED
 
 
 def page_for(size: int) -> int:
@@ -197,8 +199,9 @@ def write_at(file: int, data: bytes | np.ndarray, position: int) -> None:
         view, position = view[written:], position + written
 
 
-def _fill(row: np.ndarray, field: Field, value: Encoded | float | bytes | np.ndarray) -> np.ndarray | bytes:
-    """Fills a field's metadata (a view of one row) but for the pointer; returns the bytes that stand for the value."""
+def _fill(row: np.ndarray, field: Field, value: Any) -> np.ndarray:
+    """Fills a field's metadata (a view of one row) but for the pointer; returns the bytes that stand for the value
+    (of the kind that `Sample` says for the field's type)."""
     if field.type_id == IMAGE:
         row["mode"], row["height"], row["width"] = MODES.index(value.mode), value.height, value.width
         return value.data
@@ -211,7 +214,7 @@ def _fill(row: np.ndarray, field: Field, value: Encoded | float | bytes | np.nda
             raise BetonError(f"field '{field.name}' takes {field.dtype} {field.shape}, not {value.dtype} {value.shape}")
         return np.ascontiguousarray(value).reshape(-1).view(np.uint8)
     row[:] = value
-    return row.tobytes()
+    return np.frombuffer(row.tobytes(), np.uint8)
 
 
 def _descriptor(field: Field) -> np.ndarray:

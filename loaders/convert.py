@@ -259,6 +259,11 @@ def _run(job: _Job, writer: BetonWriter) -> _Outcome:
 
 # -- in the workers --------------------------------------------------------------------------------------------------
 
+_job_here: _Job
+_file: int
+_turn: _Turn
+_buffer: memoryview
+
 
 class _Turn:
     """Hands out positions in the file chunk by chunk, in order, to workers that finish them in any order."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -71,7 +72,8 @@ class DALILoader(Loader):
     def _decode(self, encoded: Encoded, groups: list[Crops]) -> None:
         raise NotImplementedError("DALI works on whole batches")
 
-    _resize = _decode
+    def _resize(self, image: Any, groups: list[Crops]) -> None:
+        raise NotImplementedError("DALI works on whole batches")
 
     def stages(self, ids: Sequence[int], epoch: int = 0) -> dict[str, float]:
         """Nothing: DALI's stages cannot be told apart from outside."""
@@ -107,7 +109,7 @@ class DALILoader(Loader):
         drawn, batch = self._draw(ids, heights, widths, epoch)
         feed = Feed(batch)
         for row, size in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
-            self._fill(batch, drawn, row, size, lambda encoded, groups, row=row: _put(feed, row, encoded, groups))
+            self._fill(batch, drawn, row, size, partial(_put, feed, row))
         return feed
 
     def _pop(self, pipe: Pipe, queue: deque[Feed]) -> tuple[Batch, Pipe]:
@@ -138,9 +140,7 @@ class DALILoader(Loader):
         heights, widths = (np.maximum(sides, 1) for sides in self._source.sizes(batch.id.numpy()))
         drawn, _ = self._draw(batch.id.numpy(), heights, widths, batch.epoch)
         for row, size in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
-            self._fill(
-                batch, drawn, row, size, lambda encoded, groups, row=row: _put(feed, row, encoded, groups, by_pil=True)
-            )
+            self._fill(batch, drawn, row, size, partial(_put, feed, row, by_pil=True))
 
     def _build(self, depth: int) -> Pipe:
         return Pipe(self._views, self._batch_size, max(1, self._workers), self._device, depth)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from fastssl.loaders import jpeg
 
@@ -91,7 +91,7 @@ def open_image(data: bytes) -> Image.Image:
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """Height and width of `to_rgb(image)`, from the header alone."""
     width, height = image.size
-    if image.format == "TIFF":  # whose `size` is upright already in newer versions of PIL
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose `size` is upright already in newer versions of PIL
         width, height = (image.tag_v2[tag] for tag in _TIFF_SIZE)
     return (width, height) if orientation(image) in _SIDEWAYS else (height, width)
 

@@ -45,13 +45,13 @@ class Crops:
         view: the group.
         box: int64 [n, 4], (top, left, height, width) in pixels of the decoded (or squashed) image.
         flip: bool [n].
-        out: uint8 [n, 3, S, S], to be filled; None where the pixels come about elsewhere.
+        out: uint8 [n, 3, S, S], to be filled; empty where the pixels come about elsewhere.
     """
 
     view: View
     box: np.ndarray
     flip: np.ndarray
-    out: np.ndarray | None
+    out: np.ndarray
 
 
 class Loader(ABC):
@@ -142,7 +142,8 @@ class Loader(ABC):
             marks = [time.thread_time()]
             encoded = self._source.read(int(sample))
             marks.append(time.thread_time())
-            drawn, batch = self._draw(np.array([sample]), *np.array([[encoded.height], [encoded.width]]), epoch)
+            height, width = np.array([[encoded.height], [encoded.width]])
+            drawn, batch = self._draw(np.array([sample]), height, width, epoch)
             for view in self._views:
                 batch.views[view.name] = self._memory.take((1, view.count, 3, view.size, view.size))
             groups = [self._crops(batch, drawn, view, 0, 0) for view in self._views]
@@ -238,8 +239,8 @@ class Loader(ABC):
             try:
                 encoded = self._source.read(sample)
                 if sample != wanted or (encoded.height, encoded.width) != size:
-                    sides = np.array([[encoded.height], [encoded.width]])
-                    drawn, substitute = self._draw(np.array([sample]), *sides, epoch)
+                    height, width = np.array([[encoded.height], [encoded.width]])
+                    drawn, substitute = self._draw(np.array([sample]), height, width, epoch)
                     _put(substitute, batch, row)
                     drawn_row = 0
                 maps = self._source.parts(sample) if self._part_grid else None
@@ -253,11 +254,12 @@ class Loader(ABC):
             box, flip = drawn[name].box[drawn_row], drawn[name].flip[drawn_row]
             squash = next(view.squash for view in self._views if view.name == name)
             frame = (squash, squash) if squash else (encoded.height, encoded.width)
+            assert maps is not None
             batch.parts[name][row] = torch.from_numpy(part_labels(maps, box, flip, frame, grid))
 
     def _crops(self, batch: Batch, drawn: dict[str, Drawn], view: View, row: int, drawn_row: int) -> Crops:
         mine = drawn[view.name]
-        out = batch.views[view.name][row].numpy() if view.name in batch.views else None
+        out = batch.views[view.name][row].numpy() if view.name in batch.views else np.empty(0, np.uint8)
         return Crops(view, mine.box[drawn_row], mine.flip[drawn_row], out)
 
     def _note_bad(self, sample: int, reason: str) -> None:

@@ -217,7 +217,7 @@ def peer_dali(peer: Peer, stack: ExitStack) -> Epoch:
         for start in range(0, len(order), peer.batch_size):
             yield [data[k] for k in order[start : start + peer.batch_size]]
 
-    started = []
+    started: list[bool] = []
 
     def epoch() -> int:
         images, waiting = 0, 0  # batches in the pipeline

@@ -8,8 +8,8 @@ import signal
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
 from typing import TypeVar
@@ -36,7 +36,7 @@ def ordered(
     workers: int,
     start: Callable[..., None] | None = None,
     start_arguments: tuple = (),
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Results of `function` over `tasks`, in their order, computed by `workers` processes (a few tasks ahead).
 
     Each worker calls `start(*start_arguments)` once. An exception in a worker is raised here. Workers end when the
@@ -47,7 +47,7 @@ def ordered(
     """
     pool = ProcessPoolExecutor(workers, CONTEXT, _start_worker, (start, start_arguments))
     try:
-        waiting = deque()
+        waiting: deque[Future[Result]] = deque()
         for task in tasks:
             with warnings.catch_warnings():  # of fork beside threads (tqdm's, torch's): our workers touch neither
                 warnings.simplefilter("ignore", DeprecationWarning)
@@ -72,5 +72,7 @@ def _start_worker(start: Callable[..., None] | None, arguments: tuple) -> None:
 
 
 def _end_with_parent() -> None:
-    wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
     os._exit(1)

@@ -136,7 +136,7 @@ def _cut_all(
         raise ValueError(f"the frame is {frame.dtype} {frame.shape}; it must be uint8 [H, W, 3]")
     if frame.strides[1:] != (3, 1) or frame.strides[0] < 0:
         frame = np.ascontiguousarray(frame)
-    boxes, flips = np.require(boxes, np.int64, "CW"), np.require(flips, np.bool_, "CW")
+    boxes, flips = np.require(boxes, np.int64, ["C", "W"]), np.require(flips, np.bool_, ["C", "W"])
     if boxes.shape != (len(out), 4) or flips.shape != (len(out),):
         raise ValueError(f"there are {boxes.shape} numbers in boxes and {flips.shape} in flips; {len(out)} crops")
     bad = _cut_boxes(

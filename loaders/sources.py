@@ -8,6 +8,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -245,6 +246,14 @@ def scan_folder(path: str | Path) -> tuple[list[str], list[str], np.ndarray]:
         betons = " (name .beton shards by a glob: folder/*.beton)" if any(Path(path).glob("*.beton")) else ""
         raise SourceError(f"{path} has no images in it; known endings: {' '.join(sorted(SUFFIXES))}{betons}")
     return folders, files, np.array(labels, np.int64)
+
+
+@overload
+def read_file(path: str) -> bytes: ...
+
+
+@overload
+def read_file(path: str, space: memoryview | None) -> bytes | memoryview: ...
 
 
 def read_file(path: str, space: memoryview | None = None) -> bytes | memoryview:

@@ -115,8 +115,8 @@ def verify(options: VerifyOptions) -> Report:
 
 def _verify_file(path: str, options: VerifyOptions, report: Report) -> None:
     def problem(index: int, reason: str) -> None:
-        named = side is not None and 0 <= index < len(side.crc32)
-        report.problems.append(Problem(path, index, side.name(index) if named else "", reason))
+        name = side.name(index) if side is not None and 0 <= index < len(side.crc32) else ""
+        report.problems.append(Problem(path, index, name, reason))
 
     side = None
     try:
@@ -176,6 +176,10 @@ def _misplaced(beton: Beton) -> Iterator[tuple[int, str]]:
 
 
 # -- in the workers --------------------------------------------------------------------------------------------------
+
+_beton: Beton
+_checksums: np.ndarray | None
+_decode: bool
 
 
 def _start(path: str, checksums: np.ndarray | None, decode_too: bool) -> None:

@@ -85,10 +85,13 @@ def central_batches(
         Batches with ids, labels, uint8 views [B, n, 3, S, S], boxes, flips (none is) and part labels.
 
     Raises:
+        ValueError: part labels are asked for, but the data has no part maps.
         BadSampleError: a sample cannot be read; raised while iterating.
     """
     order = np.arange(len(source)) if ids is None else np.asarray(ids, dtype=np.int64)
     grids = part_grid or {}
+    if grids and not source.has_parts:
+        raise ValueError("part_grid is set, but the data has no part maps")
 
     def prepare(position: int) -> tuple[Batch, list[Callable[[], None]]]:
         mine = order[position * batch_size : (position + 1) * batch_size]
@@ -115,7 +118,9 @@ def central_batches(
             batch.views[view.name][row] = torch.from_numpy(_cut(image, shape, view, resize))
             batch.box[view.name][row] = torch.from_numpy(box)
             if grid := grids.get(view.name):
-                labels = part_labels(source.parts(sample), box[None], np.zeros(1, bool), (1, 1), grid)
+                maps = source.parts(sample)
+                assert maps is not None
+                labels = part_labels(maps, box[None], np.zeros(1, bool), (1, 1), grid)
                 batch.parts[view.name][row] = torch.from_numpy(labels)
 
     return Ahead(workers, prefetch).run(prepare, range(-(-len(order) // batch_size)))

@@ -55,13 +55,13 @@ def decode(encoded: Encoded, window: Window | None = None) -> Decoded:
     height, width = encoded.height, encoded.width
     if min(height, width) < 1:
         raise DecodeError(f"has no pixels ({height} x {width} were promised)")
-    window = (0, 0, height, width) if window is None else tuple(map(int, window))
-    if not (window[0] >= 0 <= window[1] and 0 < window[2] <= height - window[0] and 0 < window[3] <= width - window[1]):
-        raise ValueError(f"the window {window} (top, left, height, width) does not lie in {height} x {width} pixels")
+    top, left, h, w = wanted = (0, 0, height, width) if window is None else tuple(map(int, window))
+    if not (top >= 0 <= left and 0 < h <= height - top and 0 < w <= width - left):
+        raise ValueError(f"the window {wanted} (top, left, height, width) does not lie in {height} x {width} pixels")
     if encoded.mode == "raw" and encoded.data.size == height * width * 3:
         return Decoded(encoded.data.reshape(height, width, 3))
     usual = _library and encoded.mode != "raw" and height * width <= images.MAX_PIXELS
-    found = _decode_window(encoded, window) if usual else None
+    found = _decode_window(encoded, (top, left, h, w)) if usual else None
     return found or Decoded(images.decode(encoded))
 
 
@@ -76,6 +76,7 @@ def _decode_window(encoded: Encoded, window: Window) -> Decoded | None:
 
 
 def _call(encoded: Encoded, window: Window, as_stored: bool) -> tuple[int, Decoded | None, str]:
+    assert _library is not None
     top, _, height, width = window
     data = np.ascontiguousarray(encoded.data)
     buffer = np.empty(height * min(width + _SLACK, encoded.width) * 3, np.uint8)

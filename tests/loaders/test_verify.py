@@ -50,7 +50,7 @@ def damage(good, tmp_path):
         Path(f"{path}.npz").unlink(missing_ok=True)
         if side:
             shutil.copy(f"{good}.npz", f"{path}.npz")
-        found = [str(problem) for problem in verify(VerifyOptions(str(path), workers=2)).problems]
+        found = [str(problem) for problem in verify(VerifyOptions(str(path), workers=1)).problems]
         return [text.removeprefix(f"{path}").strip() for text in found]
 
     return run
