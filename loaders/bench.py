@@ -21,7 +21,16 @@ import numpy as np
 import torch
 
 from fastssl.batch import Batch
-from fastssl.config import ConfigError, View, check
+from fastssl.config import (
+    Checked,
+    ConfigError,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    View,
+    check,
+)
 from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.engine import ENGINES, make_loader, working_engines
 from fastssl.loaders.loader import Loader
@@ -46,7 +55,7 @@ Augment = Callable[[Batch], Batch]
 
 
 @dataclass
-class LoaderBenchOptions:
+class LoaderBenchOptions(Checked):
     """What `fastssl bench loader` measures."""
 
     data: str = ""
@@ -56,27 +65,24 @@ class LoaderBenchOptions:
     dino-uint8 (the crops only), single (one crop of 224), decode (decoding only)."""
     engine: str = ""
     """Engines and peers, separated by commas. Empty: all that work here."""
-    seconds: float = 3.0
+    seconds: PositiveFloat = 3.0
     """About this long per contender and round."""
-    rounds: int = 3
+    rounds: PositiveInt = 3
     """Interleaved rounds."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Decoding threads or worker processes of each contender. 0: the usable cores."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per batch."""
-    images: int = 500
+    images: PositiveInt = 500
     """At most so many images, spread evenly over the data."""
-    step_images_per_s: float = 0.0
+    step_images_per_s: NonNegativeFloat = 0.0
     """Images per second that the training step takes; the advice then says how many cores feed it. 0: not known."""
     plot: str = ""
     """Also draw the result to this PNG file."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(bool(self.data), "data", self.data, "a .beton file, a glob of shards, or a folder of images")
-        check(self.seconds > 0, "seconds", self.seconds, "positive")
-        for key in ("rounds", "batch_size", "images"):
-            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        check(self.workers >= 0, "workers", self.workers, "0 (the usable cores) or more")
         for key, known in (("case", [*CASES, DECODE]), ("engine", [*ENGINES, *PEERS])):
             for name in _listed(getattr(self, key)):
                 check(name in known, key, name, f"of {', '.join(known)}")

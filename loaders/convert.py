@@ -16,13 +16,13 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fastssl.config import check
+from fastssl.config import Checked, NonNegativeInt, Range, ZeroToOne, check
 from fastssl.loaders import jpeg
 from fastssl.loaders.beton import ARRAY, IMAGE, INT, BetonError, Field
 from fastssl.loaders.beton_writer import MAX_PIECE, BetonWriter, Block
@@ -60,7 +60,7 @@ class ConvertError(RuntimeError):
 
 
 @dataclass
-class ConvertOptions:
+class ConvertOptions(Checked):
     """What to convert, and how the images are stored."""
 
     src: str = ""
@@ -73,39 +73,34 @@ class ConvertOptions:
     or test (Pets), train or val (ImageNet). Unlabelled images get label -1. Empty: the first of these."""
     download: bool = False
     """Let torchvision download a data set by name that is not in its folder."""
-    max_resolution: int = 0
+    max_resolution: NonNegativeInt = 0
     """Images with a longer side are scaled down to this many pixels. 0: no limit."""
-    squash: int = 0
+    squash: Annotated[int, Range(at_least=0, at_most=MAX_SIDE)] = 0
     """Every image is resized to this square, in pixels, without regard to its shape, as views with the same
     views.*.squash (SAAE) would do at every reading. 0: off."""
-    quality: int = 90
+    quality: Annotated[int, Range(at_least=1, at_most=95)] = 90
     """JPEG quality of re-encoded images, 1 to 95 (4:2:0 chroma). Copied JPEGs keep their own."""
     mode: Literal["jpg", "raw", "proportion"] = "jpg"
     """jpg, raw (RGB pixels: faster to read, about ten times larger), or proportion (some of each)."""
-    raw_fraction: float = 0.5
+    raw_fraction: ZeroToOne = 0.5
     """With mode=proportion: the fraction of the images that is stored raw, chosen by their names."""
     check: Literal["structure", "decode"] = "structure"
     """How copied JPEGs are checked: segments and end marker, or also by decoding them (about ten times slower)."""
-    max_bad: int = 0
+    max_bad: NonNegativeInt = 0
     """Skip up to so many files that cannot be read or decoded; more fail the conversion, with the list."""
     parts: str = ""
     """Folder of part maps: for src's CLASS/NAME.jpg the file CLASS/NAME.npy, uint8 [N, h, w]. Empty: none."""
     shard: str = ""
     """I/N: convert only the I-th of N equal runs of the files, I from 0 to N-1. Empty: all."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Processes. 0: one per usable core."""
     overwrite: bool = False
     """Replace dst if it exists (when the new file is whole). False: refuse."""
 
     def __post_init__(self) -> None:
-        check(self.max_resolution >= 0, "max_resolution", self.max_resolution, "0 (no limit) or a number of pixels")
-        check(0 <= self.squash <= MAX_SIDE, "squash", self.squash, f"0 (off) or a side of up to {MAX_SIDE} pixels")
+        super().__post_init__()
         if self.squash:
             check(not self.max_resolution, "max_resolution", self.max_resolution, "0 (no limit) where squash is set")
-        check(1 <= self.quality <= 95, "quality", self.quality, "from 1 to 95")
-        check(0.0 <= self.raw_fraction <= 1.0, "raw_fraction", self.raw_fraction, "from 0 to 1")
-        check(self.max_bad >= 0, "max_bad", self.max_bad, "0 or more")
-        check(self.workers >= 0, "workers", self.workers, "0 (one per core) or more")
         index, total = self.shard_numbers
         check(0 <= index < total, "shard", self.shard, "I/N with I from 0 to N-1, such as 0/4")
 

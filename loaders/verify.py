@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from fastssl.config import check
+from fastssl.config import Checked, NonNegativeInt
 from fastssl.loaders.beton import Beton, BetonError, SideFile, pointers
 from fastssl.loaders.decode import DecodeError, decode
 from fastssl.loaders.pool import WorkerDied, cores, ordered
@@ -28,18 +28,15 @@ class VerifyError(ValueError):
 
 
 @dataclass
-class VerifyOptions:
+class VerifyOptions(Checked):
     """What to verify, and how thoroughly."""
 
     path: str = ""
     """A .beton file, or a glob of shards ('train-*.beton')."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Processes. 0: one per usable core."""
     decode: bool = True
     """Decode every image. False: positions and checksums only."""
-
-    def __post_init__(self) -> None:
-        check(self.workers >= 0, "workers", self.workers, "0 (one per core) or more")
 
 
 @dataclass(frozen=True)

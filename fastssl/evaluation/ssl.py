@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from fastssl.augment import augment
-from fastssl.config import ConfigError
+from fastssl.config import PositiveInt, Seed
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError, default_resize
+from fastssl.evaluation.options import Hardware, require
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.sources import open_source
 from fastssl.loaders.views import central_batches
@@ -34,34 +35,21 @@ CHANCE = "_chance"  # a metric NAME_chance is the value of NAME when all images 
 
 
 @dataclass
-class SSLOptions:
+class SSLOptions(Hardware):
     """Whose losses, and on which images."""
 
     checkpoint: str = ""
     """Checkpoint of a pretraining run, e.g. runs/sit/last.pt."""
     data: str = ""
     """Images, labelled or not: a .beton file, a glob of shards, or a folder."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per forward pass; a contrastive loss depends on it. The last pass may be smaller."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of masks, rotation and damage."""
-    workers: int = 0
-    """Decoding threads. 0: this machine's cores."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic of the network. auto: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the CPU."""
 
     def __post_init__(self) -> None:
-        for key, what in (("checkpoint", "a checkpoint"), ("data", "images")):
-            if not getattr(self, key):
-                raise ConfigError(f"{key} is empty; name {what} with --{key}")
-        if self.batch_size < 1:
-            raise ConfigError(f"batch_size is {self.batch_size}; it must be 1 or more")
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed is {self.seed}; it must be a whole number from 0 to 4294967295")
-        if self.workers < 0:
-            raise ConfigError(f"workers is {self.workers}; it must be 0 (automatic) or more")
+        super().__post_init__()
+        require(self, checkpoint="a checkpoint", data="images")
 
 
 @dataclass(frozen=True)
@@ -142,9 +130,7 @@ def evaluate_ssl(options: SSLOptions) -> SSLEvaluation:
             bar.update(len(batch))
     means = {name: value.item() / len(source) for name, value in sums.items()}
     seconds = round(time.perf_counter() - begin, 1)
-    return SSLEvaluation(
-        options.checkpoint, config.method, saved.step, len(source), options.batch_size, means, seconds
-    )
+    return SSLEvaluation(options.checkpoint, config.method, saved.step, len(source), options.batch_size, means, seconds)
 
 
 def _values(saved: Checkpoint, seed: int) -> Values:

@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fastssl.config import Checked, NonNegativeInt, PositiveInt
 from fastssl.evaluation.frozen.knn import HEADLINE_K, KNNOptions, evaluate_knn
 from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.synthetic import draw_images
@@ -18,16 +19,16 @@ from fastssl.pretrain.trainer import pretrain
 
 
 @dataclass
-class DemoOptions:
+class DemoOptions(Checked):
     """What the demo writes and how large it is."""
 
     dir: str = "demo"
     """Folder for the images, the .beton files and the run. A second start continues what is there."""
-    train: int = 3200
+    train: PositiveInt = 3200
     """Training images to draw."""
-    val: int = 800
+    val: PositiveInt = 800
     """Validation images to draw."""
-    steps: int = 0
+    steps: NonNegativeInt = 0
     """Stop pretraining after so many optimizer steps. 0: the recipe's length."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""

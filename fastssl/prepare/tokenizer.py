@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.config import ConfigError, Data, View, check
+from fastssl.config import Checked, ConfigError, Data, FractionRange, NonNegativeInt, PositiveInt, Seed, View, check
 from fastssl.loaders.engine import decoding_threads, open_loader
 from fastssl.loaders.sources import open_source
 from fastssl.models.dvae import describe, nearest
@@ -29,33 +29,32 @@ BATCH = 64
 
 
 @dataclass
-class TokenizerOptions:
+class TokenizerOptions(Checked):
     """What is learned, and from what."""
 
     data: str = ""
     """Images: a .beton file, a glob of shards, or a folder."""
     out: str = ""
     """File to write; cae.tokenizer takes it."""
-    codes: int = 512
+    codes: PositiveInt = 512
     """Codes of the codebook (cae.codes)."""
-    cell: int = 8
+    cell: PositiveInt = 8
     """Side of a cell, in pixels of the tokenizer's view: its side divided by the patches in a row."""
-    size: int = 112
+    size: PositiveInt = 112
     """Side of the crops (views.tokenizer.size)."""
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: FractionRange = (0.08, 1.0)
     """Range of the crops' area, as a fraction of the image's (views.tokenizer.scale)."""
-    patches: int = 100000
+    patches: PositiveInt = 100000
     """Patches to learn from, spread over as many images as there are."""
-    steps: int = 20
+    steps: PositiveInt = 20
     """Rounds of k-means over all patches."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Decoding threads. 0: this machine's cores."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the crops and of the first centres."""
 
     def __post_init__(self) -> None:
-        for key in ("codes", "cell", "size", "steps"):
-            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
+        super().__post_init__()
         check(self.size % self.cell == 0, "size", self.size, f"a multiple of cell, {self.cell}")
         check(self.patches >= self.codes, "patches", self.patches, f"at least codes, {self.codes}")
 

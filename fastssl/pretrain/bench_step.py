@@ -9,13 +9,13 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from fastssl import __version__
 from fastssl.batch import Batch
-from fastssl.config import Config, ConfigError, check
+from fastssl.config import Checked, Config, ConfigError, NonNegativeInt, PositiveInt, check
 from fastssl.kernels._path import MODES, forced
 from fastssl.pretrain.preflight import matrix_rate
 from fastssl.pretrain.trainer import Trainer
@@ -26,14 +26,16 @@ OTHER = "other"  # what no part covers: Python between the parts, the log's ring
 
 
 @dataclass
-class StepBenchOptions:
+class StepBenchOptions(Checked):
     """How the step is measured."""
 
-    steps: int = 10
+    section: ClassVar[str] = "bench"
+
+    steps: PositiveInt = 10
     """Optimizer steps per round."""
-    warmup: int = 3
+    warmup: NonNegativeInt = 3
     """Steps before the first round of each contender, not counted."""
-    rounds: int = 3
+    rounds: PositiveInt = 3
     """Rounds per contender, taken in turns; the median counts."""
     kernels: str = "auto,reference"
     """Contenders, separated by commas: auto (kernels where they run), reference (plain PyTorch), triton."""
@@ -41,9 +43,7 @@ class StepBenchOptions:
     """Load one batch and train on it again and again: the step without the loader."""
 
     def __post_init__(self) -> None:
-        for key in ("steps", "rounds"):
-            check(getattr(self, key) >= 1, f"bench.{key}", getattr(self, key), "1 or more")
-        check(self.warmup >= 0, "bench.warmup", self.warmup, "0 or more")
+        super().__post_init__()
         for mode in self.modes:
             check(mode in MODES, "bench.kernels", mode, f"of {', '.join(MODES)}")
 

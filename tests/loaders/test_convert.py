@@ -423,7 +423,7 @@ def test_an_existing_file_is_replaced_only_when_asked(tmp_path, many):
     ("key", "value", "message"),
     [
         ("max_resolution", -1, "max_resolution is -1"),
-        ("squash", -1, r"squash is -1; it must be 0 \(off\) or a side of up to 65500 pixels"),
+        ("squash", -1, r"squash is -1; it must be from 0 to 65500"),
         ("quality", 0, "quality is 0; it must be from 1 to 95"),
         ("raw_fraction", 1.5, "raw_fraction is 1.5"),
         ("max_bad", -1, "max_bad is -1"),

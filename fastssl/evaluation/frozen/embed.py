@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fastssl import pictures
 from fastssl.augment import augment
-from fastssl.config import ConfigError, check
+from fastssl.config import ConfigError, NonNegativeInt, PositiveInt
 from fastssl.evaluation.data import EvaluationError, default_resize, spaced_ids
 from fastssl.evaluation.frozen.features import extract
+from fastssl.evaluation.options import Hardware
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.sources import Source, open_source
 from fastssl.loaders.views import evaluation_batches
@@ -31,7 +32,7 @@ NEIGHBOURS = 7  # beside each query of the sheet
 
 
 @dataclass
-class EmbedOptions:
+class EmbedOptions(Hardware):
     """What is embedded, and into which files."""
 
     checkpoint: str = ""
@@ -42,31 +43,22 @@ class EmbedOptions:
     """Files to write: OUT.npy (features), OUT.csv (index, name, label, class) and OUT.png (nearest neighbours)."""
     dtype: Literal["float16", "float32"] = "float16"
     """Type of the numbers in OUT.npy."""
-    blocks: int = 1
+    blocks: PositiveInt = 1
     """Concatenate the class tokens of this many last blocks (ViT)."""
     mean_patch: bool | None = None
     """Append the last block's mean patch token (ViT). None: as the run's own monitor did."""
-    sheet: int = 8
+    sheet: NonNegativeInt = 8
     """Images in OUT.png, evenly spaced, each with its 7 nearest others by cosine similarity. 0: no picture."""
-    size: int = 0
+    size: NonNegativeInt = 0
     """Side of the images that the network sees, in pixels. 0: the checkpoint's."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per forward pass."""
-    workers: int = 0
-    """Decoding threads. 0: this machine's cores."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic of the network. auto: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the CPU."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("checkpoint", "data", "out"):
             if not getattr(self, key):
                 raise ConfigError(f"{key} is empty; fastssl embed CHECKPOINT DATA OUT")
-        for key in ("blocks", "batch_size"):
-            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        for key in ("size", "workers", "sheet"):
-            check(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastssl.config import ConfigError
+from fastssl.config import PositiveFloat, PositiveInt
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import open_labelled
 from fastssl.evaluation.frozen.features import extract_cached, pixels
@@ -28,11 +28,11 @@ HEADLINE_K = 20  # the k that papers quote
 class KNNOptions(FrozenOptions):
     """Weighted k-NN on frozen features. With val the same as data, each image is classified by all the others."""
 
-    ks: tuple[int, ...] = (10, 20, 100, 200)
+    ks: tuple[PositiveInt, ...] = (10, 20, 100, 200)
     """Numbers of neighbours that vote; 20 (or the first one) gives the headline."""
-    temperature: float = 0.07
+    temperature: PositiveFloat = 0.07
     """A neighbour with cosine similarity s votes with weight exp(s / temperature)."""
-    blocks: int = 1
+    blocks: PositiveInt = 1
     """Concatenate the class tokens of this many last blocks (ViT)."""
     mean_patch: bool | None = None
     """Append the last block's mean patch token (ViT). None: as the run's own monitor did (yes for MAE, no for DINO)."""
@@ -41,8 +41,6 @@ class KNNOptions(FrozenOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.blocks < 1:
-            raise ConfigError(f"blocks is {self.blocks}; it must be 1 or more")
         check_numbers(self.ks, self.temperature)
 
 

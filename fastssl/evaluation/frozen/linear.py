@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastssl.config import ConfigError
+from fastssl.config import ConfigError, NonNegativeInt, PositiveFloat, PositiveInt, Seed
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import open_labelled
 from fastssl.evaluation.frozen.features import extract_cached
@@ -38,30 +38,28 @@ class LinearOptions(FrozenOptions):
     protocol: Literal["dino", "mae"] = "dino"
     """dino: SGD. mae: a batch norm without gains before the layer, LARS, warm-up over a ninth of the epochs (in the
     paper 90 epochs, steps of 16384 images, drawn crops)."""
-    lrs: tuple[float, ...] | None = None
+    lrs: tuple[PositiveFloat, ...] | None = None
     """Learning rates for a batch of 256, tried at once; the one that does best on a held-out tenth of data counts.
     None: 0.001 to 1 (dino) or 0.01 to 1 (mae)."""
-    epochs: int = 100
+    epochs: PositiveInt = 100
     """Passes over data."""
-    step_size: int = 1024
+    step_size: PositiveInt = 1024
     """Images per optimizer step; the learning rate is multiplied by step_size / 256."""
     augment: bool = False
     """True: random crops and flips, drawn and put through the network anew in every epoch, as DINO does. False: the
     central crop goes through the network once."""
-    blocks: int = 0
+    blocks: NonNegativeInt = 0
     """Concatenate the class tokens of this many last blocks (ViT). 0: as DINO, 4 (all, if fewer), or 1 for a width of
     768 and more; as MAE, 1."""
     mean_patch: bool | None = None
     """Append the last block's mean patch token (ViT). None: as DINO, for a width of 768 and more; as MAE, no."""
-    hidden: int = 0
+    hidden: NonNegativeInt = 0
     """Units of a hidden layer (tanh) between the features and the linear layer, e.g. 1024. 0: none."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first weights, the order, the crops and the held-out tenth."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.blocks < 0:
-            raise ConfigError(f"blocks is {self.blocks}; it must be 0 (as DINO) or more")
         if self.same_images:
             raise ConfigError(f"val is the same as data ({self.data}); name images that are not trained on")
         if self.lrs is None:

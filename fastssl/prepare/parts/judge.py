@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl import pictures
-from fastssl.config import ConfigError, check
+from fastssl.config import Checked, ConfigError, NonNegativeInt, PositiveInt
 from fastssl.loaders.sources import Source, SourceError, open_source
 from fastssl.prepare.parts.finder import PartFinder, load_finder, normalised, whole_images
 from fastssl.prepare.parts.learner import overlap
@@ -29,14 +29,14 @@ MATCHINGS = 20000  # ways to match parts with true parts that are tried
 
 
 @dataclass
-class JudgeOptions:
+class JudgeOptions(Checked):
     """Which parts are judged, and on which images."""
 
     parts: str = ""
     """What 'fastssl parts learn' wrote."""
     data: str = ""
     """Images: a .beton file, a glob of shards, or a folder."""
-    images: int = 1000
+    images: PositiveInt = 1000
     """Judge on so many images, evenly spaced over the data."""
     background: bool = False
     """With a map for the background, as 'fastssl parts write --background' writes it."""
@@ -44,16 +44,12 @@ class JudgeOptions:
     """Compare with the part maps that DATA has, beside k-means of the same frozen tokens."""
     pictures: str = ""
     """PNG file to draw the parts of some images into. Empty: none."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per forward pass."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Decoding threads. 0: this machine's cores."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
-
-    def __post_init__(self) -> None:
-        for key in ("images", "batch_size"):
-            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastssl import pictures
-from fastssl.config import ConfigError, check
+from fastssl.config import (
+    Checked,
+    ConfigError,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    check,
+)
 from fastssl.loaders.sources import Source, open_source
 from fastssl.models.vit import ViT
 from fastssl.prepare.parts.finder import PartFinder, normalised, whole_images
@@ -30,7 +40,7 @@ from fastssl.weights.backbone import open_backbone
 
 
 @dataclass
-class LearnOptions:
+class LearnOptions(Checked):
     """What is learned, from which features and images. All numbers but parts are ours; the paper's are not known."""
 
     checkpoint: str = ""
@@ -39,27 +49,27 @@ class LearnOptions:
     """Images to learn from: a .beton file, a glob of shards, or a folder."""
     out: str = ""
     """File to write. Pictures of the parts go beside it, as OUT.png."""
-    parts: int = 6
+    parts: Annotated[int, Range(at_least=2, at_most=64)] = 6
     """Parts of an image."""
-    size: int = 0
+    size: NonNegativeInt = 0
     """Every image is resized to this square, in pixels, whatever its shape. 0: the checkpoint's image size."""
-    decoder_width: int = 512
+    decoder_width: PositiveInt = 512
     """Channels of the decoder's first layer."""
-    diversity: float = 0.1
+    diversity: NonNegativeFloat = 0.1
     """Weight of the diversity loss."""
-    steps: int = 20000
+    steps: PositiveInt = 20000
     """Optimizer steps."""
-    batch_size: int = 128
+    batch_size: PositiveInt = 128
     """Images per step."""
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     """AdamW's learning rate; a cosine leads it to 0."""
-    judge: int = 1000
+    judge: PositiveInt = 1000
     """Images on which the learned parts are judged at the end."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Decoding threads. 0: this machine's cores."""
-    place_images: int = 1024
+    place_images: NonNegativeInt = 1024
     """Images over which the mean token of each place is taken; it is taken out of the tokens. 0: nothing is."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the start values and of the order of the images."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
@@ -67,16 +77,10 @@ class LearnOptions:
     """Arithmetic of the networks. auto: bf16 on a GPU that has it, else fp32."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for key in ("checkpoint", "data", "out"):
             if not getattr(self, key):
                 raise ConfigError(f"{key} is empty; fastssl parts learn --checkpoint C --data DATA --out PARTS.pt")
-        check(2 <= self.parts <= 64, "parts", self.parts, "from 2 to 64")
-        check(self.size >= 0, "size", self.size, "0 (the checkpoint's) or a side in pixels")
-        for key in ("decoder_width", "steps", "batch_size", "judge"):
-            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        for key in ("diversity", "place_images"):
-            check(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        check(self.lr > 0, "lr", self.lr, "positive")
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,8 @@ def _new_finder(options: LearnOptions, device: torch.device, dtype: torch.dtype)
     if not isinstance(vit, ViT):
         raise ConfigError(f"checkpoint is {options.checkpoint}, not a ViT; parts are learned from a ViT's tokens")
     size = options.size or found.image_size
-    check(size % vit.patch_size == 0 and size >= 2 * vit.patch_size, "size", size,
-          f"a multiple of the checkpoint's patch side, {vit.patch_size}, and two patches or more")  # fmt: skip
+    whole = size % vit.patch_size == 0 and size >= 2 * vit.patch_size
+    check(whole, "size", size, f"a multiple of the checkpoint's patch side, {vit.patch_size}, and two patches or more")
     learner = PartLearner(vit.width, options.parts, options.decoder_width, int(math.log2(vit.patch_size)))
     model = found.model
     return PartFinder(model, vit.requires_grad_(False), learner.to(device), size, dtype)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from fastssl.config import ConfigError, check
+from fastssl.config import Checked, ConfigError, NonNegativeInt, PositiveInt
 from fastssl.loaders.beton import ARRAY, IMAGE, INT, Field
 from fastssl.loaders.beton_writer import BetonWriter
 from fastssl.loaders.sources import BetonSource, SourceError, open_source
@@ -20,7 +20,7 @@ from fastssl.training.device import choose_device, choose_dtype
 
 
 @dataclass
-class WriteOptions:
+class WriteOptions(Checked):
     """Which parts are written to which images."""
 
     parts: str = ""
@@ -31,9 +31,9 @@ class WriteOptions:
     """The .beton file to write: the same images, byte for byte, and labels, with part maps."""
     background: bool = False
     """Add a map for the background, the patches that none of the parts needs to hold 60 % of its mass."""
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per forward pass."""
-    workers: int = 0
+    workers: NonNegativeInt = 0
     """Decoding threads. 0: this machine's cores."""
     device: str = "auto"
     """auto, cpu, cuda, or cuda:N."""
@@ -43,8 +43,7 @@ class WriteOptions:
     """Replace OUT if it exists (when the new file is whole). False: refuse."""
 
     def __post_init__(self) -> None:
-        check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        check(self.workers >= 0, "workers", self.workers, "0 (automatic) or more")
+        super().__post_init__()
         if Path(self.out).suffix != ".beton":
             raise ConfigError(f"out is '{self.out}'; it must end in .beton")
 

@@ -175,7 +175,7 @@ def test_unusable_options(kind, change, message):
 
 def test_bad_numbers_are_found_before_any_work():
     paths = {"checkpoint": "c.pt", "data": "a", "val": "b"}
-    with pytest.raises(ConfigError, match=r"ks is \[0\]"):
+    with pytest.raises(ConfigError, match=r"ks is \(0,\); it must be numbers, each 1 or more"):
         KNNOptions(**paths, ks=(0,))
     with pytest.raises(ConfigError, match="epochs is 0"):
         LinearOptions(**paths, epochs=0)
