@@ -16,13 +16,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fastssl.batch import Batch, Photometric
+from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD, Batch, Photometric
 from fastssl.kernels import photometric as op
 from fastssl.kernels.photometric import BLUR_RADIUS as BLUR_RADIUS
 from fastssl.memory import Memory
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 _memory = Memory()  # of views on the CPU
 
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD
+
 GAP = 2  # pixels between the pictures of a sheet
 
 
 def to_picture(views: Tensor) -> Tensor:
     """Normalised views [..., 3, H, W] (ImageNet mean and standard deviation) as pictures, cut off at 0 and 1."""
-    mean, std = (torch.tensor(values, device=views.device).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values, device=views.device).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (views.float() * std + mean).clamp(0, 1)
 
 

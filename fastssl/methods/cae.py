@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
-from fastssl.batch import Batch
+from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from fastssl.config import Config, ConfigError, View, check
 from fastssl.kernels.token_cross_entropy import token_cross_entropy
 from fastssl.masks import block_mask
@@ -30,7 +30,7 @@ from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.dvae import PUBLISHED, Tokenizer, load_tokenizer
 from fastssl.models.vit import ViT, sincos_positions, transformer_blocks
-from fastssl.pictures import MEAN, STD, cover, tint, to_picture
+from fastssl.pictures import cover, tint, to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training.timing import section
 
@@ -149,7 +149,7 @@ class CAE(Method):
         self.regressor = Regressor(s.width, s.regressor_depth, s.heads, drop_path, s.layer_scale)
         self.decoder = Decoder(s.width, s.decoder_depth, s.heads, s.codes, drop_path, s.layer_scale)
         init_(self, s.fix_init)
-        for name, values in (("mean", MEAN), ("std", STD)):
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         self._opened: list[Tokenizer] = []  # inside a list, it is not a submodule
 

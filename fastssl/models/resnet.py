@@ -29,7 +29,10 @@ class ResNet(torchvision.models.ResNet):
 
     Attributes:
         width: channels of the pooled feature (C).
+        memory_format: how its weights are best laid out (on CUDA; a narrow one on a CPU fails in it).
     """
+
+    memory_format = torch.channels_last
 
     def __init__(self, name: str, small_images: bool = False, channels: int = 64) -> None:
         block, layers = LAYERS[name]
@@ -50,12 +53,16 @@ class ResNet(torchvision.models.ResNet):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
+    def compile_parts(self) -> list[nn.Module]:
+        """What torch.compile takes piece by piece: the stages."""
+        return [self.layer1, self.layer2, self.layer3, self.layer4]
+
     def stages(self, images: Tensor) -> list[Tensor]:
         """Feature maps after layers 1 to 4: [B, C_l, H_l, W_l], at 1/4, 1/8, 1/16, 1/32 of the image's side
         (1, 1/2, 1/4, 1/8 with `small_images`)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         maps = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for layer in self.compile_parts():
             x = layer(x)
             maps.append(x)
         return maps

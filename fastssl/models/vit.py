@@ -35,8 +35,11 @@ class ViT(nn.Module):
 
     Attributes:
         width, patch_size, num_blocks: as above.
+        memory_format: how its weights are best laid out.
         grid: (rows, columns) of patches for which the position table is made.
     """
+
+    memory_format = torch.contiguous_format
 
     def __init__(
         self,
@@ -75,6 +78,10 @@ class ViT(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+
+    def compile_parts(self) -> list[nn.Module]:
+        """What torch.compile takes piece by piece: the blocks."""
+        return list(self.blocks)
 
     def positions(self, rows: int, columns: int) -> Tensor:
         """The position table for a grid of rows x columns patches, [1, 1+N, D]; resampled (bicubic) if not its own."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastssl.batch import Batch
+from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
 from fastssl.config import Config, ConfigError, Model, View
 from fastssl.kernels.patch_contrast import patch_contrast
 from fastssl.kernels.uncrop import cells, uncrop, unseen
@@ -766,7 +766,7 @@ def test_pictures_show_the_image_where_it_was_seen():
     hidden = unseen(method.place(batch)[0], grid=G).view(2, B, 1, G, G)
     hidden = hidden.repeat_interleave(P, 3).repeat_interleave(P, 4).expand(-1, -1, 3, -1, -1)
     image = pictures[:, 6].double()
-    std, mean = (torch.tensor(v).view(3, 1, 1) for v in ((0.229, 0.224, 0.225), (0.485, 0.456, 0.406)))
+    std, mean = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_STD, IMAGENET_MEAN))
     for k in range(2):
         seen, pasted = pictures[:, 3 * k + 1].double(), pictures[:, 3 * k + 2].double()
         assert (seen[hidden[k]] == 0.5).all()

@@ -17,6 +17,17 @@ def test_every_name(name):
         assert model.represent(torch.empty(2, 3, 224, 224)).shape == (2, model.width)
 
 
+@pytest.mark.parametrize(
+    ("name", "layout", "parts"), [("vit_tiny", torch.contiguous_format, 12), ("resnet18", torch.channels_last, 4)]
+)
+def test_backbones_say_how_they_are_laid_out_and_compiled(name, layout, parts):
+    with torch.device("meta"):
+        model = build_backbone(Model(name))
+    assert model.memory_format == layout
+    assert len(model.compile_parts()) == parts
+    assert {id(part) for part in model.compile_parts()} <= {id(module) for module in model.modules()}
+
+
 def test_known_parameter_counts():
     with torch.device("meta"):
         for patch, count in ((16, 85_647_360), (8, 85_204_992)):  # the trained ones, published with MAE's model
