@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,17 @@ from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
 
 from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
-from fastssl.config import Config, ConfigError, View, check
+from fastssl.config import (
+    Checked,
+    Config,
+    ConfigError,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+    Range,
+    View,
+    check,
+)
 from fastssl.kernels.token_cross_entropy import token_cross_entropy
 from fastssl.masks import block_mask
 from fastssl.methods import names
@@ -46,33 +56,35 @@ class Views:
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     """CAE's own numbers."""
+
+    section: ClassVar[str] = "cae"
 
     tokenizer: str = ""
     """File of the tokenizer: DALL-E's encoder (https://cdn.openai.com/dall-e/encoder.pkl, or its state dict), or a
     stand-in made by `fastssl tokenizer`."""
     tokenizer_sha256: str = ""
     """SHA-256 that the tokenizer's file must have. Empty: not checked."""
-    codes: int = 8192
+    codes: PositiveInt = 8192
     """Visual codes of the tokenizer (K)."""
-    num_masked: int = 98
+    num_masked: PositiveInt = 98
     """Patches hidden per image (M)."""
-    min_block: int = 16
+    min_block: PositiveInt = 16
     """Smallest block of hidden patches; the last ones may be smaller."""
-    max_block: int = 0
+    max_block: NonNegativeInt = 0
     """Largest block of hidden patches. 0: num_masked."""
-    width: int = 768
+    width: Annotated[int, Range(at_least=4, multiple_of=4)] = 768
     """Width of regressor and decoder (D). If it is not the encoder's, a linear layer and a norm stand in between."""
-    heads: int = 12
+    heads: PositiveInt = 12
     """Attention heads of regressor and decoder."""
-    regressor_depth: int = 4
+    regressor_depth: PositiveInt = 4
     """Cross-attention blocks of the regressor."""
-    decoder_depth: int = 4
+    decoder_depth: PositiveInt = 4
     """Self-attention blocks of the decoder."""
-    layer_scale: float = 0.1
+    layer_scale: NonNegativeFloat = 0.1
     """Start value of the layer scale in regressor and decoder. 0: none."""
-    align_weight: float = 2.0
+    align_weight: NonNegativeFloat = 2.0
     """Weight of the alignment in the loss."""
     target_drop_path: bool = True
     """Stochastic depth in the encoding that the regressor is aligned to, as in the authors' code."""
@@ -81,14 +93,10 @@ class Settings:
     --fix_init_weight was meant to give: normal, with the branches' last layers made smaller block by block."""
 
     def __post_init__(self) -> None:
-        for key in ("codes", "num_masked", "min_block", "width", "heads", "regressor_depth", "decoder_depth"):
-            check(getattr(self, key) >= 1, f"cae.{key}", getattr(self, key), "1 or more")
-        check(self.max_block == 0 or self.max_block >= self.min_block, "cae.max_block", self.max_block,
-              f"0 (cae.num_masked) or at least cae.min_block, {self.min_block}")  # fmt: skip
+        super().__post_init__()
+        allowed = f"0 (cae.num_masked) or at least cae.min_block, {self.min_block}"
+        check(self.max_block == 0 or self.max_block >= self.min_block, "cae.max_block", self.max_block, allowed)
         check(self.width % self.heads == 0, "cae.width", self.width, f"a multiple of cae.heads, {self.heads}")
-        check(self.width % 4 == 0, "cae.width", self.width, "a multiple of 4")
-        for key in ("layer_scale", "align_weight"):
-            check(getattr(self, key) >= 0, f"cae.{key}", getattr(self, key), "0 (off) or more")
 
 
 class CAE(Method):

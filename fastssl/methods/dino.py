@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.batch import Batch
-from fastssl.config import Config, View, check
+from fastssl.config import Checked, Config, NonNegativeInt, PositiveFloat, PositiveInt, View, ZeroToOne
 from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 from fastssl.methods import names
 from fastssl.methods.method import Method
@@ -52,49 +52,39 @@ class Views:
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     """DINO's own numbers."""
 
     section: ClassVar[str] = "dino"
 
-    out_dim: int = 65536
+    out_dim: PositiveInt = 65536
     """Outputs of the head (K)."""
-    head_layers: int = 3
+    head_layers: PositiveInt = 3
     """Layers of the head before the prototypes."""
-    head_hidden: int = 2048
+    head_hidden: PositiveInt = 2048
     """Width of the head's inner layers."""
-    head_bottleneck: int = 256
+    head_bottleneck: PositiveInt = 256
     """Width of the normalised vector before the prototypes."""
     head_batch_norm: bool = False
     """Batch normalisation in the head."""
     norm_last_layer: bool = True
     """Hold the prototypes at length 1: steadier; letting them grow can be better with a ViT-S."""
-    freeze_last_layer: int = 1
+    freeze_last_layer: NonNegativeInt = 1
     """Epochs at the start during which the prototypes do not learn."""
-    student_temp: float = 0.1
+    student_temp: PositiveFloat = 0.1
     """Temperature of the student's softmax."""
-    teacher_temp: float = 0.07
+    teacher_temp: PositiveFloat = 0.07
     """Temperature of the teacher's softmax after the warm-up."""
-    warmup_teacher_temp: float = 0.04
+    warmup_teacher_temp: PositiveFloat = 0.04
     """Temperature of the teacher's softmax in the first epoch."""
-    warmup_teacher_temp_epochs: int = 30
+    warmup_teacher_temp_epochs: NonNegativeInt = 30
     """Epochs over which the teacher's temperature rises, epoch by epoch. 0: constant."""
-    center_momentum: float = 0.9
+    center_momentum: ZeroToOne = 0.9
     """Decay of the teacher's centre; it is updated once per micro-batch."""
-    momentum_teacher: float = 0.996
+    momentum_teacher: ZeroToOne = 0.996
     """Decay of the teacher's weights at the start of the run."""
-    momentum_teacher_end: float = 1.0
+    momentum_teacher_end: ZeroToOne = 1.0
     """Decay of the teacher's weights at the end; a cosine leads there."""
-
-    def __post_init__(self) -> None:
-        for key in ("out_dim", "head_layers", "head_hidden", "head_bottleneck"):
-            check(getattr(self, key) >= 1, f"{self.section}.{key}", getattr(self, key), "1 or more")
-        for key in ("freeze_last_layer", "warmup_teacher_temp_epochs"):
-            check(getattr(self, key) >= 0, f"{self.section}.{key}", getattr(self, key), "0 (off) or a number of epochs")
-        for key in ("student_temp", "teacher_temp", "warmup_teacher_temp"):
-            check(getattr(self, key) > 0, f"{self.section}.{key}", getattr(self, key), "positive")
-        for key in ("center_momentum", "momentum_teacher", "momentum_teacher_end"):
-            check(0 <= getattr(self, key) <= 1, f"{self.section}.{key}", getattr(self, key), "from 0 to 1")
 
 
 class DINO(Method):

@@ -9,13 +9,13 @@ Letters: B images, N patches, K visible, M masked, p side of a patch, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
 from fastssl.batch import Batch
-from fastssl.config import Config, ConfigError, View, check
+from fastssl.config import Checked, Config, ConfigError, PositiveInt, Range, View, check
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
 from fastssl.masks import random_mask
 from fastssl.methods import names
@@ -37,30 +37,27 @@ class Views:
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     """MAE's own numbers."""
 
     section: ClassVar[str] = "mae"
 
-    mask_ratio: float = 0.75
+    mask_ratio: Annotated[float, Range(above=0, below=1)] = 0.75
     """Fraction of the patches that is hidden."""
     norm_pixel_loss: bool = True
     """Predict each patch's pixels less their mean, divided by their standard deviation."""
-    decoder_width: int = 512
+    decoder_width: Annotated[int, Range(at_least=4, multiple_of=4)] = 512
     """Width of the decoder's tokens."""
-    decoder_depth: int = 8
+    decoder_depth: PositiveInt = 8
     """Blocks of the decoder."""
-    decoder_heads: int = 16
+    decoder_heads: PositiveInt = 16
     """Attention heads of the decoder."""
 
     def __post_init__(self) -> None:
-        name = self.section
-        check(0 < self.mask_ratio < 1, f"{name}.mask_ratio", self.mask_ratio, "between 0 and 1")
-        for key in ("decoder_width", "decoder_depth", "decoder_heads"):
-            check(getattr(self, key) >= 1, f"{name}.{key}", getattr(self, key), "1 or more")
-        check(self.decoder_width % self.decoder_heads == 0, f"{name}.decoder_width", self.decoder_width,
-              f"a multiple of {name}.decoder_heads, {self.decoder_heads}")  # fmt: skip
-        check(self.decoder_width % 4 == 0, f"{name}.decoder_width", self.decoder_width, "a multiple of 4")
+        super().__post_init__()
+        width, heads = self.decoder_width, self.decoder_heads
+        allowed = f"a multiple of {self.section}.decoder_heads, {heads}"
+        check(width % heads == 0, self.key("decoder_width"), width, allowed)
 
 
 class MAE(Method):

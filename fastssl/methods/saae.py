@@ -14,14 +14,25 @@ cells, p side of a cell (a patch) in pixels, D width of the encoder, C width of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.batch import Batch
-from fastssl.config import Config, ConfigError, View, check
+from fastssl.config import (
+    Checked,
+    Config,
+    ConfigError,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    View,
+    ZeroToOne,
+    check,
+)
 from fastssl.kernels.masked_attention_gather import gather_tokens
 from fastssl.kernels.patch_contrast import patch_contrast
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
@@ -60,48 +71,43 @@ class Views:
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     """SAAE's own numbers."""
 
-    cls_weight: float = 10 / 8
+    section: ClassVar[str] = "saae"
+
+    cls_weight: NonNegativeFloat = 10 / 8
     """Weight of the class codes' contrast; the pixel term has weight 1. The authors write 10, but their gradients of
     both contrasts come out divided by the number of processes, and their recipe has 8."""
-    patch_weight: float = 1 / 8
+    patch_weight: NonNegativeFloat = 1 / 8
     """Weight of the cells' contrast. The authors write 1; see cls_weight."""
     aligner_gradient: Literal["exact", "authors"] = "exact"
     """exact: the same for any number of processes. authors: both contrasts' gradients divided by that number (with
     cls_weight 10 and patch_weight 1: their runs)."""
-    temperature: float = 0.2
+    temperature: PositiveFloat = 0.2
     """Temperature of both contrasts."""
     uncrop_flip: Literal["width", "channel"] = "width"
     """How the map of a mirrored crop is turned back before it is pasted: along its width, or, as in the authors' code,
     by reversing its channels, which leaves the map mirrored."""
-    code_width: int = 256
+    code_width: Annotated[int, Range(at_least=4, at_most=512, multiple_of=4)] = 256
     """Width of codes and decoder (C)."""
-    head_hidden: int = 2048
+    head_hidden: PositiveInt = 2048
     """Width of the projector's inner layers."""
     head_batch_norm: bool = True
     """Batch normalisation after the projector's inner layers; behind its last layer it always stands."""
-    decoder_depth: int = 4
+    decoder_depth: PositiveInt = 4
     """Blocks of the decoder."""
-    decoder_heads: int = 8
+    decoder_heads: PositiveInt = 8
     """Attention heads of the decoder."""
     teacher: bool = False
     """Keep a moving average of the encoder, for evaluation and export only: nothing is learned from it."""
-    momentum_teacher: float = 0.996
+    momentum_teacher: ZeroToOne = 0.996
     """Decay of that average at the start; it rises to 1 over the run, as a cosine."""
 
     def __post_init__(self) -> None:
-        for key in ("cls_weight", "patch_weight"):
-            check(getattr(self, key) >= 0, f"saae.{key}", getattr(self, key), "0 or more")
-        check(self.temperature > 0, "saae.temperature", self.temperature, "positive")
-        for key in ("head_hidden", "decoder_depth", "decoder_heads"):
-            check(getattr(self, key) >= 1, f"saae.{key}", getattr(self, key), "1 or more")
-        check(4 <= self.code_width <= 512 and self.code_width % 4 == 0, "saae.code_width", self.code_width,
-              "a multiple of 4, from 4 to 512")  # fmt: skip
-        check(self.code_width % self.decoder_heads == 0, "saae.code_width", self.code_width,
-              f"a multiple of saae.decoder_heads, {self.decoder_heads}")  # fmt: skip
-        check(0 <= self.momentum_teacher <= 1, "saae.momentum_teacher", self.momentum_teacher, "from 0 to 1")
+        super().__post_init__()
+        width, heads = self.code_width, self.decoder_heads
+        check(width % heads == 0, "saae.code_width", width, f"a multiple of saae.decoder_heads, {heads}")
 
 
 class SAAE(Method):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.batch import Batch
-from fastssl.config import Config, View, check
+from fastssl.config import Config, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, View, check
 from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 from fastssl.kernels.feature_search import residual_pool, scale_norm_relu, scaled_moments, search_maps
 from fastssl.methods import dino, names
@@ -56,39 +56,35 @@ class Settings(dino.Settings):
 
     section: ClassVar[str] = "scfs"
 
-    warmup_teacher_temp_epochs: int = 50
+    warmup_teacher_temp_epochs: NonNegativeInt = 50
     """Epochs over which the teacher's temperature rises, epoch by epoch. 0: constant."""
-    taps: tuple[int, ...] | None = None
+    taps: tuple[PositiveInt, ...] | None = None
     """Stages of a ResNet (1 to 4) after which maps are taken; or blocks of a ViT, whose patch tokens then are the map:
     an extension of this project, not of the paper. None: stages 2, 3, 4; blocks at 1/2, 3/4 and the end of a ViT."""
-    stage_weights: tuple[float, ...] | None = None
+    stage_weights: tuple[PositiveFloat, ...] | None = None
     """Weight of each tap's loss beside DINO's. None: 1 each."""
-    cross_weight: float = 0.5
+    cross_weight: NonNegativeFloat = 0.5
     """Within a tap: weight of the loss between the two large crops."""
-    searched_weight: float = 0.5
+    searched_weight: NonNegativeFloat = 0.5
     """Within a tap: weight of the loss between small crops and what the search found for them."""
     search: Literal["first", "both"] = "first"
     """Large crops in which small ones are searched: the first, as the authors do, or both (mean of two losses)."""
-    stage_inner: int = 256
+    stage_inner: PositiveInt = 256
     """Channels inside a stage head's block (I)."""
-    stage_hidden: int = 2048
+    stage_hidden: PositiveInt = 2048
     """Width of the inner layer of a stage head's MLP."""
-    stage_out: int = 256
+    stage_out: PositiveInt = 256
     """Outputs of a stage head (E)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("stage_inner", "stage_hidden", "stage_out"):
-            check(getattr(self, key) >= 1, f"scfs.{key}", getattr(self, key), "1 or more")
-        for key in ("cross_weight", "searched_weight"):
-            check(getattr(self, key) >= 0, f"scfs.{key}", getattr(self, key), "0 or more")
         if self.taps is not None:
             ascending = all(a < b for a, b in zip((0, *self.taps), self.taps, strict=False))
             check(ascending, "scfs.taps", self.taps, "stages or blocks in ascending order, from 1 on")
         if self.stage_weights is not None:
             count = 3 if self.taps is None else len(self.taps)
-            ok = len(self.stage_weights) == count and all(weight > 0 for weight in self.stage_weights)
-            check(ok, "scfs.stage_weights", self.stage_weights, f"{count} positive numbers, one per tap")
+            right = len(self.stage_weights) == count
+            check(right, "scfs.stage_weights", self.stage_weights, f"{count} positive numbers, one per tap")
 
 
 class SCFS(DINO):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastssl.batch import Batch
-from fastssl.config import Config, check
+from fastssl.config import Config, NonNegativeInt, PositiveFloat
 from fastssl.masks import semantic_mask, semantic_schedule
 from fastssl.methods import mae
 from fastssl.pictures import tint
@@ -36,16 +36,10 @@ class Settings(mae.Settings):
 
     section: ClassVar[str] = "semmae"
 
-    gamma: float = 2.0
+    gamma: PositiveFloat = 2.0
     """Power of the curriculum: in epoch e, counted from 1, the share of whole-part masking is (e / epochs) ^ gamma."""
-    curriculum_epochs: int = 0
+    curriculum_epochs: NonNegativeInt = 0
     """Epochs over which the curriculum runs. 0: the run's. The authors' code has 800, however long the run."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.gamma > 0, "semmae.gamma", self.gamma, "positive")
-        check(self.curriculum_epochs >= 0, "semmae.curriculum_epochs", self.curriculum_epochs,
-              "0 (the run's) or a number of epochs")  # fmt: skip
 
 
 class SemMAE(mae.MAE):

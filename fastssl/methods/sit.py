@@ -20,7 +20,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.batch import Batch
-from fastssl.config import Config, View, check, check_probability
+from fastssl.config import (
+    BelowOne,
+    Checked,
+    Config,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    View,
+    ZeroToOne,
+    check,
+)
 from fastssl.kernels.corrupt import ALIEN, NOISE, ZERO, corrupt, draw_blocks
 from fastssl.masks import philox
 from fastssl.methods import names
@@ -50,51 +63,44 @@ class Views:
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     """SiT's own numbers."""
 
-    drop: float = 0.5
+    section: ClassVar[str] = "sit"
+
+    drop: BelowOne = 0.5
     """Share of a view that is blanked; above 0.5 it is the upper end of a range from 0.5."""
-    replace: float = 0.3
+    replace: BelowOne = 0.3
     """Share of a view that shows another image, likewise. A view is either blanked or mixed, never both."""
-    alien: float = 0.5
+    alien: Probability = 0.5
     """Probability that a view is mixed with another image."""
     fill: Literal["zero", "noise", "zero-noise"] = "zero"
     """What blanked blocks show: the mean colour, normal noise, or one of the two, drawn per view."""
-    max_side: float = 0.3
+    max_side: Fraction = 0.3
     """Bound on the sides of a block, as a share of the view's side."""
-    align: int = 1
+    align: PositiveInt = 1
     """Blocks start and end at multiples of this many pixels; the side of a patch hides whole patches only."""
     uniform_rate: bool = True
     """Every pixel is damaged equally often. False, as the authors: the top and left margins hardly ever are."""
-    alien_group: int = 8
+    alien_group: NonNegativeInt = 8
     """The other image is another one of so many consecutive images of the batch (a random order), so that it does not
     depend on the number of processes. 0, as the authors: any image of the process's batch, itself included."""
     rec_region: Literal["damaged", "all"] = "damaged"
     """Pixels that the reconstruction is judged by."""
-    rec_weight: float = 1.0
+    rec_weight: NonNegativeFloat = 1.0
     """Weight of the reconstruction loss; the authors advise 5 for small data sets."""
-    out_dim: int = 256
+    out_dim: PositiveInt = 256
     """Numbers per code (K)."""
-    head_hidden: int = 4096
+    head_hidden: PositiveInt = 4096
     """Width of the contrastive head's inner layers."""
-    temperature: float = 0.2
+    temperature: PositiveFloat = 0.2
     """Temperature of the contrastive loss, whose gradient is scaled by twice its value."""
-    momentum_teacher: float = 0.996
+    momentum_teacher: ZeroToOne = 0.996
     """Decay of the teacher's weights at the start; it rises to 1 over the run, as a cosine."""
 
     def __post_init__(self) -> None:
-        for key in ("drop", "replace"):
-            check(0 <= getattr(self, key) < 1, f"sit.{key}", getattr(self, key), "from 0 to less than 1")
-        check_probability("sit.alien", self.alien)
-        check(0 < self.max_side <= 1, "sit.max_side", self.max_side, "above 0 and at most 1")
-        check(self.align >= 1, "sit.align", self.align, "1 pixel or more")
+        super().__post_init__()
         check_group("sit.alien_group", self.alien_group)
-        check(self.rec_weight >= 0, "sit.rec_weight", self.rec_weight, "0 or more")
-        for key in ("out_dim", "head_hidden"):
-            check(getattr(self, key) >= 1, f"sit.{key}", getattr(self, key), "1 or more")
-        check(self.temperature > 0, "sit.temperature", self.temperature, "positive")
-        check(0 <= self.momentum_teacher <= 1, "sit.momentum_teacher", self.momentum_teacher, "from 0 to 1")
 
 
 class SiT(Method):

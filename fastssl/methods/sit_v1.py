@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.batch import Batch
-from fastssl.config import Config, View, check
+from fastssl.config import BelowOne, Checked, Config, NonNegativeInt, PositiveFloat, PositiveInt, View
 from fastssl.kernels.corrupt import ALIEN, NOISE, corrupt
 from fastssl.masks import philox
 from fastssl.methods import names
@@ -59,20 +59,22 @@ class Views:
 
 
 @dataclass
-class Settings:
+class Settings(Checked):
     """The first SiT's own numbers."""
 
-    out_dim: int = 512
+    section: ClassVar[str] = "sit_v1"
+
+    out_dim: PositiveInt = 512
     """Numbers per code (K)."""
-    temperature: float = 0.5
+    temperature: PositiveFloat = 0.5
     """Temperature of the contrastive loss."""
     gather_negatives: bool = False
     """Compare codes with those of all processes. False, as the authors: with those of the process's own batch."""
     rec_region: Literal["all", "damaged"] = "all"
     """Pixels that the reconstruction is judged by; all, as the authors, is mostly copying."""
-    share: float = 0.3
+    share: BelowOne = 0.3
     """Noise blocks are added up to a share of the view drawn between 0 and this, alien blocks likewise."""
-    alien_group: int = 8
+    alien_group: NonNegativeInt = 8
     """The other image is another one of so many consecutive images of the batch (a random order), so that it does not
     depend on the number of processes. 0, as the authors: any image of the process's batch; none if itself."""
     alien_clean: bool = True
@@ -80,9 +82,7 @@ class Settings:
     the batch (which goes image by image: slow)."""
 
     def __post_init__(self) -> None:
-        check(self.out_dim >= 1, "sit_v1.out_dim", self.out_dim, "1 or more")
-        check(self.temperature > 0, "sit_v1.temperature", self.temperature, "positive")
-        check(0 <= self.share < 1, "sit_v1.share", self.share, "from 0 to less than 1")
+        super().__post_init__()
         check_group("sit_v1.alien_group", self.alien_group)
 
 

@@ -195,7 +195,7 @@ def test_view_is_that_of_the_paper():
         ({"size": 36}, "views.main.size is 36; it must be a multiple of model.patch_size, 8"),
         ({"count": 2}, "views.main.count is 2; it must be 1 with method mae"),
         ({"model": Model("resnet18")}, "model.name is 'resnet18'; method mae needs a ViT"),
-        ({"mask_ratio": 1.0}, "mae.mask_ratio is 1.0; it must be between 0 and 1"),
+        ({"mask_ratio": 1.0}, "mae.mask_ratio is 1.0; it must be above 0 and below 1"),
         ({"mask_ratio": 0.95}, "mae.mask_ratio is 0.95; it must be low enough to keep one of the image's 16 patches"),
         ({"decoder_heads": 3}, "mae.decoder_width is 32; it must be a multiple of mae.decoder_heads, 3"),
     ],

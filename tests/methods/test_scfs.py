@@ -729,7 +729,7 @@ def test_taps_and_weights_come_from_the_command_line():
         ({"model": VIT, "taps": (2, 7)}, r"scfs.taps is \(2, 7\); .* from 1 to 4, the backbone's blocks"),
         ({"model": Model("vit_tiny", 32, 8, 24, 2, 3)}, r"scfs.taps is \(1, 1, 2\)"),
         ({"stage_weights": (1.0, 1.0)}, r"scfs.stage_weights is \(1.0, 1.0\); it must be 3 positive numbers"),
-        ({"taps": (4,), "stage_weights": (0.0,)}, r"scfs.stage_weights is \(0.0,\); it must be 1 positive numbers"),
+        ({"taps": (4,), "stage_weights": (0.0,)}, r"scfs.stage_weights is \(0.0,\); it must be numbers, each positive"),
     ],
     ids=str,
 )

@@ -366,7 +366,7 @@ def test_data_without_part_maps_end_before_the_first_step(tmp_path, capsys):
     [
         ({"gamma": 0.0}, "semmae.gamma is 0.0; it must be positive"),
         ({"curriculum_epochs": -1}, "semmae.curriculum_epochs is -1; it must be 0"),
-        ({"mask_ratio": 1.0}, "semmae.mask_ratio is 1.0; it must be between 0 and 1"),
+        ({"mask_ratio": 1.0}, "semmae.mask_ratio is 1.0; it must be above 0 and below 1"),
         ({"decoder_heads": 3}, "semmae.decoder_width is 16; it must be a multiple of semmae.decoder_heads, 3"),
         ({"model": Model("resnet18")}, "model.name is 'resnet18'; method semmae needs a ViT"),
         (

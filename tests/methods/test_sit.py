@@ -460,10 +460,10 @@ def test_recipe_is_the_authors():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"drop": 1.0}, "sit.drop is 1.0; it must be from 0 to less than 1"),
+        ({"drop": 1.0}, "sit.drop is 1.0; it must be at least 0 and below 1"),
         ({"alien": 1.5}, "sit.alien is 1.5; it must be a probability"),
         ({"max_side": 0.0}, "sit.max_side is 0.0"),
-        ({"align": 0}, "sit.align is 0; it must be 1 pixel or more"),
+        ({"align": 0}, "sit.align is 0; it must be 1 or more"),
         ({"align": 9}, "sit.align is 9; it must be less than the largest block's side, 9 pixels"),
         ({"alien_group": 1}, "sit.alien_group is 1; it must be 0 .* or 2 or more"),
         ({"rec_weight": -1.0}, "sit.rec_weight is -1.0"),

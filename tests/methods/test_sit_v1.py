@@ -447,7 +447,7 @@ def test_recipe_is_the_authors():
     [
         ({"out_dim": 0}, "sit_v1.out_dim is 0; it must be 1 or more"),
         ({"temperature": 0.0}, "sit_v1.temperature is 0.0; it must be positive"),
-        ({"share": 1.0}, "sit_v1.share is 1.0; it must be from 0 to less than 1"),
+        ({"share": 1.0}, "sit_v1.share is 1.0; it must be at least 0 and below 1"),
         ({"alien_group": 1}, "sit_v1.alien_group is 1"),
         ({"size": 36}, "views.view1.size is 36; it must be a multiple of model.patch_size, 8"),
         ({"model": Model("resnet18")}, "model.name is 'resnet18'; method sit_v1 needs a ViT"),
