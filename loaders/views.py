@@ -115,13 +115,13 @@ def central_batches(
         shape = (encoded.height, encoded.width)
         for view in views:
             box = np.array([0.0, 0.0, 1.0, 1.0]) if view.squash else central_box(*shape, view.size, resize[view.name])
-            batch.views[view.name][row] = torch.from_numpy(_cut(image, shape, view, resize))
-            batch.box[view.name][row] = torch.from_numpy(box)
+            batch.views[view.name].numpy()[row] = _cut(image, shape, view, resize)  # torch would wake its own threads
+            batch.box[view.name].numpy()[row] = box
             if grid := grids.get(view.name):
                 maps = source.parts(sample)
                 assert maps is not None
                 labels = part_labels(maps, box[None], np.zeros(1, bool), (1, 1), grid)
-                batch.parts[view.name][row] = torch.from_numpy(labels)
+                batch.parts[view.name].numpy()[row] = labels
 
     return Ahead(workers, prefetch).run(prepare, range(-(-len(order) // batch_size)))
 
