@@ -22,6 +22,7 @@ from fastssl.loaders.engine import decoding_threads, open_loader
 from fastssl.loaders.sources import open_source
 from fastssl.models.dvae import describe, nearest
 from fastssl.models.vit import cut_patches
+from fastssl.prepare.kmeans import kmeans
 from fastssl.training import checkpoint
 from fastssl.training.checkpoint import Checkpoint
 
@@ -153,41 +154,3 @@ def _patches(options: TokenizerOptions, generator: torch.Generator) -> Tensor:
             f"{options.data} gives {total} patches, fewer than codes, {options.codes}; ask for fewer codes"
         )
     return torch.cat(found)[: options.patches]
-
-
-def kmeans(points: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
-    """Lloyd's algorithm from points that k-means++ draws (Arthur and Vassilvitskii 2007).
-
-    A centre that no point is nearest to becomes the point that is farthest from its own.
-
-    Args:
-        points: float [T, F], T at least `count`.
-        count: K.
-        steps: rounds over all points.
-        generator: draws the first centres.
-
-    Returns:
-        [K, F].
-    """
-    centres = _spread_points(points, count, generator)
-    for _ in range(steps):
-        codes = nearest(points, centres)
-        filled = torch.zeros(count).index_add_(0, codes, torch.ones(len(points)))
-        sums = torch.zeros_like(centres).index_add_(0, codes, points)
-        distance = (points - centres[codes]).square().sum(dim=1)
-        centres = sums / filled.clamp_min(1)[:, None]
-        empty = (filled == 0).nonzero()[:, 0]
-        centres[empty] = points[distance.topk(len(empty)).indices]
-    return centres
-
-
-def _spread_points(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """k-means++: each next point is drawn with a probability that grows with the square of its distance so far."""
-    few = points[torch.randperm(len(points), generator=generator)[: 20 * count]]
-    chosen = [few[0]]
-    distance = torch.full((len(few),), math.inf)
-    for _ in range(count - 1):
-        distance = torch.minimum(distance, (few - chosen[-1]).square().sum(dim=1))
-        weight = distance if distance.sum() > 0 else torch.ones_like(distance)
-        chosen.append(few[torch.multinomial(weight, 1, generator=generator)[0]])
-    return torch.stack(chosen)

@@ -20,7 +20,7 @@ from fastssl.loaders.synthetic import draw_images
 from fastssl.loaders.verify import VerifyOptions, verify
 from fastssl.models import build_backbone
 from fastssl.prepare.parts.finder import PartFinder, load_finder, normalised, whole_images
-from fastssl.prepare.parts.judge import JudgeOptions, judge, kmeans, match
+from fastssl.prepare.parts.judge import JudgeOptions, judge, match
 from fastssl.prepare.parts.learn import LearnOptions, learn
 from fastssl.prepare.parts.learner import PartDecoder, PartLearner, add_background, blur, overlap, to_bytes
 from fastssl.prepare.parts.tokens import ImportOptions, TokenFileError, import_parts, read_token_file
@@ -183,18 +183,6 @@ def test_match_of_renamed_parts_is_perfect():
     assert (found.iou, found.iou_fixed, found.purity) == (pytest.approx(100), None, pytest.approx(100))
     with pytest.raises(ConfigError, match="60 parts can be matched with 5 true ones in too many ways"):
         match("x", truth, truth, 60, 5, fixed=False)
-
-
-def test_kmeans_finds_what_is_there_in_each_set():
-    generator = torch.Generator().manual_seed(0)
-    places = torch.randn(4, 3, 6, generator=generator) * 10
-    truth = torch.randint(0, 3, (4, 40), generator=generator)
-    points = places.gather(1, truth[..., None].expand(-1, -1, 6)) + 0.1 * torch.randn(4, 40, 6, generator=generator)
-    centres, codes = kmeans(points, 3, generator)
-    assert match("x", codes, truth, 3, 3, fixed=False).iou == pytest.approx(100)
-    for b in range(4):
-        for k in range(3):
-            torch.testing.assert_close(centres[b, k], points[b][codes[b] == k].mean(0), rtol=1e-4, atol=1e-4)
 
 
 # -- the whole walk ----------------------------------------------------------------------------------------------------
@@ -370,7 +358,7 @@ def test_other_messages(folder):
         WriteOptions("p", "d", "maps")
     with pytest.raises(SourceError, match=r"is not one \.beton file; 'fastssl convert' makes one"):
         write(WriteOptions(str(folder / "parts.pt"), str(folder / "images/train"), str(folder / "x.beton")))
-    with pytest.raises(checkpoint.CheckpointError, match="holds no part learner; 'fastssl parts learn' writes one"):
+    with pytest.raises(checkpoint.CheckpointError, match="is of a pretraining run, not of a part learner"):
         load_finder(folder / "backbone.pt", CPU, torch.float32)
     with pytest.raises(SourceError, match=r"plain\.beton has no part maps to compare with"):
         judge(JudgeOptions(str(folder / "parts.pt"), str(folder / "plain.beton"), truth=True))

@@ -1,4 +1,4 @@
-"""The stand-in tokenizer: k-means finds what is there, and the command's file is one that CAE takes."""
+"""The stand-in tokenizer: the command's file is one that CAE takes."""
 
 from __future__ import annotations
 
@@ -10,35 +10,13 @@ import torch
 from fastssl.cli import main
 from fastssl.config import ConfigError
 from fastssl.loaders.synthetic import draw_images
-from fastssl.models.dvae import PatchCodebook, load_tokenizer, nearest
-from fastssl.prepare.tokenizer import TokenizerOptions, kmeans, train_tokenizer
+from fastssl.models.dvae import PatchCodebook, load_tokenizer
+from fastssl.prepare.tokenizer import TokenizerOptions, train_tokenizer
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return draw_images(tmp_path_factory.mktemp("images"), train=64, val=8) / "train"
-
-
-def test_kmeans_finds_separate_clusters():
-    torch.manual_seed(0)
-    truth = torch.randn(9, 4) * 10
-    points = truth.repeat_interleave(40, 0) + torch.randn(360, 4) / 10
-    centres = kmeans(points, 9, 5, torch.Generator().manual_seed(0))
-    codes = nearest(points, centres).view(9, 40)
-    assert (codes == codes[:, :1]).all()
-    means = points.view(9, 40, 4).mean(1)
-    torch.testing.assert_close(centres[codes[:, 0]], means, rtol=1e-4, atol=1e-4)
-
-
-def test_kmeans_leaves_no_centre_empty_where_points_suffice():
-    points = torch.cat([torch.zeros(500, 2), torch.arange(12.0).view(6, 2)])
-    centres = kmeans(points, 6, 8, torch.Generator().manual_seed(0))
-    assert len(nearest(points, centres).unique()) == 6
-
-
-def test_more_codes_than_different_patches_still_gives_finite_centres():
-    centres = kmeans(torch.ones(50, 3), 4, 3, torch.Generator().manual_seed(0))
-    assert centres.isfinite().all()
 
 
 def test_the_command_writes_a_tokenizer_that_fits_its_images(images, tmp_path, capsys):

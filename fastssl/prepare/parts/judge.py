@@ -19,12 +19,15 @@ from torch import Tensor
 from fastssl import pictures
 from fastssl.config import Checked, ConfigError, NonNegativeInt, PositiveInt
 from fastssl.loaders.sources import Source, SourceError, open_source
+from fastssl.models.dvae import nearest
+from fastssl.prepare.kmeans import kmeans
 from fastssl.prepare.parts.finder import PartFinder, load_finder, normalised, whole_images
 from fastssl.prepare.parts.learner import overlap
 from fastssl.training.device import choose_device, choose_dtype
 
 SHOWN = 8  # images in a picture
 FITTED = 20000  # patches that the k-means over all images is fitted to
+ROUNDS, TRIES = 20, 3  # of k-means
 MATCHINGS = 20000  # ways to match parts with true parts that are tried
 
 
@@ -173,11 +176,10 @@ def _against_truth(
     truth = true.argmax(1)
     parts, side = maps.shape[1], maps.shape[2:]
     generator = torch.Generator().manual_seed(0)
-    single = torch.cat([kmeans(points, parts, generator)[1] for points in tokens.split(64)])
+    single = torch.stack([nearest(points, kmeans(points, parts, ROUNDS, generator, TRIES)) for points in tokens])
     flat = tokens.flatten(0, 1)
     sample = flat[torch.randperm(len(flat), generator=generator)[:FITTED]]
-    centres = kmeans(sample[None], parts, generator)[0]
-    common = torch.cdist(flat[None], centres)[0].argmin(1).view(len(tokens), -1)
+    common = nearest(flat, kmeans(sample, parts, ROUNDS, generator, TRIES)).view(len(tokens), -1)
 
     def spread(labels: Tensor) -> Tensor:
         return F.one_hot(labels, parts).transpose(1, 2).unflatten(2, side).float()
@@ -225,45 +227,3 @@ def match(name: str, labels: Tensor, truth: Tensor, parts: int, true_parts: int,
         100 * score.mean(0).amax().item() if fixed else None,
         100 * (both.amax(2).sum(1) / truth.shape[1]).mean().item(),
     )
-
-
-def kmeans(
-    points: Tensor, count: int, generator: torch.Generator, rounds: int = 20, tries: int = 3
-) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm in each set of points for itself: the best of several tries that k-means++ starts.
-
-    Args:
-        points: float [B, N, D].
-        count: clusters, K.
-        generator: draws the first centres.
-
-    Returns:
-        Centres [B, K, D], and the nearest one of each point, int64 [B, N].
-    """
-    best = torch.full((len(points),), math.inf)
-    centres = points.new_zeros(len(points), count, points.shape[2])
-    nearest = torch.zeros(points.shape[:2], dtype=torch.int64)
-    for _ in range(tries):
-        mine = _first_centres(points, count, generator)
-        for _ in range(rounds):
-            member = F.one_hot(torch.cdist(points, mine).argmin(2), count).to(points.dtype)  # [B, N, K]
-            size = member.sum(1)[..., None]
-            mine = torch.where(size > 0, member.transpose(1, 2) @ points / size.clamp_min(1), mine)
-        distance, code = torch.cdist(points, mine).min(2)
-        total = distance.square().sum(1)
-        better = total < best
-        best = torch.where(better, total, best)
-        centres = torch.where(better[:, None, None], mine, centres)
-        nearest = torch.where(better[:, None], code, nearest)
-    return centres, nearest
-
-
-def _first_centres(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """k-means++ (Arthur and Vassilvitskii 2007): far points are likelier, by their squared distance."""
-    chance = torch.ones(points.shape[:2])
-    chosen: list[Tensor] = []
-    for _ in range(count):
-        pick = torch.multinomial(chance + 1e-12, 1, generator=generator)  # [B, 1]
-        chosen.append(points.gather(1, pick[..., None].expand(-1, -1, points.shape[2])))
-        chance = torch.cdist(points, torch.cat(chosen, dim=1)).amin(2).square()
-    return torch.cat(chosen, dim=1)
