@@ -60,7 +60,7 @@ def test_equals_the_papers_loop(path, V, T, pairs, device):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("K", [256, 65536])
+@pytest.mark.parametrize("K", [256, 9001])
 def test_uniform_student_gives_ln_k(path, K, device):
     """SCFS card, oracle 4."""
     student = torch.full((2, 1, K), 1 / 16, device=device)

@@ -184,7 +184,7 @@ def test_a_uniform_rate_covers_corners_and_centre_alike():
 
 @BOTH
 def test_blocks_belong_to_the_sample_not_to_the_batch(path, device):
-    options = {"height": 40, "width": 40, "fraction": 0.4, "max_side": 0.5, "seed": 1, "epoch": 2}
+    options = {"height": 40, "width": 40, "fraction": 0.4, "max_side": 0.5, "seed": 1, "epoch": 2, "max_blocks": 30}
     with forced(path):
         boxes = draw_blocks(torch.tensor([7, 3, 9], device=device), **options)
         assert torch.equal(draw_blocks(torch.tensor([9, 7], device=device), **options), boxes[[2, 0]])

@@ -83,9 +83,9 @@ def test_equals_the_reference(case, dtype, device):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("height", "width"), [(20, 24), (9, 33), (1, 3)])
+@pytest.mark.parametrize(("height", "width"), [(17, 33), (1, 3)])
 def test_equals_torchvision(path, height, width, device):
-    crops, p = pixels(12, height, width, device), drawn(12, device)
+    crops, p = pixels(8, height, width, device), drawn(8, device)
     with forced(path):
         out = photometric(crops, **p, **RAW)
     torch.testing.assert_close(out, by_torchvision(crops, p), atol=1e-5, rtol=0)
@@ -167,17 +167,17 @@ def test_normalises_and_casts(path, dtype, device):
 
 
 def test_a_crop_is_treated_alike_in_any_batch_and_run(device):
-    crops, p = pixels(4, 20, 35, device, seed=1), drawn(4, device, seed=1, solarize=90.0)
+    crops, p = pixels(3, 17, 33, device, seed=1), drawn(3, device, seed=1, solarize=90.0)
     with forced("triton"):
         whole, again = photometric(crops, **p, **RAW), photometric(crops, **p, **RAW)
-        alone = [photometric(crops[n : n + 1], **{k: v[n : n + 1] for k, v in p.items()}, **RAW) for n in range(4)]
+        alone = [photometric(crops[n : n + 1], **{k: v[n : n + 1] for k, v in p.items()}, **RAW) for n in range(3)]
     assert torch.equal(whole, again)
     assert torch.equal(whole, torch.cat(alone))
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_inputs_are_not_changed(path, device):
-    crops, p = pixels(6, device=device), drawn(6, device)
+    crops, p = pixels(3, device=device), drawn(3, device)
     before, parameters = crops.clone(), {name: value.clone() for name, value in p.items()}
     with forced(path):
         photometric(crops, **p, **RAW)

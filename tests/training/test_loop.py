@@ -144,13 +144,15 @@ def test_ctrl_c_where_nothing_is_kept_ends_at_once(images):
 def test_a_signal_to_a_command_saves_and_says_so(images, tmp_path, number, code):
     command = [sys.executable, "-m", "fastssl", "evaluate", "finetune", f"--checkpoint={images}/vit.pt", "--lr=1e-4"]
     command += [f"--data={images}/train", f"--val={images}/val", f"--dir={tmp_path}", "--device=cpu", "--workers=1"]
-    process = subprocess.Popen([*command, "--batch_size=4", "--epochs=5000"], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--batch_size=4", "--epochs=5000"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 120
     while not (tmp_path / "last.pt").exists():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(number)
+    os.killpg(process.pid, number)  # as a terminal does: to the run and its decoding workers
     _, said = process.communicate(timeout=60)
     assert process.returncode == code, said
     step = checkpoint.read(tmp_path / "last.pt", "finetune").step

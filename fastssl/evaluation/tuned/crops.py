@@ -7,6 +7,7 @@ Letters: S side of the crop in pixels.
 from __future__ import annotations
 
 import random
+import signal
 import struct
 import zlib
 from collections.abc import Iterator
@@ -65,6 +66,12 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[int]] | str:
         return bad[0]
     images, labels, ids = zip(*items, strict=True)
     return torch.stack(images), torch.tensor(labels), list(ids)
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Run by each worker process: Ctrl-C reaches all processes of a terminal, and only the run is to answer."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def training_transform(size: int, *, scale: tuple[float, float], flip: float, augment: str, erase: float) -> Any:

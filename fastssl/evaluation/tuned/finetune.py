@@ -27,7 +27,13 @@ from fastssl.evaluation.data import EvaluationError, check_labels, check_resize,
 from fastssl.evaluation.options import EvaluateOptions
 from fastssl.evaluation.scoring import Scored, check_weights, score
 from fastssl.evaluation.tuned.classifier import Classifier, open_finetuned
-from fastssl.evaluation.tuned.crops import EpochBatches, TrainingImages, collate, training_transform
+from fastssl.evaluation.tuned.crops import (
+    EpochBatches,
+    TrainingImages,
+    collate,
+    leave_signals_to_the_run,
+    training_transform,
+)
 from fastssl.evaluation.tuned.layer_decay import layer_groups, set_rates
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.sources import Source, open_source
@@ -290,6 +296,7 @@ class Finetuner(Run[Labelled, FinetuneEvaluation]):
             collate_fn=collate,
             pin_memory=device.type == "cuda",
             persistent_workers=True,
+            worker_init_fn=leave_signals_to_the_run,
             multiprocessing_context="fork",  # a source cannot be sent to a new process, and is safe after a fork
         )
 
