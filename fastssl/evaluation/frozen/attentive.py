@@ -14,7 +14,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, linear
 
 from fastssl.augment import augment
-from fastssl.config import ConfigError, Data, View, check
+from fastssl.config import (
+    ConfigError,
+    Data,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Seed,
+    View,
+    check,
+)
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError, check_labels, check_resize, open_labelled
 from fastssl.evaluation.frozen.features import extract
@@ -51,19 +62,19 @@ UPSTREAM_BATCH = 384  # images per batch norm in the authors' evaluation
 class AttentiveOptions(EvaluateOptions):
     """Classification by one cross-attention block on the frozen tokens of a ViT."""
 
-    batch_size: int = 256
+    batch_size: Annotated[int, Range(at_least=2)] = 256
     """Images per process and forward pass; in training the batch norm sees so many."""
-    lrs: tuple[float, ...] = (0.004, 0.0125, 0.04, 0.125, 0.4)
+    lrs: tuple[PositiveFloat, ...] = (0.004, 0.0125, 0.04, 0.125, 0.4)
     """Learning rates for a batch of 256, tried at once; the one that does best on a held-out tenth of data counts. CAE
     takes 0.4 for 8192 images: 0.0125 here."""
-    epochs: int = 90
+    epochs: PositiveInt = 90
     """Passes over data."""
-    warmup_epochs: float = 10
+    warmup_epochs: NonNegativeFloat = 10
     """Epochs of linear learning-rate warm-up from 0; half a cosine to 1e-6 follows."""
-    step_size: int = 1024
+    step_size: PositiveInt = 1024
     """Images per optimizer step, over all processes, in whole batches (CAE: 8192); the learning rate is multiplied by
     step_size / 256."""
-    heads: int = 0
+    heads: NonNegativeInt = 0
     """Attention heads of the block. 0: the network's."""
     augment: bool = True
     """Random crops and flips, put through the network anew in every epoch. False: the central crop goes through it
@@ -72,7 +83,7 @@ class AttentiveOptions(EvaluateOptions):
     """Judge with the statistics of batches of 384 images instead of the running ones, as CAE's released code does."""
     dir: str = ""
     """Folder in which the probes are saved after every epoch; the same command continues there. Empty: not saved."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first weights, the order, the crops and the held-out tenth."""
 
     def __post_init__(self) -> None:
@@ -80,12 +91,7 @@ class AttentiveOptions(EvaluateOptions):
         if self.same_images:
             raise ConfigError(f"val is the same as data ({self.data}); name images that are not trained on")
         check_numbers(self.lrs, self.epochs, self.batch_size)
-        check(self.batch_size >= 2, "batch_size", self.batch_size, "2 or more, for the batch norm")
-        check(self.step_size >= 1, "step_size", self.step_size, "1 or more")
-        check(self.heads >= 0, "heads", self.heads, "0 (the network's) or more")
-        check(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs,
-               f"from 0 to epochs ({self.epochs})")  # fmt: skip
-        check(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
+        check(self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs, f"at most epochs ({self.epochs})")
 
 
 class AttentiveProbe(nn.Module):

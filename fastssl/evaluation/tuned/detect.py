@@ -9,21 +9,31 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Generator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fastssl.config import ConfigError, check, check_probability
+from fastssl.config import (
+    Ascending,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Seed,
+    check,
+)
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError
+from fastssl.evaluation.options import Hardware, require
 from fastssl.evaluation.tuned.coco import check_categories, pycocotools, read_coco
 from fastssl.evaluation.tuned.coco_precision import Precision, average_precision, detect
 from fastssl.evaluation.tuned.coco_views import Cuts, cut, read_ahead
@@ -43,7 +53,7 @@ DROP = 0.1
 
 
 @dataclass
-class DetectOptions:
+class DetectOptions(Hardware):
     """Mask R-CNN on a checkpoint's backbone. Annotations are in COCO's format; sides of images are in pixels."""
 
     checkpoint: str = ""
@@ -61,72 +71,51 @@ class DetectOptions:
     there. Empty: `detect` beside the checkpoint."""
     scratch: bool = False
     """Start from random weights instead of the checkpoint's: the baseline that pretraining has to beat."""
-    epochs: int = 12
+    epochs: PositiveInt = 12
     """Passes over the training images that have objects."""
-    drop_epochs: tuple[int, ...] = (9, 11)
+    drop_epochs: tuple[PositiveInt, ...] = (9, 11)
     """The learning rate falls to a tenth after each of these epochs."""
-    warmup_steps: int = 500
+    warmup_steps: NonNegativeInt = 500
     """Optimizer steps in which the learning rate grows linearly, from a thousandth."""
-    batch_size: int = 2
+    batch_size: PositiveInt = 2
     """Training images per process and micro-batch. Images are judged one at a time, since padding would change them."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-batches per optimizer step. The published recipe takes 32 images per step."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw (0.9, 0.999), or sgd with momentum 0.9."""
-    lr: float = 3e-4
+    lr: PositiveFloat = 3e-4
     """Peak learning rate, as it is: not scaled with the images per step."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegativeFloat = 0.05
     """Weight decay (matrices only; never biases, norms)."""
-    layer_decay: float = 0.75
+    layer_decay: Fraction = 0.75
     """Each layer (a ViT's block, a ResNet's stage) learns at this multiple of the rate of the next one."""
-    drop_path: float = 0.2
+    drop_path: Probability = 0.2
     """Stochastic depth of a ViT's last block; earlier blocks get proportionally less."""
     checkpointing: bool = False
     """Compute a ViT's blocks anew in the backward pass: less memory, about a third more time."""
-    channels: int = 256
+    channels: PositiveInt = 256
     """Channels of the feature pyramid and of the heads' convolutions."""
-    rois: int = 512
+    rois: PositiveInt = 512
     """Boxes per image from which the heads learn."""
-    short_sides: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    short_sides: tuple[PositiveInt, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     """Shorter side of a training image: one of these, drawn at random."""
-    long_side: int = 1333
+    long_side: PositiveInt = 1333
     """The longer side is at most this, in training and test."""
-    crop_short_sides: tuple[int, ...] = (400, 500, 600)
+    crop_short_sides: tuple[PositiveInt, ...] = (400, 500, 600)
     """Half of the training images are resized to one of these, cropped, and resized again. Empty list: none is."""
-    crop: tuple[int, int] = (384, 600)
+    crop: Annotated[tuple[PositiveInt, PositiveInt], Ascending()] = (384, 600)
     """Smallest and largest side of that crop; height and width are drawn by themselves."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip."""
-    test_side: int = 800
+    test_side: PositiveInt = 800
     """Shorter side of the images that are judged."""
-    workers: int = 0
-    """Decoding threads per process. 0: this machine's cores divided by the processes on it."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic of backbone and heads (boxes and losses are fp32). auto: bf16 on a GPU that has it, fp16 on an older
-    GPU, fp32 on the CPU."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first weights, the order, the crops, and what the heads learn from; 0 to 2^32 - 1."""
 
     def __post_init__(self) -> None:
-        for key, what in (("checkpoint", "a checkpoint"), ("data", "annotations"), ("val", "annotations")):
-            if not getattr(self, key):
-                raise ConfigError(f"{key} is empty; name {what} with --{key}")
-        for key in ("epochs", "batch_size", "accumulate", "channels", "rois", "long_side", "test_side"):
-            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
-        check(all(e >= 1 for e in self.drop_epochs), "drop_epochs", self.drop_epochs, "epochs from 1 on")
-        check(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "positive")
-        check(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        check(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "in (0, 1]")
-        check_probability("drop_path", self.drop_path)
-        check_probability("flip", self.flip)
-        check(len(self.short_sides) > 0 and min(self.short_sides) >= 1, "short_sides", self.short_sides,
-              "one or more sides in pixels")  # fmt: skip
-        check(min(self.crop_short_sides, default=1) >= 1, "crop_short_sides", self.crop_short_sides, "sides in pixels")
-        check(1 <= self.crop[0] <= self.crop[1], "crop", self.crop, "a smallest and a largest side in pixels")
-        check(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
+        super().__post_init__()
+        require(self, checkpoint="a checkpoint", data="annotations", val="annotations")
+        check(len(self.short_sides) > 0, "short_sides", self.short_sides, "one or more sides in pixels")
 
     @property
     def cuts(self) -> Cuts:

@@ -21,7 +21,20 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fastssl.config import ConfigError, check, check_probability, plain
+from fastssl.config import (
+    BelowOne,
+    ConfigError,
+    Fraction,
+    FractionRange,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Seed,
+    check,
+    plain,
+)
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError, check_labels, check_resize, frozen, open_labelled
 from fastssl.evaluation.options import EvaluateOptions
@@ -51,9 +64,9 @@ from fastssl.weights.backbone import open_backbone
 class FinetuneOptions(EvaluateOptions):
     """Training of the whole network on labelled images."""
 
-    batch_size: int = 64
+    batch_size: PositiveInt = 64
     """Images per process and micro-batch; even, where mixup or cutmix is on."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-batches per optimizer step."""
     dir: str = ""
     """Folder for last.pt and the logs; the same command continues there. Empty: `finetune` beside the checkpoint."""
@@ -71,51 +84,51 @@ class FinetuneOptions(EvaluateOptions):
     """Train a ViT's fixed (sine-cosine) position table too (MAE)."""
     relative_positions: bool = False
     """Add to a ViT's attention a learned bias per relative position, zero at the start (CAE)."""
-    drop_path: float = 0.1
+    drop_path: Probability = 0.1
     """Stochastic depth of a ViT's last block; earlier blocks get proportionally less."""
 
-    epochs: int = 100
+    epochs: PositiveInt = 100
     """Passes over data."""
-    val_every: int = 1
+    val_every: PositiveInt = 1
     """Epochs between two judgements on val; the last epoch is always judged."""
-    warmup_epochs: float = 5
+    warmup_epochs: NonNegativeFloat = 5
     """Epochs of linear learning-rate warm-up from 0; half a cosine follows."""
-    lr: float = 5e-4
+    lr: PositiveFloat = 5e-4
     """Peak learning rate of the linear layer, for a batch of lr_batch images."""
-    lr_batch: int = 256
+    lr_batch: NonNegativeInt = 256
     """The peak is lr x (images per optimizer step) / lr_batch. 0: lr as written."""
-    min_lr: float = 1e-6
+    min_lr: NonNegativeFloat = 1e-6
     """Learning rate at the end; not scaled by the batch."""
-    layer_decay: float = 0.65
+    layer_decay: Fraction = 0.65
     """Each layer (a ViT's block, a ResNet's stage) learns at this multiple of the rate of the next one."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegativeFloat = 0.05
     """Of matrices; never of biases, norms, the class token and the position table."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
-    clip_grad: float = 0.0
+    clip_grad: NonNegativeFloat = 0.0
     """Largest gradient norm. 0: no clipping."""
-    ema: float = 0.0
+    ema: BelowOne = 0.0
     """Decay per step of a moving average of the weights, judged beside the weights. 0: none."""
 
-    scale: tuple[float, float] = (0.08, 1.0)
+    scale: FractionRange = (0.08, 1.0)
     """Range of the training crop's area, as a fraction of the image's area."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip."""
     augment: str = "rand-m9-mstd0.5-inc1"
     """RandAugment or AutoAugment in timm's words. Empty: none."""
-    erase: float = 0.25
+    erase: Probability = 0.25
     """Probability of erasing a rectangle, by noise per pixel."""
-    mixup: float = 0.8
+    mixup: NonNegativeFloat = 0.8
     """Parameter of mixup's beta distribution. 0: no mixup."""
-    cutmix: float = 1.0
+    cutmix: NonNegativeFloat = 1.0
     """Parameter of cutmix's beta distribution. 0: no cutmix."""
-    mix: float = 1.0
+    mix: Probability = 1.0
     """Probability that a micro-batch is mixed."""
-    switch: float = 0.5
+    switch: Probability = 0.5
     """Probability of cutmix, where both mixup and cutmix are on."""
-    smoothing: float = 0.1
+    smoothing: BelowOne = 0.1
     """Label smoothing."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the linear layer, the order, the augmentation and stochastic depth."""
 
     def __post_init__(self) -> None:
@@ -125,24 +138,9 @@ class FinetuneOptions(EvaluateOptions):
         super().__post_init__()
         if not self.eval and self.same_images:
             raise ConfigError(f"val is the same as data ({self.data}); name images that are not trained on")
-        for key in ("accumulate", "epochs", "val_every"):
-            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        for key in ("lr_batch", "min_lr", "weight_decay", "clip_grad", "mixup", "cutmix"):
-            check(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        for key in ("drop_path", "flip", "erase", "mix", "switch"):
-            check_probability(key, getattr(self, key))
-        for key in ("ema", "smoothing"):
-            check(0 <= getattr(self, key) < 1, key, getattr(self, key), "at least 0 and below 1")
-        for beta in self.betas:
-            check(0.0 <= beta < 1.0, "betas", self.betas, "two numbers in [0, 1)")
-        check(self.lr > 0, "lr", self.lr, "positive")
-        check(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0 and at most 1")
-        check(0 <= self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs,
-               f"from 0 to epochs ({self.epochs})")  # fmt: skip
-        check(0 < self.scale[0] <= self.scale[1] <= 1, "scale", self.scale, "a range inside (0, 1]")
-        check(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
-        check(self.eval or not (self.mixes and self.batch_size % 2), "batch_size", self.batch_size,
-               "even: mixup and cutmix work on pairs (--mixup 0 --cutmix 0 turns them off)")  # fmt: skip
+        check(self.warmup_epochs <= self.epochs, "warmup_epochs", self.warmup_epochs, f"at most epochs ({self.epochs})")
+        pairs = "even: mixup and cutmix work on pairs (--mixup 0 --cutmix 0 turns them off)"
+        check(self.eval or not (self.mixes and self.batch_size % 2), "batch_size", self.batch_size, pairs)
 
     @property
     def mixes(self) -> bool:
@@ -492,8 +490,8 @@ def _judge(options: FinetuneOptions, device: torch.device) -> FinetuneEvaluation
         raise EvaluationError(f"the classes of val ({options.val}) are not those of {options.checkpoint}")
     if isinstance(network.backbone, ViT):
         check(size % network.backbone.patch_size == 0, "size", size, f"a multiple of {network.backbone.patch_size}")
-        check(network.index is None or size == made_for, "size", size,
-               f"{made_for}: the relative positions were trained for it")  # fmt: skip
+        positions = f"{made_for}: the relative positions were trained for it"
+        check(network.index is None or size == made_for, "size", size, positions)
     scored = _score({n: net.to(device) for n, net in networks.items()}, source, options, size, device, dtype)
     return FinetuneEvaluation(
         checkpoint=options.checkpoint,

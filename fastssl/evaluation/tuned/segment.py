@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,9 +21,23 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from fastssl.config import ConfigError, check, check_probability, plain
+from fastssl.config import (
+    Ascending,
+    BelowOne,
+    ConfigError,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Seed,
+    check,
+    plain,
+)
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError, frozen, spaced_ids
+from fastssl.evaluation.options import Hardware, require
 from fastssl.evaluation.tuned.label_maps import (
     Crop,
     LabelledFolder,
@@ -66,7 +79,7 @@ Labelled = tuple[Tensor, Tensor, list[str]]  # images [B, 3, S, S], classes of t
 
 
 @dataclass
-class SegmentOptions:
+class SegmentOptions(Hardware):
     """UPerNet on a checkpoint's backbone. Sides of images are in pixels."""
 
     checkpoint: str = ""
@@ -84,7 +97,7 @@ class SegmentOptions:
     """Value in the label pictures of pixels that do not count."""
     reduce_zero_label: bool = False
     """True: pixels with value 0 do not count either, and value k means class k - 1 (ADE20K)."""
-    classes: int = 0
+    classes: NonNegativeInt = 0
     """Number of classes. 0: one more than the largest label in data."""
     names: str = ""
     """Text file with one class name per line, for the table. Empty: numbers."""
@@ -99,89 +112,69 @@ class SegmentOptions:
     else the last block of each quarter."""
     relative_positions: bool = False
     """Add to a ViT's attention a learned bias per relative position, zero at the start (CAE)."""
-    drop_path: float = 0.1
+    drop_path: Probability = 0.1
     """Stochastic depth of a ViT's last block; earlier blocks get proportionally less."""
-    channels: int = 0
+    channels: NonNegativeInt = 0
     """Channels of the decoder. 0: a ViT's width; 512 for a ResNet."""
-    dropout: float = 0.1
+    dropout: BelowOne = 0.1
     """Probability that a channel is left out before the last convolution."""
-    auxiliary: float = 0.4
+    auxiliary: NonNegativeFloat = 0.4
     """Weight of the loss of a second, small head on the third map. 0: there is none."""
     checkpointing: bool = False
     """Compute a ViT's blocks anew in the backward pass: less memory, about a third more time."""
 
-    steps: int = 160000
+    steps: PositiveInt = 160000
     """Optimizer steps."""
-    warmup_steps: int = 1500
+    warmup_steps: NonNegativeInt = 1500
     """Optimizer steps in which the learning rate is multiplied by a factor that grows linearly, from 1e-6 to 1."""
-    batch_size: int = 2
+    batch_size: PositiveInt = 2
     """Images per process and micro-batch."""
-    accumulate: int = 1
+    accumulate: PositiveInt = 1
     """Micro-batches per optimizer step. The published recipe takes 16 images per step."""
-    lr: float = 1e-4
+    lr: PositiveFloat = 1e-4
     """Learning rate of the decoder, as it is: not scaled with the images per step. It falls linearly to 0."""
-    layer_decay: float = 0.65
+    layer_decay: Fraction = 0.65
     """Each layer (a ViT's block, a ResNet's stage) learns at this multiple of the rate of the next one."""
-    weight_decay: float = 0.05
+    weight_decay: NonNegativeFloat = 0.05
     """Of matrices; never of biases, norms, the class token and the position table."""
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """AdamW's decay rates of the two moments."""
 
-    crop: int = 512
+    crop: PositiveInt = 512
     """Side of the training crops and of the sliding window."""
-    short_side: int = 512
+    short_side: PositiveInt = 512
     """Images are resized so that the shorter side is this long, unless the longer one would pass long_side."""
-    long_side: int = 2048
+    long_side: PositiveInt = 2048
     """See short_side."""
-    scale: tuple[float, float] = (0.5, 2.0)
+    scale: Annotated[tuple[PositiveFloat, PositiveFloat], Ascending()] = (0.5, 2.0)
     """In training, both are multiplied by a factor drawn from this range."""
-    flip: float = 0.5
+    flip: Probability = 0.5
     """Probability of a horizontal flip."""
     distort: bool = True
     """Change brightness, contrast, saturation and hue of the training crops."""
     mode: Literal["slide", "whole"] = "slide"
     """How an image is judged: in windows of side crop that overlap, their scores averaged, or in one piece."""
-    stride: int = 0
+    stride: NonNegativeInt = 0
     """Pixels from one window to the next. 0: two thirds of crop."""
-    eval_every: int = 16000
+    eval_every: NonNegativeInt = 16000
     """Optimizer steps between two measurements. 0: only after the last."""
-    save_every: int = 1000
+    save_every: PositiveInt = 1000
     """Optimizer steps between two writings of last.pt."""
-    pictures: int = 8
+    pictures: NonNegativeInt = 8
     """Images of val drawn into the run folder: image, truth, answer."""
-    workers: int = 0
-    """Decoding threads per process. 0: this machine's cores divided by the processes on it."""
-    device: str = "auto"
-    """auto, cpu, cuda, or cuda:N."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Arithmetic of the network (losses are fp32). auto: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the
-    CPU."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the first weights, the order, the crops and stochastic depth; 0 to 2^32 - 1."""
 
     def __post_init__(self) -> None:
-        for key, what in (("checkpoint", "a checkpoint"), ("data", "labelled images"), ("val", "labelled images")):
-            if not getattr(self, key):
-                raise ConfigError(f"{key} is empty; name {what} with --{key}")
+        super().__post_init__()
+        require(self, checkpoint="a checkpoint", data="labelled images", val="labelled images")
         if Path(self.data).resolve() == Path(self.val).resolve():
             raise ConfigError(f"val is the same as data ({self.data}); name images that are not trained on")
-        for key in ("steps", "batch_size", "accumulate", "crop", "short_side", "long_side", "save_every"):
-            check(getattr(self, key) >= 1, key, getattr(self, key), "1 or more")
-        for key in ("classes", "channels", "stride", "eval_every", "pictures", "workers", "auxiliary", "weight_decay"):
-            check(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         check(self.classes != 1, "classes", self.classes, "2 or more, or 0 (as data has)")
-        check(0 <= self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"0 to steps ({self.steps})")
-        check(math.isfinite(self.lr) and self.lr > 0, "lr", self.lr, "positive")
-        check(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "in (0, 1]")
-        for key in ("drop_path", "flip"):
-            check_probability(key, getattr(self, key))
-        check(0 <= self.dropout < 1, "dropout", self.dropout, "at least 0 and below 1")
-        check(all(0.0 <= beta < 1.0 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
-        check(0 < self.scale[0] <= self.scale[1], "scale", self.scale, "a range above 0")
+        check(self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"at most steps ({self.steps})")
         check(self.stride <= self.crop, "stride", self.stride, f"at most crop ({self.crop})")
-        check(0 <= self.seed < 2**32, "seed", self.seed, "a whole number from 0 to 4294967295")
-        check(not (self.relative_positions and self.mode == "whole"), "mode", self.mode,
-              "slide with relative_positions, which are made for the windows' size")  # fmt: skip
+        windows = "slide with relative_positions, which are made for the windows' size"
+        check(not (self.relative_positions and self.mode == "whole"), "mode", self.mode, windows)
 
     @property
     def cutting(self) -> Crop:
