@@ -9,13 +9,14 @@ from fastssl.config import View, check
 from fastssl.methods.cae import CAE
 from fastssl.methods.dino import DINO
 from fastssl.methods.mae import MAE
+from fastssl.methods.method import Method
 from fastssl.methods.saae import SAAE
 from fastssl.methods.scfs import SCFS
 from fastssl.methods.semmae import SemMAE
 from fastssl.methods.sit import SiT
 from fastssl.methods.sit_v1 import SiTv1
 
-METHODS = {
+METHODS: dict[str, type[Method]] = {
     "cae": CAE,
     "dino": DINO,
     "mae": MAE,

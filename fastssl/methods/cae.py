@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,6 +130,9 @@ class CAE(Method):
     }
     backbone_prefix = "encoder."
     layout = names.CAE
+    pos_embed: Tensor
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -403,10 +406,10 @@ def init_(method: CAE, fix_init: bool) -> None:
             cut_normal_(module.weight) if fix_init else nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
-    patches = method.encoder.patch_embed["proj"]
+    patches = cast(nn.Conv2d, method.encoder.patch_embed["proj"])
     for weight in (patches.weight, method.encoder.cls_token, method.mask_token):
         cut_normal_(weight)
-    nn.init.zeros_(patches.bias)
+    nn.init.zeros_(cast(Tensor, patches.bias))
     for blocks in (method.encoder.blocks, method.regressor.blocks, method.decoder.blocks) if fix_init else ():
         for number, block in enumerate(blocks, 1):
             attention = block.proj if isinstance(block, RegressorBlock) else block.attn.proj

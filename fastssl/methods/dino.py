@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fastssl.batch import Batch
@@ -111,9 +113,12 @@ class DINO(Method):
     }
     backbone_prefix = "teacher.backbone."
     layout = names.DINO
+    student: Network
+    teacher: Network
+    center: Tensor
 
     @staticmethod
-    def network(config: Config, drop_path: float | None = None) -> nn.Module:
+    def network(config: Config, drop_path: float | None = None) -> Network:
         """A freshly initialised student or teacher."""
         return Network(config, drop_path)
 
@@ -239,7 +244,8 @@ def attention(backbone: ViT | ResNet, images: Tensor) -> Tensor:
     x = backbone.embed(images)
     for block in backbone.blocks[:-1]:
         x = block(x)
-    block = backbone.blocks[-1]
-    q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    weights = (block.attn.scale * q[:, :, :1] @ k.transpose(-2, -1)).softmax(-1)[:, :, 0, 1:]  # [B, heads, N]
+    last = cast(Block, backbone.blocks[-1])
+    layer = cast(Attention, last.attn)
+    q, k, _ = layer.qkv(last.norm1(x)).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    weights = (layer.scale * q[:, :, :1] @ k.transpose(-2, -1)).softmax(-1)[:, :, 0, 1:]  # [B, heads, N]
     return weights.mean(dim=1).unflatten(1, patch_grid(images, backbone.patch_size))

@@ -88,7 +88,7 @@ class MAE(Method):
         super().__init__()
         s: Settings = config.settings
         view: View = config.views.main
-        self.settings = s
+        self.settings: Settings = s
         check(view.count == 1, "views.main.count", view.count, f"1 with method {config.method}")
         check_image_size(config.model, "views.main.size", view.size)
         self.encoder = build_backbone(config.model)

@@ -25,7 +25,7 @@ class Method(nn.Module):
     Views: ClassVar[type]
     Settings: ClassVar[type]
     defaults: ClassVar[dict[str, object]]
-    backbone_prefix: ClassVar[str]
+    backbone_prefix: str
     layout: ClassVar[Names]
 
     @property

@@ -14,7 +14,7 @@ cells, p side of a cell (a patch) in pixels, D width of the encoder, C width of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -170,11 +170,12 @@ class SAAE(Method):
             shared = ~hidden.unflatten(0, (2, -1)).any(dim=0)  # [B, N], seen by both crops
             own = torch.stack([*count.view(2, -1).sum(dim=1), shared.sum()])
             share = own * distributed.world() / distributed.all_reduce_sum(own.clone()).clamp_min(1)
-            pixel = 0.0
-            for k, half in enumerate(zip(painted.chunk(2), ids.chunk(2), count.chunk(2), strict=True)):
-                pixel = pixel + share[k] * self.pixel_loss(*half, target)
+            crops = zip(painted.chunk(2), ids.chunk(2), count.chunk(2), strict=True)
+            pixels = torch.stack([self.pixel_loss(*crop, target) for crop in crops])
+            pixel = (share[:2] * pixels).sum()
             contrast = nt_xent(cls.unflatten(0, (2, -1)), s.temperature)
-            summed = patch_contrast(*canvas.chunk(2), shared, s.temperature)
+            first, second = canvas.chunk(2)
+            summed = patch_contrast(first, second, shared, s.temperature)
             agreement = share[2] * summed.total / summed.count.clamp_min(1)
             aligner = s.cls_weight * contrast + s.patch_weight * agreement
             if s.aligner_gradient == "authors":
@@ -278,11 +279,13 @@ def projector(width: int, hidden: int, outputs: int, batch_norm: bool) -> nn.Seq
     sizes = [width, hidden, hidden, hidden, outputs]
     layers: list[nn.Module] = []
     for i in range(4):
-        layers.append(nn.Linear(sizes[i], sizes[i + 1], bias=i == 0))
-        nn.init.trunc_normal_(layers[-1].weight, std=0.02)
+        linear = nn.Linear(sizes[i], sizes[i + 1], bias=i == 0)
+        nn.init.trunc_normal_(linear.weight, std=0.02)
+        if i == 0:
+            nn.init.zeros_(linear.bias)
+        layers.append(linear)
         if i < 3:
             layers += [nn.BatchNorm1d(hidden), nn.ReLU()] if batch_norm else [nn.ReLU()]
-    nn.init.zeros_(layers[0].bias)
     return nn.Sequential(*layers, nn.BatchNorm1d(outputs, affine=False))
 
 
@@ -318,7 +321,7 @@ class Decoder(nn.Module):
     def paint(self, x: Tensor) -> Tensor:
         """Cells [.., C] -> their pixels [.., 3 p p], in the order channel, row, column."""
         weight = self.unconv.weight.flatten(1)  # [C, 3 p p]
-        return F.linear(x, weight.t(), self.unconv.bias.repeat_interleave(weight.shape[1] // 3))
+        return F.linear(x, weight.t(), cast(Tensor, self.unconv.bias).repeat_interleave(weight.shape[1] // 3))
 
 
 def hidden_first(hidden: Tensor) -> tuple[Tensor, Tensor]:

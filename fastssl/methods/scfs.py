@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -110,6 +110,8 @@ class SCFS(DINO):
         "schedule.warmup_epochs": 10,
     }
     layout = names.SCFS
+    student: Network
+    teacher: Network
 
     @staticmethod
     def network(config: Config, drop_path: float | None = None) -> Network:
@@ -117,6 +119,7 @@ class SCFS(DINO):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
+        self.settings: Settings = config.settings
         views = config.views
         for name in ("global1", "global2"):
             check(getattr(views, name).count == 1, f"views.{name}.count", getattr(views, name).count,
@@ -154,13 +157,13 @@ class SCFS(DINO):
                 seen, local, center = student.stages[0][i], student.stages[1][i], getattr(self, f"center_{tap}")
                 cross = centering_softmax_loss(seen.out, teacher.stages[0][i].out, center, *temps)
                 found = [centering_softmax_loss(local.out, t, None, *temps, pairs="matching") for t in targets[i]]
-                searched = sum(f.loss for f in found) / len(found)
+                searched = torch.stack([f.loss for f in found]).mean()
                 loss = loss + weight * (s.cross_weight * cross.loss + s.searched_weight * searched)
                 centers.append((center, cross.column_sum))
                 metrics |= {
                     f"loss_cross_{tap}": cross.loss.detach(),
                     f"loss_searched_{tap}": searched.detach(),
-                    f"searched_entropy_{tap}": sum(f.entropy for f in found) / len(found) / math.log(s.stage_out),
+                    f"searched_entropy_{tap}": torch.stack([f.entropy for f in found]).mean() / math.log(s.stage_out),
                     f"searched_std_{tap}": feature_spread(targets[i][0].flatten(0, 1)),
                 }
             if self.training:
@@ -184,10 +187,11 @@ class SCFS(DINO):
             teacher: of the large crops.
         """
         name, local, seen = str(self.taps[tap]), student.stages[1][tap], teacher.stages[0][tap]
+        head = cast(StageHead, self.teacher.stage_heads[name])
         targets = []
         for view in range(1 if self.settings.search == "first" else 2):
             maps = search(local.map, seen.map[view])
-            out = self.teacher.stage_heads[name].searched(seen.inner[view], seen.map[view], maps)
+            out = head.searched(seen.inner[view], seen.map[view], maps)
             targets.append(out.unflatten(0, maps.shape[:2]))
         return targets
 
@@ -254,15 +258,17 @@ class Network(dino.Network):
             }
         )
 
-    def forward(self, groups: list[Tensor]) -> Seen:
+    def forward(self, groups: list[Tensor]) -> Seen:  # type: ignore[override]  # only SCFS calls it
         """Groups of crops, each [V, B, 3, S, S]. Every group passes backbone and stage heads by itself, with its own
         batch statistics; the final head sees all crops at once."""
-        features, stages = [], []
+        features: list[Tensor] = []
+        stages: list[list[Stage]] = []
         for group in groups:
             feature, maps = feature_and_maps(self.backbone, self.taps, group.flatten(0, 1))
             features.append(feature.unflatten(0, group.shape[:2]))
             stages.append([])
-            for x, head in zip(maps, self.stage_heads.values(), strict=True):
+            for x, module in zip(maps, self.stage_heads.values(), strict=True):
+                head = cast(StageHead, module)
                 inner = head.conv1(x)
                 each = (x, inner, head(x, inner))
                 stages[-1].append(Stage(*(value.unflatten(0, group.shape[:2]) for value in each)))
@@ -339,7 +345,7 @@ def batch_statistics(norm: _BatchNorm, y: Tensor, maps: Tensor) -> tuple[Tensor,
     """Mean and biased variance [C] with which a batch norm normalises maps[m, b] * y[b]: over all processes if it is a
     synchronised one. In train mode its running statistics move."""
     if not norm.training:
-        return norm.running_mean, norm.running_var
+        return cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     count, mean, m2 = scaled_moments(y, maps)
     if isinstance(norm, (nn.SyncBatchNorm, SyncBatchNorm)):
         count, mean, m2 = distributed.merge_moments(count, mean, m2)

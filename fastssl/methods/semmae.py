@@ -54,7 +54,8 @@ class SemMAE(mae.MAE):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.curriculum_epochs = config.settings.curriculum_epochs or config.schedule.epochs
+        self.settings: Settings = config.settings
+        self.curriculum_epochs = self.settings.curriculum_epochs or config.schedule.epochs
 
     @staticmethod
     def part_grid(config: Config) -> dict[str, int]:

@@ -176,7 +176,7 @@ class SiT(Method):
         for view, name in enumerate(NAMES):
             images = batch.views[name][:, 0]
             side = images.shape[-1]
-            draw = {"height": side, "width": side, "seed": seed, "epoch": batch.epoch}
+            draw: dict[str, Any] = {"height": side, "width": side, "seed": seed, "epoch": batch.epoch}
             draw |= {"view": view, "max_side": s.max_side, "align": s.align, "uniform_rate": s.uniform_rate}
             blank, mixed = (
                 draw_blocks(batch.id, fraction=share, kind=kind, max_blocks=self.most_blocks(share, side), **draw)

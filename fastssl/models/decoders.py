@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -79,4 +81,5 @@ class PixelDecoder(nn.Module):
         """Tokens [B, N, D] of rows x columns patches, row by row -> images [B, 3, rows p, columns p]."""
         weight = self.convTrans.weight  # [D, 3, p, p]
         x = F.linear(self.mlp(tokens), weight.flatten(1).t()).unflatten(2, weight.shape[1:]).unflatten(1, grid)
-        return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3) + self.convTrans.bias[:, None, None]
+        bias = cast(Tensor, self.convTrans.bias)[:, None, None]
+        return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3) + bias

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -117,12 +117,12 @@ class DalleEncoder(Tokenizer):
         return self.to(device, half).to(memory_format=torch.channels_last)
 
     def encode(self, pixels: Tensor, cells: Tensor | None) -> Tensor:
-        x = map_pixels(pixels).to(self.blocks["input"].w.dtype, memory_format=torch.channels_last)
+        x = map_pixels(pixels).to(cast(Convolution, self.blocks["input"]).w.dtype, memory_format=torch.channels_last)
         rows = self.features(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, N, 8 n], a view
         if cells is not None:
             rows = gather_tokens(rows, cells)
         # The last convolution, 1 x 1, and the argmax: a piece at a time, for the asked cells alone.
-        last = self.blocks["output"]["conv"]
+        last = cast(Convolution, self.get_submodule("blocks.output.conv"))
         weight = last.w.flatten(1)
         pieces = rows.flatten(0, 1).split(max(1, LOGITS // self.codes))
         return torch.cat([_logits(piece, weight, last.b).argmax(dim=1) for piece in pieces]).unflatten(
@@ -135,7 +135,7 @@ class DalleEncoder(Tokenizer):
         for name in self.groups:
             if name != self.groups[0]:
                 x = F.max_pool2d(x, 2)
-            for block in self.blocks[name].values():
+            for block in self.blocks[name].children():
                 x = block(x)
         return F.relu_(x)
 
@@ -201,6 +201,9 @@ class PatchCodebook(Tokenizer):
         centres: float [K, F], in the space of `describe`.
         patches: float [K, 3, s, s], the mean pixels of each code's patches, from 0 to 1.
     """
+
+    centres: Tensor
+    patches: Tensor
 
     def __init__(self, centres: Tensor, patches: Tensor) -> None:
         super().__init__()

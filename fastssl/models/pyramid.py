@@ -54,6 +54,8 @@ class Pyramid(nn.Module):
         ConfigError: taps that the backbone does not have; an option of a ViT with a ResNet.
     """
 
+    relative_index: Tensor  # where `window` is given
+
     def __init__(
         self,
         backbone: ViT | ResNet,

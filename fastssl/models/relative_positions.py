@@ -6,7 +6,10 @@ Letters: H x W patches, N = H W, h heads.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 
 from fastssl.models.vit import ViT
@@ -41,7 +44,8 @@ def add_relative_positions(vit: ViT, rows: int, columns: int) -> Tensor:
     """
     entries = (2 * rows - 1) * (2 * columns - 1) + 3
     for block in vit.blocks:
-        block.attn.register_parameter(KEY, nn.Parameter(torch.zeros(entries, block.attn.num_heads)))
+        attention = cast(Attention, block.attn)
+        attention.register_parameter(KEY, nn.Parameter(torch.zeros(entries, attention.num_heads)))
     return relative_index(rows, columns)
 
 

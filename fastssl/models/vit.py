@@ -9,6 +9,7 @@ Letters: B images, N patches of the image, K kept patches, D width, G side of th
 from __future__ import annotations
 
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ class ViT(nn.Module):
         else:
             patches = gather_tokens(patches, keep)  # [B, K, 3 p p]
             place = F.embedding(keep, table[0, 1:])
-        projection = self.patch_embed["proj"]
+        projection = cast(nn.Conv2d, self.patch_embed["proj"])
         tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + place
         first = (self.cls_token + table[:, :1]).expand(len(images), -1, -1)
         return torch.cat([first, tokens], dim=1)
@@ -171,7 +172,7 @@ def transformer_blocks(
             qkv_bias=True,
             init_values=layer_scale or None,
             drop_path=drop_path * i / max(depth - 1, 1),
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]  # timm takes any callable
         )
         for i in range(depth)
     )
@@ -229,4 +230,4 @@ def xavier_init_(module: nn.Module) -> None:
             nn.init.xavier_uniform_(child.weight)
             nn.init.zeros_(child.bias)
         elif isinstance(child, ViT):
-            nn.init.xavier_uniform_(child.patch_embed["proj"].weight.flatten(1))
+            nn.init.xavier_uniform_(cast(nn.Conv2d, child.patch_embed["proj"]).weight.flatten(1))
