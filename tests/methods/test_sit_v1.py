@@ -296,20 +296,21 @@ def half_step(rank: int, gather: bool):
     return out.loss.detach(), out.metrics, {key: p.grad for key, p in method.named_parameters()}
 
 
-def test_two_processes_equal_one_with_gathered_negatives(on_processes):
+def both_half_steps(rank: int):
+    return [half_step(rank, gather) for gather in (True, False)]
+
+
+def test_two_processes_equal_one_with_gathered_negatives_which_are_local_by_default(on_processes):
     loss, metrics, gradients = half_step(0, True)
-    halves = on_processes(2, half_step, True)
+    halves, local = zip(*on_processes(2, both_half_steps), strict=True)
     torch.testing.assert_close((halves[0][0] + halves[1][0]) / 2, loss)
     for key in ("contrastive", "rotation", "reconstruction", "rotation_top1"):
         torch.testing.assert_close((halves[0][1][key] + halves[1][1][key]) / 2, metrics[key])
     for key, gradient in gradients.items():
         torch.testing.assert_close((halves[0][2][key] + halves[1][2][key]) / 2, gradient, rtol=1e-6, atol=1e-10)
 
-
-def test_negatives_are_local_by_default(on_processes):
-    halves = on_processes(2, half_step, False)
     method = make_method(make_config(rec_region="damaged")).to(DOUBLE)
-    for rank, half in enumerate(halves):
+    for rank, half in enumerate(local):
         out = method(part_of(make_batch(dtype=DOUBLE), slice(8 * rank, 8 * rank + 8)), VALUES)
         torch.testing.assert_close(half[1]["contrastive"], out.metrics["contrastive"])
         torch.testing.assert_close(half[1]["rotation"], out.metrics["rotation"])
