@@ -13,7 +13,8 @@ TREES = {"fastssl": ROOT / "fastssl", "fastssl.kernels": ROOT / "kernels", "fast
 # What a room (a file or folder below fastssl/) may import from the project besides itself, from the ground floor up.
 ALLOWED = {
     "kernels": set(),
-    "config": set(),
+    "ranges": set(),
+    "config": {"ranges"},
     "step": set(),
     "batch": set(),
     "pictures": set(),
