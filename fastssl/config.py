@@ -25,7 +25,6 @@ from fastssl.ranges import (  # noqa: F401  (this file hands on all that a confi
     Seed,
     ZeroToOne,
     check,
-    check_probability,
     rules,
 )
 

@@ -28,11 +28,6 @@ def check(ok: bool, key: str, value: object, allowed: str) -> None:
         raise ConfigError(f"{key} is {value!r}; it must be {allowed}")
 
 
-def check_probability(key: str, value: float) -> None:
-    """Raises ConfigError unless `value` lies between 0 and 1."""
-    check(0.0 <= value <= 1.0, key, value, "a probability from 0 to 1")
-
-
 class Rule:
     """A condition on a value, as the second part of `Annotated[type, rule]`; its text completes "it must be ..."."""
 
