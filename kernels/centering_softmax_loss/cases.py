@@ -61,7 +61,7 @@ def cross_entropy(
 PROOF: dict[str, Case] = {
     "dino": {"V": 5, "B": 3, "K": 700},
     "more than one stretch": {"V": 3, "B": 1, "K": 4500, "T": 1},
-    "many rows": {"V": 2, "B": 41, "K": 65},
+    "many rows": {"V": 2, "B": 17, "K": 65},
     "one prototype": {"V": 2, "B": 1, "K": 1},
     "cross-view": {"V": 2, "B": 4, "K": 256},
     "matching, no centre": {"V": 6, "T": 6, "B": 3, "K": 257, "center": False, "pairs": "matching", "temp": 0.07},

@@ -55,13 +55,13 @@ def by_library(a: Tensor, b: Tensor, valid: Tensor, temperature: float = 0.2) ->
 
 
 PROOF: dict[str, Case] = {
-    "saae, small": {"N": 2, "P": 49, "C": 32},
-    "more than one block": {"N": 2, "P": 70, "C": 16, "likeness": 1.0},
+    "saae, small": {"N": 2, "P": 25, "C": 32},
+    "more than one block": {"N": 2, "P": 35, "C": 16, "likeness": 1.0},
     "width padded": {"N": 1, "P": 20, "C": 24, "temperature": 0.07},
     "two patches, two values": {"N": 1, "P": 2, "C": 2, "valid": 1.0},
-    "all valid": {"N": 1, "P": 65, "C": 16, "valid": 2.0},
+    "all valid": {"N": 1, "P": 33, "C": 16, "valid": 2.0},
     "none valid": {"N": 2, "P": 17, "C": 16, "valid": 0.0},
-    "few valid": {"N": 3, "P": 100, "C": 16, "valid": 0.01},
+    "few valid": {"N": 2, "P": 68, "C": 16, "valid": 0.02},
     "wide": {"N": 1, "P": 5, "C": 300, "valid": 1.0},
     "strided": {"N": 2, "P": 18, "C": 16, "strided": True},
     "no images": {"N": 0, "P": 5, "C": 16},

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -28,8 +29,9 @@ _NOTHING = 1e-6
 
 # Products and sums may be fused and the sign of a zero lost. _step: an inner loop, compiled into its callers.
 _MATH = {"contract", "nsz"}
-_step = njit(nogil=True, fastmath=_MATH, no_cpython_wrapper=True, no_cfunc_wrapper=True)
-_sum = njit(nogil=True, fastmath=_MATH | {"reassoc"}, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+_INNER: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+_step = njit(fastmath=_MATH, **_INNER)
+_sum = njit(fastmath=_MATH | {"reassoc"}, **_INNER)
 _public = njit(nogil=True, fastmath=_MATH, cache=True)
 
 

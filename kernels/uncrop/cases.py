@@ -65,8 +65,8 @@ def einsum(
 
 
 PROOF: dict[str, Case] = {
-    "saae": {"V": 5, "C": 48, "grid": 14},
-    "several blocks": {"V": 3, "C": 130, "grid": (9, 11)},
+    "saae": {"V": 3, "C": 48, "grid": 14},
+    "several blocks": {"V": 2, "C": 130, "grid": (9, 8)},
     "one cell": {"V": 3, "C": 7, "grid": 1},
     "one row": {"V": 4, "C": 5, "grid": (1, 13)},
     "small boxes": {"V": 6, "C": 16, "grid": 6, "mask_dtype": FP32},

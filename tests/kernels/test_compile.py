@@ -1,7 +1,7 @@
 """Every kernel that the ops launch builds without spills and within the card's shared memory.
 
-By default for one architecture and one dtype per op; FASTSSL_BUILD_ALL=1 builds for all architectures and dtypes (seven
-CPU minutes).
+By default for one architecture and one dtype per op; FASTSSL_BUILD_ALL=1 builds for all architectures and dtypes
+(several CPU minutes).
 """
 
 import json
