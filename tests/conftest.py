@@ -17,4 +17,6 @@ def on_processes():
     """on_processes(2, function, *arguments): results of `function(rank, *arguments)` on two gloo processes."""
     import gloo
 
-    return gloo.on_processes
+    processes = gloo.Processes()
+    yield processes
+    processes.close()

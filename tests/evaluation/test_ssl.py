@@ -131,9 +131,7 @@ def test_a_checkpoint_that_does_not_fit(images, tmp_path, monkeypatch):
     saved = checkpoint.read(given["checkpoint"])
     saved.network.pop("student.head.0.bias")
     checkpoint.write(tmp_path / "broken.pt", saved)
-    with pytest.raises(
-        CheckpointError, match=r"broken\.pt does not hold a whole sit .*student.head.0.bias"
-    ):
+    with pytest.raises(CheckpointError, match=r"broken\.pt does not hold a whole sit .*student.head.0.bias"):
         evaluate_ssl(SSLOptions(**{**given, "checkpoint": str(tmp_path / "broken.pt")}))
     saved.config["method"] = "unheard"
     checkpoint.write(tmp_path / "other.pt", saved)

@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 
@@ -12,7 +13,13 @@ from fastssl.cli import main
 from fastssl.config import Config, ConfigError, Model
 from fastssl.evaluation.data import EvaluationError
 from fastssl.evaluation.frozen import attentive
-from fastssl.evaluation.frozen.attentive import AttentiveOptions, AttentiveProbe, evaluate_attentive, standardised
+from fastssl.evaluation.frozen.attentive import (
+    AttentiveOptions,
+    AttentiveProbe,
+    Probing,
+    evaluate_attentive,
+    standardised,
+)
 from fastssl.models import build_backbone
 from fastssl.training import checkpoint
 from fastssl.training.checkpoint import Checkpoint
@@ -130,14 +137,14 @@ def test_drawn_crops(given):
 def test_one_step_is_pytorchs_nesterov(given, monkeypatch):
     """A step of two micro-batches moves the probe as SGD on the mean of their gradients does."""
     options = AttentiveOptions(**given, epochs=1, warmup_epochs=0, augment=False, lrs=(0.1,))
-    probing = attentive._Probing(options)
-    assert (probing.batch_size, probing.accumulate, probing.steps, probing.images_per_step) == (16, 2, 1, 32)
+    probing = Probing(options)
+    pace = probing.pace
+    assert (probing.batch_size, pace.accumulate, pace.steps_per_epoch, pace.images_per_step) == (16, 2, 1, 32)
     probe = attentive.copy.deepcopy(probing.probes[0])
-    with probing._batches() as batches:
-        pieces = list(batches(0))
-        probing._train_step(iter(pieces), 0)
+    pieces = list(itertools.islice(probing.micro_batches(), 2))
+    probing.train_step(iter(pieces))
     optimizer = torch.optim.SGD(probe.parameters(), 0.1 * 32 / 256, momentum=0.9, nesterov=True)
-    for tokens, labels, _ in pieces:
+    for tokens, labels, *_ in pieces:
         (nn.functional.cross_entropy(probe(tokens), labels) / 2).backward()
     optimizer.step()
     for ours, theirs in zip(probing.probes[0].parameters(), probe.parameters(), strict=True):
@@ -145,23 +152,23 @@ def test_one_step_is_pytorchs_nesterov(given, monkeypatch):
 
 
 def test_probes_do_not_feel_each_other_and_twins_not_the_held_out_tenth(given):
-    alone = attentive._Probing(AttentiveOptions(**given, **{**QUICK, "lrs": (0.1,)}))
-    both = attentive._Probing(AttentiveOptions(**given, **{**QUICK, "lrs": (0.1, 5.0)}))
+    alone = Probing(AttentiveOptions(**given, **{**QUICK, "lrs": (0.1,)}))
+    both = Probing(AttentiveOptions(**given, **{**QUICK, "lrs": (0.1, 5.0)}))
     assert int(both.held_out.sum()) == 6
     for probing in (alone, both):
-        with probing._batches() as batches:
-            stream = list(batches(0))
-            probing._train_step(iter(stream), 0)
-            probing._train_step(iter(stream), 1)
+        stream = list(itertools.islice(probing.micro_batches(), 4))
+        probing.train_step(iter(stream))
+        probing.train_step(iter(stream))
     for ours, theirs in zip(alone.probes[0].parameters(), both.probes[0].parameters(), strict=True):
         assert torch.equal(ours, theirs)
 
     def twin_after(change):
-        probing = attentive._Probing(AttentiveOptions(**given, **{**QUICK, "lrs": (0.1, 5.0)}))
-        with probing._batches() as batches:
-            stream = [(torch.where(h[:, None, None], change * t, t), y, h) for t, y, h in batches(0)]
-            assert any(h.any() for _, _, h in stream)
-            probing._train_step(iter(stream), probing.steps)
+        probing = Probing(AttentiveOptions(**given, **{**QUICK, "lrs": (0.1, 5.0)}))
+        taken = itertools.islice(probing.micro_batches(), 4)
+        stream = [(torch.where(h[:, None, None], change * t, t), y, h, ids) for t, y, h, ids in taken]
+        assert any(h.any() for _, _, h, _ in stream)
+        probing.step = probing.pace.steps_per_epoch
+        probing.train_step(iter(stream))
         return [p.clone() for p in probing.probes[2].parameters()], [p.clone() for p in probing.probes[0].parameters()]
 
     (twin, full), (other_twin, other_full) = twin_after(1.0), twin_after(-3.0)
@@ -172,20 +179,20 @@ def test_probes_do_not_feel_each_other_and_twins_not_the_held_out_tenth(given):
 def test_resumed_is_exact(given, tmp_path, monkeypatch):
     whole = evaluate_attentive(AttentiveOptions(**given, **QUICK))
     options = AttentiveOptions(**given, **QUICK, dir=str(tmp_path / "probes"))
-    save = attentive._Probing._save
+    save = Probing.save
 
-    def killed(self):
-        save(self)
+    def killed(self, path):
+        save(self, path)
         if self.epoch == 3:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(attentive._Probing, "_save", killed)
+        patch.setattr(Probing, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             evaluate_attentive(options)
     resumed = evaluate_attentive(options)
     assert (resumed.scored, resumed.held_out) == (whole.scored, whole.held_out)
-    with pytest.raises(checkpoint.CheckpointError, match=r"written with lrs = \[0.1, 1.0\], this run has \[0.2\]"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"other settings: lrs \(was \[0.1, 1.0\], now \[0.2\]\);"):
         evaluate_attentive(AttentiveOptions(**given, **{**QUICK, "lrs": (0.2,)}, dir=str(tmp_path / "probes")))
 
 
@@ -194,17 +201,14 @@ def test_predictions_depend_on_the_batch_only_upstream(given):
         return evaluate_attentive(AttentiveOptions(**{**given, **QUICK, "lrs": (0.3,), **change})).scored
 
     def on_other_batches(upstream):
-        probing = attentive._Probing(
-            AttentiveOptions(**{**given, **QUICK, "lrs": (0.3,), "upstream_bn_eval": upstream})
-        )
-        with attentive.frozen(probing.vit):
-            results = []
-            for ids in (np.arange(31), np.arange(10)):
-                probing.options.batch_size = 7
-                before = probing.probes[0].norm.running_mean.clone()
-                [result] = probing._score([probing.probes[0]], probing.val_source, "", ids)
-                assert torch.equal(before, probing.probes[0].norm.running_mean)
-                results.append(result.loss * result.images)
+        probing = Probing(AttentiveOptions(**{**given, **QUICK, "lrs": (0.3,), "upstream_bn_eval": upstream}))
+        results = []
+        for ids in (np.arange(31), np.arange(10)):
+            probing.options.batch_size = 7
+            before = probing.probes[0].norm.running_mean.clone()
+            [result] = probing._score([probing.probes[0]], probing.val_source, "", ids)
+            assert torch.equal(before, probing.probes[0].norm.running_mean)
+            results.append(result.loss * result.images)
         [rest] = probing._score([probing.probes[0]], probing.val_source, "", np.arange(10, 31))
         return results[0], results[1] + rest.loss * rest.images
 
@@ -217,13 +221,12 @@ def test_predictions_depend_on_the_batch_only_upstream(given):
 
 def judge_on(rank, options):
     evaluation = evaluate_attentive(AttentiveOptions(**options))
-    probing = attentive._Probing(AttentiveOptions(**{**options, "dir": ""}))
+    probing = Probing(AttentiveOptions(**{**options, "dir": ""}))
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in probing.probes[0].parameters():
             parameter.copy_(torch.randn_like(parameter))
-    with attentive.frozen(probing.vit):
-        [scored] = probing._score([probing.probes[0]], probing.val_source, "")
+    [scored] = probing._score([probing.probes[0]], probing.val_source, "")
     return evaluation.scored, scored
 
 
@@ -250,7 +253,7 @@ def test_command_line(given, capsys):
     [
         ({"lrs": ()}, r"lrs is \[\]"),
         ({"batch_size": 1}, "batch_size is 1; it must be 2 or more"),
-        ({"warmup_epochs": 100}, r"warmup_epochs is 100; it must be from 0 to epochs \(90\)"),
+        ({"warmup_epochs": 100}, r"warmup_epochs is 100; it must be at most epochs \(90\)"),
         ({"val": "a"}, r"val is the same as data \(a\)"),
         ({"heads": -1}, "heads is -1"),
     ],

@@ -729,7 +729,7 @@ def test_two_processes_judge_every_image_once_and_give_the_number_of_one(ready, 
 def test_published_recipes_parse(ready):
     from fastssl.parse import parse_options
 
-    root = Path(__file__).parents[2] / "configs" / "coco"
+    root = Path(__file__).parents[3] / "configs" / "coco"
     files = ["--checkpoint=c", "--data=d", "--val=v"]
     vit, _ = parse_options(
         "p", "", DetectOptions, ["--config", str(root / "detect_cae_vit_base.yaml"), *files], recipe=True

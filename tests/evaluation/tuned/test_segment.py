@@ -20,8 +20,9 @@ from fastssl.models import build_backbone
 from fastssl.parse import parse_options
 from fastssl.training import checkpoint, distributed
 from fastssl.training.checkpoint import Checkpoint
+from fastssl.training.loop import TrainingError
 
-RECIPES = Path(__file__).parents[2] / "configs" / "ade20k"
+RECIPES = Path(__file__).parents[3] / "configs" / "ade20k"
 VIT = Model(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=4, heads=2)
 RESNET = Model(name="resnet18", width=8)
 SMALL = {"crop": 48, "short_side": 48, "long_side": 100, "batch_size": 2, "warmup_steps": 2, "channels": 16}
@@ -117,24 +118,24 @@ def test_interrupted_run_continues_exactly(given, tmp_path, monkeypatch):
 
     whole = Segmentation(options("whole"))
     expected = whole.train()
-    step = Segmentation._step
+    step = Segmentation.train_step
 
-    def fall(self, stream, clock):
+    def fall(self, stream):
         if self.step == 3:
             raise KeyboardInterrupt
-        return step(self, stream, clock)
+        return step(self, stream)
 
-    monkeypatch.setattr(Segmentation, "_step", fall)
+    monkeypatch.setattr(Segmentation, "train_step", fall)
     with pytest.raises(KeyboardInterrupt):
         Segmentation(options("broken")).train()
-    monkeypatch.setattr(Segmentation, "_step", step)
+    monkeypatch.setattr(Segmentation, "train_step", step)
     resumed = Segmentation(options("broken"))
     assert resumed.step == 2
     found = resumed.train()
     for a, b in zip(whole.network.state_dict().values(), resumed.network.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     assert found.overlap == expected.overlap
-    with pytest.raises(checkpoint.CheckpointError, match=r"was written with lr = 0.0001, this run has 0.01; "):
+    with pytest.raises(checkpoint.CheckpointError, match=r"other settings: lr \(was 0.0001, now 0.01\); "):
         Segmentation(options("broken", lr=0.01))
 
 
@@ -144,8 +145,8 @@ def test_images_of_a_step_do_not_depend_on_how_it_is_divided(given, tmp_path):
         changes = {"batch_size": batch_size, "accumulate": accumulate}
         run = Segmentation(SegmentOptions(**{**given, **changes}, steps=5, dir=str(tmp_path)))
         run.step = 1
-        stream = run._stream()
-        views.append(torch.stack([next(stream)[0] for _ in range(12)]))
+        stream = run.micro_batches()
+        views.append(torch.cat([next(stream)[0] for _ in range(12 // batch_size)]))
         stream.close()
     assert torch.equal(*views)
 
@@ -211,13 +212,13 @@ def test_windows_do_not_shift_the_answer(given, tmp_path):
             level = torch.nn.functional.avg_pool2d(images.mean(1, keepdim=True), 4)
             return torch.cat([-level, level, level - 99], dim=1), None
 
-    run.network = Bright()
+    run.segmenter = Bright()
     picture = torch.zeros(3, 120, 300, dtype=torch.uint8)
     picture[:, 60:, 150:] = 255
     found = run._classify(picture)
     assert found.shape == (120, 300)
     assert ((found == 1) == (picture[0] > 0)).float().mean() > 0.98
-    run.network = lambda images: (torch.full((len(images), 3, 4, 4), torch.nan), None)
+    run.segmenter = lambda images: (torch.full((len(images), 3, 4, 4), torch.nan), None)
     with pytest.raises(EvaluationError, match="scores are not finite"):
         run._classify(picture)
 
@@ -250,7 +251,7 @@ def test_published_recipes(recipe):
         ({"checkpoint": ""}, "checkpoint is empty"),
         ({"steps": 0}, "steps is 0; it must be 1 or more"),
         ({"classes": 1}, "classes is 1; it must be 2 or more"),
-        ({"warmup_steps": 9}, r"warmup_steps is 9; it must be 0 to steps \(4\)"),
+        ({"warmup_steps": 9}, r"warmup_steps is 9; it must be at most steps \(4\)"),
         ({"lr": 0.0}, "lr is 0.0; it must be positive"),
         ({"drop_path": 2.0}, "drop_path is 2.0; it must be a probability"),
         ({"dropout": 1.0}, "dropout is 1.0; it must be at least 0 and below 1"),
@@ -292,13 +293,13 @@ def test_resnet_refuses_what_changes_a_vit(given, tmp_path):
 
 def test_diverged_run_says_so(given, tmp_path, monkeypatch):
     monkeypatch.setattr(segment, "pixel_loss", lambda scores, labels: scores.sum() * torch.nan)
-    with pytest.raises(EvaluationError, match="step 0: the loss is not finite; try a smaller --lr; kept: no"):
+    with pytest.raises(TrainingError, match="step 1: the loss is not finite; samples of that step"):
         evaluate_segment(SegmentOptions(**given, steps=2, dir=str(tmp_path)))
 
 
 def test_folder_of_another_run_is_refused(given, tmp_path):
     save_checkpoint(tmp_path / "last.pt", VIT)
-    with pytest.raises(checkpoint.CheckpointError, match="is not of a segmentation run"):
+    with pytest.raises(checkpoint.CheckpointError, match="of a pretraining run, not of a segmentation run"):
         Segmentation(SegmentOptions(**given, steps=2, dir=str(tmp_path)))
 
 
