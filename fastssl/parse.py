@@ -163,8 +163,7 @@ def parse_recipe(prog: str, about: str, arguments: list[str], **sections: type) 
     namespace = parser.parse_args(arguments)
     for group in fields(kind.Views):
         namespace[f"views.{group.name}.name"] = group.name  # so that an error in it names the group
-    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # its name in older versions
-    values = instantiate(namespace)
+    values = parser.instantiate(namespace)
     common = {name: values[name] for name in SECTIONS}
     config = Config(method=method, views=values["views"], settings=values[method], **common)
     return config, values["json"], {name: values[name] for name in sections}
