@@ -68,15 +68,19 @@ class Batch:
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `f` applied to every tensor."""
+
+        def each(group: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: f(value) for name, value in group.items()}
+
         return replace(
             self,
             id=f(self.id),
             label=f(self.label),
+            views=each(self.views),
+            box=each(self.box),
+            flip=each(self.flip),
+            parts=each(self.parts),
             photometric={name: p.map(f) for name, p in self.photometric.items()},
-            **{
-                key: {name: f(value) for name, value in getattr(self, key).items()}
-                for key in ("views", "box", "flip", "parts")
-            },
         )
 
     def to(self, device: torch.device | str) -> Batch:

@@ -61,7 +61,7 @@ def convert(arguments: list[str]) -> None:
     from fastssl.loaders.convert import ConvertOptions
     from fastssl.loaders.convert import convert as run
 
-    options, as_json = parse_options("fastssl convert", convert.__doc__, ConvertOptions, arguments, "src", "dst")
+    options, as_json = parse_options("fastssl convert", convert.__doc__ or "", ConvertOptions, arguments, "src", "dst")
     result = run(options)
     print(json.dumps(result.as_dict()) if as_json else result.summary())
 
@@ -71,7 +71,7 @@ def verify(arguments: list[str]) -> int:
     from fastssl.loaders.verify import VerifyOptions
     from fastssl.loaders.verify import verify as run
 
-    options, as_json = parse_options("fastssl verify", verify.__doc__, VerifyOptions, arguments, "path")
+    options, as_json = parse_options("fastssl verify", verify.__doc__ or "", VerifyOptions, arguments, "path")
     report = run(options)
     print(json.dumps(report.as_dict()) if as_json else report.summary())
     return 0 if report.ok else 1
@@ -178,7 +178,9 @@ def export(arguments: list[str]) -> None:
     from fastssl.weights.export import ExportOptions
     from fastssl.weights.export import export as run
 
-    options, as_json = parse_options("fastssl export", export.__doc__, ExportOptions, arguments, "checkpoint", "out")
+    options, as_json = parse_options(
+        "fastssl export", export.__doc__ or "", ExportOptions, arguments, "checkpoint", "out"
+    )
     result = run(options)
     print(json.dumps(result.as_dict()) if as_json else result.table())
 
@@ -190,7 +192,7 @@ def embed(arguments: list[str]) -> None:
     from fastssl.training import distributed
 
     positional = ("checkpoint", "data", "out")
-    options, as_json = parse_options("fastssl embed", embed.__doc__, EmbedOptions, arguments, *positional)
+    options, as_json = parse_options("fastssl embed", embed.__doc__ or "", EmbedOptions, arguments, *positional)
     try:
         result = run(options)
     finally:
@@ -204,7 +206,7 @@ def demo(arguments: list[str]) -> None:
     from fastssl.prepare.demo import DemoOptions
     from fastssl.prepare.demo import demo as run
 
-    options, as_json = parse_options("fastssl demo", demo.__doc__, DemoOptions, arguments)
+    options, as_json = parse_options("fastssl demo", demo.__doc__ or "", DemoOptions, arguments)
     result = run(options)
     print(json.dumps(result.as_dict()) if as_json else result.table())
 
@@ -213,7 +215,9 @@ def tokenizer(arguments: list[str]) -> None:
     """Make a stand-in for CAE's tokenizer from images: fastssl tokenizer DATA OUT.pt."""
     from fastssl.prepare.tokenizer import TokenizerOptions, train_tokenizer
 
-    options, as_json = parse_options("fastssl tokenizer", tokenizer.__doc__, TokenizerOptions, arguments, "data", "out")
+    options, as_json = parse_options(
+        "fastssl tokenizer", tokenizer.__doc__ or "", TokenizerOptions, arguments, "data", "out"
+    )
     result = train_tokenizer(options)
     print(json.dumps(result.as_dict()) if as_json else result.summary())
 

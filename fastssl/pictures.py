@@ -81,7 +81,7 @@ def save(path: Path, pictures: Tensor) -> None:
     Image.fromarray(pixels.byte().permute(1, 2, 0).numpy()).save(path)
 
 
-def _enlarge(cells: Tensor, size: tuple[int, int]) -> Tensor:
+def _enlarge(cells: Tensor, size: tuple[int, ...]) -> Tensor:
     """[..., g, g] -> [..., H, W] by nearest neighbour."""
     lead = cells.shape[:-2]
     return F.interpolate(cells.reshape(-1, 1, *cells.shape[-2:]), size=tuple(size), mode="nearest").reshape(

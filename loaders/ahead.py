@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,7 +12,9 @@ Item = TypeVar("Item")
 Prepare = Callable[[Key], tuple[Item, Iterable[Callable[[], None]]]]
 
 
-def read_ahead(keys: Iterable[Key], make: Callable[[Key], Item], workers: int, prefetch: int = 0) -> Iterator[Item]:
+def read_ahead(
+    keys: Iterable[Key], make: Callable[[Key], Item], workers: int, prefetch: int = 0
+) -> Generator[Item, None, None]:
     """`make(key)` of each key, in order; `workers` threads work ahead, on `prefetch` keys (0: two for each thread).
 
     Raises:
@@ -37,7 +39,7 @@ class Ahead:
         self._prefetch = prefetch
         self._closed = False
 
-    def run(self, prepare: Prepare[Key, Item], keys: Iterable[Key]) -> Iterator[Item]:
+    def run(self, prepare: Prepare[Key, Item], keys: Iterable[Key]) -> Generator[Item, None, None]:
         """The items of `keys`, in this order. The threads are freed when the iterator ends or is dropped.
 
         Args:

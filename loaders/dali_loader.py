@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -79,7 +79,7 @@ class DALILoader(Loader):
         """Nothing: DALI's stages cannot be told apart from outside."""
         return {}
 
-    def _epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _epoch(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         ids = order(len(self._source), self._seed, epoch, self._pages, self._page_window)
 
         def prepare(position: int) -> tuple[Feed, list[Callable[[], None]]]:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -163,7 +163,7 @@ class Loader(ABC):
         with self._lock:
             return sorted(self._bad.values())
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
         """The batches of one epoch, from position `start` on (to resume inside an epoch).
 
         Raises:
@@ -174,7 +174,7 @@ class Loader(ABC):
             raise ValueError(f"batch {start} of the epoch does not exist; there are {self.batches_per_epoch}")
         return self._epoch(epoch, start)
 
-    def _epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+    def _epoch(self, epoch: int, start: int) -> Generator[Batch, None, None]:
         stream = Ahead(self._workers, self._prefetch)
         self._streams.add(stream)
         ids = order(len(self._source), self._seed, epoch, self._pages, self._page_window)

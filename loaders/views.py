@@ -8,7 +8,7 @@ Letters: B images in the batch, n crops of the group, S side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -32,7 +32,7 @@ def evaluation_batches(
     workers: int = 0,
     prefetch: int = 4,
     ids: Sequence[int] | np.ndarray | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every image in its central view, in order, the last incomplete batch included.
 
     Args:
@@ -69,7 +69,7 @@ def central_batches(
     prefetch: int = 4,
     ids: Sequence[int] | np.ndarray | None = None,
     part_grid: Mapping[str, int] | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """All view groups of every image, in order: each crop shows the central view, not flipped.
 
     A group that is cut from a squashed image shows all of that: resized to a square (bilinear), then to the group's

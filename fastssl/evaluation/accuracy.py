@@ -36,7 +36,7 @@ class Accuracy:
         low, high = self.interval
         return {"top1": self.top1, "top5": self.top5, "images": self.images, "top1_interval": [low, high]}
 
-    def cells(self) -> tuple[str, str, str]:
+    def cells(self) -> tuple[str, ...]:
         """Top-1, its interval and top-5 as text for a table."""
         low, high = self.interval
         return f"{self.top1:.2f}", f"{low:.2f} to {high:.2f}", f"{self.top5:.2f}"

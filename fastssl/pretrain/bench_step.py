@@ -133,11 +133,11 @@ def bench(config: Config, options: StepBenchOptions) -> StepBench:
 
 def _bench(trainer: Trainer, options: StepBenchOptions) -> StepBench:
     device, cuda = trainer.device, trainer.device.type == "cuda"
-    batches = trainer.micro_batches()
+    stream = trainer.micro_batches()
+    batches: Iterator[Batch] = stream
     if options.repeat_batch:
-        batch = next(batches).map(torch.clone)
-        batches.close()
-        batches = itertools.repeat(batch)
+        batches = itertools.repeat(next(stream).map(torch.clone))
+        stream.close()
     watch = Stopwatch(device)
     rounds: dict[str, list[dict[str, float]]] = {mode: [] for mode in options.modes}
     memory = dict.fromkeys(options.modes, 0)

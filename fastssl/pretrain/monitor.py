@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 
 import torch
 from torch import nn
@@ -50,9 +51,16 @@ class KNNMonitor:
 
     def measure(self, backbone: nn.Module) -> float:
         """Top-1 accuracy of `backbone`, in percent."""
-        options = {"size": self.size, "batch_size": self.batch_size, "workers": self.workers, "dtype": self.dtype}
-        options["mean_patch"] = self.mean_patch
-        train = extract(backbone, self.train, ids=self.train_ids, progress="k-NN: memory", **options)
-        val = extract(backbone, self.val, ids=self.val_ids, progress="k-NN: queries", **options)
+        features = partial(
+            extract,
+            backbone,
+            size=self.size,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            dtype=self.dtype,
+            mean_patch=self.mean_patch,
+        )
+        train = features(self.train, ids=self.train_ids, progress="k-NN: memory")
+        val = features(self.val, ids=self.val_ids, progress="k-NN: queries")
         results = knn_classify(train, val, (self.k,), device=self.device, budget=BUDGET, leave_one_out=self.same_images)
         return results[self.k].top1

@@ -6,12 +6,12 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl.augment import augment
 from fastssl.batch import Batch, Photometric
 from fastssl.config import Config, View
+from fastssl.methods.method import Method
 from fastssl.step import Values
 
 TRIAL = 2  # images in the trial batch
@@ -47,7 +47,7 @@ class Preflight:
 
 
 def preflight(
-    method: nn.Module, views: list[View], config: Config, *, images: int, device: torch.device, dtype: torch.dtype
+    method: Method, views: list[View], config: Config, *, images: int, device: torch.device, dtype: torch.dtype
 ) -> Preflight:
     """Runs the method once on two made-up images and scales up; weights, buffers and gradients are left as found.
 

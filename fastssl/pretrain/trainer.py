@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
@@ -20,6 +20,8 @@ from fastssl.evaluation.data import frozen
 from fastssl.loaders.engine import choose_engine, decoding_threads, open_loader
 from fastssl.loaders.sources import open_source
 from fastssl.methods import METHODS, view_list
+from fastssl.models.resnet import ResNet
+from fastssl.models.vit import ViT
 from fastssl.pictures import save as save_picture
 from fastssl.pretrain.monitor import KNNMonitor
 from fastssl.pretrain.preflight import preflight
@@ -88,7 +90,8 @@ class Trainer(Run[Batch, dict[str, Any]]):
         torch.manual_seed(config.run.seed)
         self.method = METHODS[config.method](config).to(device).train()
         if device.type == "cuda":
-            self.method = self.method.to(memory_format=self.method.backbone.memory_format)
+            backbone = cast(ViT | ResNet, self.method.backbone)
+            self.method = self.method.to(memory_format=backbone.memory_format)
         optimizer = build_optimizer(self.method, config.optim)
 
         # What watches it.
@@ -316,7 +319,7 @@ def _set_threads(threads: int, device: torch.device) -> None:
 def _compile(method: nn.Module) -> None:
     """Compiles the repeated parts of the backbones (blocks, stages) where they stand; state-dict keys do not change."""
     for module in list(method.modules()):
-        if hasattr(module, "compile_parts"):
+        if isinstance(module, ViT | ResNet):
             for part in module.compile_parts():
                 part.compile()
 

@@ -55,8 +55,9 @@ def update_running(norm: _BatchNorm, mean: Tensor, var: Tensor, count: int) -> N
         mean, var: [C], of this batch; `var` is biased, the running one is not.
         count: values per channel that they were taken from.
     """
-    if norm.track_running_stats:
-        norm.num_batches_tracked.add_(1)
-        factor = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), factor)
-        norm.running_var.lerp_((var * count / max(count - 1, 1)).to(norm.running_var.dtype), factor)
+    batches, running_mean, running_var = norm.num_batches_tracked, norm.running_mean, norm.running_var
+    if norm.track_running_stats and batches is not None and running_mean is not None and running_var is not None:
+        batches.add_(1)
+        factor = 1 / float(batches) if norm.momentum is None else norm.momentum
+        running_mean.lerp_(mean.to(running_mean.dtype), factor)
+        running_var.lerp_((var * count / max(count - 1, 1)).to(running_var.dtype), factor)

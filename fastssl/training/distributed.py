@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -195,7 +195,7 @@ class Agreement:
         if self.close():
             return True
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # of all processes
         self._flag.fill_(float(flag))
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return False

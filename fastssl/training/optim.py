@@ -30,7 +30,9 @@ def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     """
     groups = param_groups(module)
     if optim.name == "adamw":
-        built = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+        built: torch.optim.Optimizer = torch.optim.AdamW(
+            groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True
+        )
     elif optim.name == "sgd":
         built = torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, foreach=True)
     else:
@@ -65,7 +67,7 @@ class LARS(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "momentum": momentum, "trust": trust, "weight_decay": 0.0, "decay": True})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step; `closure`, if given, recomputes and returns the loss."""
         loss = None
         if closure is not None:
@@ -75,7 +77,7 @@ class LARS(torch.optim.Optimizer):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            updates = [p.grad for p in params]
+            updates = tuple(p.grad for p in params)
             if group["decay"]:
                 updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
                 size, change = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(updates))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 
 
-def cosine(step: int, total_steps: int, start: float, end: float) -> float:
+def cosine(step: float, total_steps: float, start: float, end: float) -> float:
     """Half a cosine from `start` at step 0 towards `end` at step `total_steps`; `end` from there on."""
     progress = min(step / max(total_steps, 1), 1.0)
     return end + 0.5 * (start - end) * (1.0 + math.cos(math.pi * progress))
 
 
-def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak: float, end: float, start: float = 0.0) -> float:
+def warmup_cosine(
+    step: float, total_steps: float, warmup_steps: float, peak: float, end: float, start: float = 0.0
+) -> float:
     """Linear from `start` to `peak` over `warmup_steps`, then half a cosine to `end` at `total_steps`."""
     if step < warmup_steps:
         return start + (peak - start) * step / warmup_steps

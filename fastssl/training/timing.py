@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        self._marks: list[tuple[str, object]] = []  # (section that begins here, moment)
+        self._marks: list[tuple[str, Any]] = []  # (section that begins here, moment: an event, or seconds)
         self._open: list[str] = []
 
     @contextmanager
@@ -71,8 +72,8 @@ class Stopwatch:
 
     def _mark(self, name: str) -> None:
         if self.cuda:
-            moment = torch.cuda.Event(enable_timing=True)
-            moment.record()
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((name, event))
         else:
-            moment = time.perf_counter()
-        self._marks.append((name, moment))
+            self._marks.append((name, time.perf_counter()))

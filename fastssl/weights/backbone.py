@@ -16,6 +16,8 @@ from fastssl.config import Config, Model, View
 from fastssl.methods import METHODS
 from fastssl.methods.method import Method
 from fastssl.models import VITS, build_backbone
+from fastssl.models.resnet import ResNet
+from fastssl.models.vit import ViT
 from fastssl.training import checkpoint
 from fastssl.training.checkpoint import Checkpoint, CheckpointError
 
@@ -33,7 +35,7 @@ class Backbone:
         step: optimizer steps of the run.
     """
 
-    module: nn.Module
+    module: ViT | ResNet
     model: Model
     config: dict[str, Any]
     step: int = 0
@@ -147,12 +149,12 @@ def from_timm(theirs: nn.Module, name: str) -> Backbone:
     Raises:
         CheckpointError: it is not a plain ViT with a class token.
     """
-    embed = getattr(theirs, "patch_embed", None)
+    vit: Any = theirs  # if it is one
     try:
-        side, patch = embed.img_size[0], embed.patch_size[0]
-        heads = theirs.blocks[0].attn.num_heads
-        width, depth = theirs.embed_dim, len(theirs.blocks)
-        gamma = getattr(theirs.blocks[0].ls1, "gamma", None)
+        side, patch = vit.patch_embed.img_size[0], vit.patch_embed.patch_size[0]
+        heads = vit.blocks[0].attn.num_heads
+        width, depth = vit.embed_dim, len(vit.blocks)
+        gamma = getattr(vit.blocks[0].ls1, "gamma", None)
     except (AttributeError, IndexError, TypeError):
         raise CheckpointError(
             f"timm:{name} is not a plain ViT; plain ViTs and torchvision's ResNets are known"

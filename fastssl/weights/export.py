@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
+from timm.layers import Attention
 from torch import Tensor
 
 from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD
@@ -81,15 +82,16 @@ def export(options: ExportOptions) -> Exported:
         return _export_official(options)
     backbone = open_backbone(options.checkpoint)
     state = {key: value.contiguous() for key, value in backbone.module.state_dict().items()}
-    vit = isinstance(backbone.module, ViT)
+    module = backbone.module
+    vit = isinstance(module, ViT)
     if vit == (options.to == "torchvision"):
         kind = "a ViT" if vit else "a ResNet"
         raise CheckpointError(
             f"{options.checkpoint} is {kind}; export it --to {'timm or hf' if vit else 'torchvision'}"
         )
     path = Path(options.out)
-    if vit:
-        name, arguments = timm_architecture(backbone.model, backbone.module)
+    if isinstance(module, ViT):
+        name, arguments = timm_architecture(backbone.model, module)
         call = ", ".join([f"{name!r}", *(f"{key}={value!r}" for key, value in arguments.items())])
         if options.to == "hf":
             _write_hf(path, name, arguments, state)
@@ -127,7 +129,8 @@ def timm_architecture(model: Model, module: ViT) -> tuple[str, dict[str, Any]]:
     """timm's name for a ViT, and the arguments of timm.create_model that make it exactly this one, without a head."""
     family = model.name if model.name != "vit_huge" else "vit_base"  # timm's vit_huge has patches of 14
     plain = VITS[family]
-    actual = {"width": module.width, "depth": module.num_blocks, "heads": module.blocks[0].attn.num_heads}
+    heads = cast(Attention, module.blocks[0].attn).num_heads
+    actual = {"width": module.width, "depth": module.num_blocks, "heads": heads}
     arguments: dict[str, Any] = {"num_classes": 0}
     for ours, theirs in (("width", "embed_dim"), ("depth", "depth"), ("heads", "num_heads")):
         if actual[ours] != plain[ours]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy._core.multiarray import scalar
 
 from fastssl.config import Config
 from fastssl.methods import METHODS
@@ -20,13 +21,13 @@ from fastssl.training import checkpoint
 from fastssl.training.checkpoint import Checkpoint, CheckpointError
 
 # What authors' training files hold beside tensors: their arguments, paths and NumPy scalars. All are plain data.
-PLAIN = [
+PLAIN: list[Any] = [
     argparse.Namespace,
     pathlib.Path,
     pathlib.PosixPath,
     pathlib.PurePosixPath,
     np.dtype,
-    np._core.multiarray.scalar,
+    scalar,
     type(np.dtype(np.float64)),
     type(np.dtype(np.float32)),
     type(np.dtype(np.int64)),

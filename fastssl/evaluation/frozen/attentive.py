@@ -13,11 +13,13 @@ import copy
 import time
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import numpy as np
 import torch
+from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm, linear
 
@@ -149,6 +151,9 @@ class Probes(nn.ModuleList):
         for probe in self:
             probe.norm_k.bias.requires_grad_(False)  # changes nothing, so it has no gradient
 
+    def __iter__(self) -> Iterator[AttentiveProbe]:
+        return cast(Iterator[AttentiveProbe], super().__iter__())
+
     def forward(self, tokens: Tensor, labels: Tensor, held_out: Tensor, first: int) -> Tensor:
         """The sum of the probes' losses.
 
@@ -158,13 +163,12 @@ class Probes(nn.ModuleList):
             held_out: bool [B].
             first: how many probes see all images.
         """
-        loss = sum(cross_entropy(probe(tokens), labels) for probe in self[:first])
+        losses = [cross_entropy(probe(tokens), labels) for probe in self[:first]]
         tokens, labels = tokens[~held_out], labels[~held_out]
         share = distributed.all_reduce_mean((~held_out).sum().float()).clamp_min(1)  # so that every image counts alike
         if len(labels) > 1 or distributed.world() > 1:  # the batch norm needs two
-            for probe in self[first:]:
-                loss += cross_entropy(probe(tokens), labels, reduction="sum") / share
-        return loss
+            losses += [cross_entropy(probe(tokens), labels, reduction="sum") / share for probe in self[first:]]
+        return reduce(torch.add, losses)
 
 
 def standardised(tokens: Tensor) -> Tensor:
@@ -262,10 +266,11 @@ class Probing(Run[Tokens, AttentiveEvaluation]):
         self.train_source, self.val_source = open_labelled(options.data, options.val)
         classes = check_labels(self.train_source, self.val_source, "data", "val")
         self.backbone = open_backbone(options.checkpoint, device)
-        self.vit = self.backbone.module
-        check_weights(self.vit, options.checkpoint)
-        if not isinstance(self.vit, ViT):
+        vit = self.backbone.module
+        check_weights(vit, options.checkpoint)
+        if not isinstance(vit, ViT):
             raise ConfigError(f"{options.checkpoint} holds a {self.backbone.model.name}; only a ViT has tokens")
+        self.vit = vit
         self.size = options.size or self.backbone.image_size
         check_image_size(self.backbone.model, "size", self.size)
         check_resize(options.resize, self.size)
@@ -281,7 +286,8 @@ class Probing(Run[Tokens, AttentiveEvaluation]):
         self.held_out = held_out_images(images, options.lrs, options.seed)
         self.twins = 2 if len(self.lrs) > 1 else 1
         torch.manual_seed(options.seed)
-        first = AttentiveProbe(self.vit.width, options.heads or self.vit.blocks[0].attn.num_heads, classes)
+        heads = options.heads or cast(Attention, self.vit.blocks[0].attn).num_heads
+        first = AttentiveProbe(self.vit.width, heads, classes)
         self.probes = Probes(copy.deepcopy(first) for _ in range(self.twins * len(self.lrs))).to(device)
         groups = [
             {"params": list(probe.parameters()), "peak": lr * images_per_step / 256}
@@ -391,7 +397,7 @@ class Probing(Run[Tokens, AttentiveEvaluation]):
         """Chooses a learning rate and judges its probe."""
         self.probes.eval()
         held_out, best = self._choose()
-        [scored] = self._score([self.probes[best]], self.val_source, "val")
+        [scored] = self._score([list(self.probes)[best]], self.val_source, "val")
         if not np.isfinite(scored.loss):
             raise EvaluationError(f"the probe diverged with learning rate {self.lrs[best]}; try smaller ones")
         return AttentiveEvaluation(
@@ -409,12 +415,12 @@ class Probing(Run[Tokens, AttentiveEvaluation]):
         if len(self.lrs) == 1:
             return {}, 0
         ids = np.flatnonzero(self.held_out.numpy())
-        results = self._score(list(self.probes[len(self.lrs) :]), self.train_source, "held-out images", ids)
+        results = self._score(list(self.probes)[len(self.lrs) :], self.train_source, "held-out images", ids)
         best = max(range(len(self.lrs)), key=lambda i: (results[i].top1, -results[i].loss))
         return {lr: result.top1 for lr, result in zip(self.lrs, results, strict=True)}, best
 
     def _score(
-        self, probes: list[nn.Module], source: Source, progress: str, ids: np.ndarray | None = None
+        self, probes: list[AttentiveProbe], source: Source, progress: str, ids: np.ndarray | None = None
     ) -> list[Scored]:
         options, batch = self.options, self.options.batch_size
         if options.upstream_bn_eval:

@@ -124,7 +124,8 @@ def embed(options: EmbedOptions) -> Embedded:
                 _draw(files[2], source, found.values, options.sheet, size, workers)
         except OSError as error:
             raise EvaluationError(f"{error.filename or options.out} cannot be written: {error.strerror}") from None
-    return Embedded([str(file) for file in files], *table.shape, round(time.perf_counter() - begin, 1))
+    images, width = table.shape
+    return Embedded([str(file) for file in files], images, width, round(time.perf_counter() - begin, 1))
 
 
 def nearest(values: Tensor, queries: np.ndarray, count: int) -> Tensor:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -135,8 +137,10 @@ def _extract_shared(backbone: nn.Module, source: Source, ids: np.ndarray, **how)
     if len(ids) < world:
         return mine
     device = device_of(backbone)
-    table = [distributed.gather_rows(part, len(ids), device) for part in (mine.values, mine.labels, mine.ids)]
-    return Features(*table, mine.classes)
+    values, labels, seen = (
+        distributed.gather_rows(part, len(ids), device) for part in (mine.values, mine.labels, mine.ids)
+    )
+    return Features(values, labels, seen, mine.classes)
 
 
 def extract_cached(backbone: nn.Module, source: Source, *, cache: Path | None, batch_size: int, **how) -> Features:
@@ -186,7 +190,8 @@ def _digest(module: nn.Module) -> str:
 def represent(backbone: nn.Module, images: Tensor, dtype: torch.dtype, blocks: int, mean_patch: bool) -> Tensor:
     """float32 [B, F] of normalised images [B, 3, S, S], computed under autocast to `dtype` (float32: none)."""
     with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-        return backbone.represent(images, blocks=blocks, mean_patch=mean_patch).float()
+        features = cast(Callable[..., Tensor], backbone.represent)
+        return features(images, blocks=blocks, mean_patch=mean_patch).float()
 
 
 def _untouched_random(device: torch.device) -> contextlib.AbstractContextManager:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ class KNNEvaluation:
         return {"k": self.k, **self.results[self.k].as_dict(), **baselines, "ks": by_k, **vars(self.measured)}
 
     def table(self) -> str:
-        rows = [("neighbours", "top-1 %", "95 % interval", "top-5 %")]
+        rows: list[tuple[str, ...]] = [("neighbours", "top-1 %", "95 % interval", "top-5 %")]
         for k, result in self.results.items():
             voters = f"{k}" if result.neighbours == k else f"{k} (all {result.neighbours})"
             rows.append((voters, *result.cells()))
@@ -93,21 +94,19 @@ def evaluate_knn(options: KNNOptions) -> KNNEvaluation:
     val = train
     if not options.same_images:
         val = extract_cached(backbone.module, val_source, progress="features of val", **how)
-    voting = {
-        "temperature": options.temperature,
-        "device": choose_device(options.device, "device"),
-        "leave_one_out": options.same_images,
-    }
-    results = knn_classify(train, val, options.ks, progress="k-NN", **voting)
+    device = choose_device(options.device, "device")
+    vote = partial(knn_classify, temperature=options.temperature, device=device, leave_one_out=options.same_images)
+    results = vote(train, val, options.ks, progress="k-NN")
     headline = HEADLINE_K if HEADLINE_K in results else options.ks[0]
     baselines = {}
     if options.baselines:
         with torch.random.fork_rng():
             torch.manual_seed(backbone.seed)
-            untrained = build_backbone(backbone.model).to(voting["device"])
+            untrained = build_backbone(backbone.model).to(device)
         tables = {
             "pixels": [pixels(source, workers=options.workers) for source in (train_source, val_source)],
             "random": [extract_cached(untrained, source, **how) for source in (train_source, val_source)],
         }
-        baselines = {name: knn_classify(*table, (headline,), **voting)[headline].top1 for name, table in tables.items()}
+        for name, (memory, queries) in tables.items():
+            baselines[name] = vote(memory, queries, (headline,))[headline].top1
     return KNNEvaluation(measured(options, backbone, len(train), val, begin), results, headline, baselines)

@@ -86,7 +86,7 @@ def knn_classify(
         )
     ks = sorted(set(ks))
     k = min(ks[-1], voters)
-    ranks = {each: [] for each in ks}
+    ranks: dict[int, list[Tensor]] = {each: [] for each in ks}
     tile = tile_shape(len(train), len(val), train.values.shape[1], k, budget)
     voting = max(1, budget // 8 // (32 * classes))  # queries whose votes are counted at a time
     bar = tqdm(total=len(val), desc=progress, unit="img", leave=False, disable=None if progress else True)

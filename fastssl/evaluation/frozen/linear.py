@@ -24,7 +24,7 @@ from fastssl.evaluation.frozen.linear_probe import (
 )
 from fastssl.evaluation.frozen.opening import Measured, measured, open_network
 from fastssl.evaluation.options import FrozenOptions
-from fastssl.models import VITS
+from fastssl.models.vit import ViT
 from fastssl.training.device import choose_device
 from fastssl.weights.backbone import Backbone
 
@@ -107,7 +107,7 @@ def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
     blocks, mean_patch = _as_dino(backbone) if options.protocol == "dino" else (1, False)
     how["blocks"] = options.blocks or blocks
     how["mean_patch"] = mean_patch if options.mean_patch is None else options.mean_patch
-    training = {
+    training: dict[str, Any] = {
         "lrs": options.lrs,
         "epochs": options.epochs,
         "batch_size": options.step_size,
@@ -129,6 +129,6 @@ def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
 
 def _as_dino(backbone: Backbone) -> tuple[int, bool]:
     """(blocks, mean_patch) of the paper's linear layer: four class tokens, or one and the mean patch for wide ViTs."""
-    if backbone.model.name not in VITS:
+    if not isinstance(backbone.module, ViT):
         return 1, False
     return (1, True) if backbone.module.width >= WIDE else (min(4, backbone.module.num_blocks), False)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastssl.config import ConfigError, Model
 from fastssl.models import build_backbone
 from fastssl.models.relative_positions import add_relative_positions, attention_bias
+from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT
 from fastssl.training import checkpoint
 from fastssl.training.checkpoint import Checkpoint, CheckpointError
@@ -32,8 +33,10 @@ class Classifier(nn.Module):
         relative_positions: give a ViT's blocks a bias per relative position (`fastssl.models.relative_positions`).
     """
 
+    index: Tensor | None  # int64 [1 + N, 1 + N]
+
     def __init__(
-        self, backbone: nn.Module, classes: int, pool: str, size: int, relative_positions: bool = False
+        self, backbone: ViT | ResNet, classes: int, pool: str, size: int, relative_positions: bool = False
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -45,7 +48,7 @@ class Classifier(nn.Module):
                 index = add_relative_positions(backbone, side, side)
         elif pool == "class" or relative_positions:
             raise ConfigError("pool=class and relative_positions change a ViT; the checkpoint holds a ResNet")
-        self.register_buffer("index", index, persistent=False)  # int64 [1 + N, 1 + N] or None
+        self.register_buffer("index", index, persistent=False)
         self.head = nn.Linear(backbone.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
@@ -82,9 +85,9 @@ def open_finetuned(path: str) -> tuple[dict[str, Classifier], int, int, list[str
     state = content.get("model", content) if isinstance(content, dict) else {}
     if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "head.weight"} <= set(state):
         raise CheckpointError(f"{path} holds no fine-tuned ViT (expected MAE's keys, with head.weight)")
-    network = _as_ours(state, path)
+    network, size = _as_ours(state, path)
     epoch = content.get("epoch", -1)
-    return {"weights": network}, network.backbone.grid[0] * network.backbone.patch_size, int(epoch) + 1, []
+    return {"weights": network}, size, int(epoch) + 1, []
 
 
 def _ours(saved: Checkpoint) -> tuple[dict[str, Classifier], int, int, list[str]]:
@@ -100,8 +103,8 @@ def _ours(saved: Checkpoint) -> tuple[dict[str, Classifier], int, int, list[str]
     return networks, how["size"], len(extra["history"]), extra["classes"]
 
 
-def _as_ours(state: dict[str, Tensor], path: str) -> Classifier:
-    """The classifier of MAE's code (`fc_norm`: mean of the patch tokens; `norm`: class token) as ours."""
+def _as_ours(state: dict[str, Tensor], path: str) -> tuple[Classifier, int]:
+    """The classifier of MAE's code (`fc_norm`: mean of the patch tokens; `norm`: class token) as ours, and its side."""
     width, patch = state["patch_embed.proj.weight"].shape[0], state["patch_embed.proj.weight"].shape[-1]
     depth = 1 + max((int(key.split(".")[1]) for key in state if key.startswith("blocks.")), default=0)
     size = round((state["pos_embed"].shape[1] - 1) ** 0.5) * patch
@@ -116,4 +119,4 @@ def _as_ours(state: dict[str, Tensor], path: str) -> Classifier:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise CheckpointError(f"{path} holds another network than MAE's ViT ({reason[:160]})") from None
-    return network
+    return network, size

@@ -92,8 +92,8 @@ def detections(data: CocoSet, image: dict[str, Any], found: dict[str, Tensor]) -
             all in pixels of the original image.
     """
     codec = pycocotools("mask")
-    boxes = found["boxes"].float().cpu()
-    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+    corners = found["boxes"].float().cpu()
+    boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], dim=1).tolist()
     masks = (found["masks"][:, 0] > MASK_THRESHOLD).to(torch.uint8).cpu().numpy()
     codes = codec.encode(np.asfortranarray(masks.transpose(1, 2, 0))) if len(boxes) else []
     return [

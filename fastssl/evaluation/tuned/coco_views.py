@@ -6,7 +6,7 @@ Letters: N objects of an image, H and W its sides in pixels.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -62,7 +62,8 @@ def cut(image: Tensor, target: Target, cuts: Cuts, *, seed: int, epoch: int, num
     labels = target["labels"]
 
     def resize(short: int) -> None:
-        size = list(resized(*parts[0].shape[-2:], short, cuts.long_side))
+        height, width = parts[0].shape[-2:]
+        size = list(resized(height, width, short, cuts.long_side))
         parts[:] = [transforms.resize(part, size, antialias=True) for part in parts]
 
     if uniform(first[0]) < cuts.flip:
@@ -84,7 +85,7 @@ def cut(image: Tensor, target: Target, cuts: Cuts, *, seed: int, epoch: int, num
 
 def read_ahead(
     data: CocoSet, rows: Sequence[Sequence[int]], make: Callable[[dict[str, Any]], Any], workers: int
-) -> Iterator[list[Any]]:
+) -> Generator[list[Any], None, None]:
     """`make(image)` of the images at each row's positions, row by row; threads work some rows ahead.
 
     Args:

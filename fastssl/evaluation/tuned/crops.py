@@ -86,7 +86,7 @@ def training_transform(size: int, *, scale: tuple[float, float], flip: float, au
             is_training=True,
             scale=scale,
             hflip=flip,
-            color_jitter=None,
+            color_jitter=None,  # type: ignore[arg-type]  # None is none; timm declares numbers alone
             auto_augment=augment or None,
             interpolation="bicubic",
             re_prob=erase,

@@ -42,6 +42,8 @@ from fastssl.evaluation.tuned.layer_decay import layer_groups, set_rates
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.index import batch_ids, order
 from fastssl.models import build_backbone
+from fastssl.models.resnet import ResNet
+from fastssl.models.vit import ViT
 from fastssl.training import distributed
 from fastssl.training.checkpoint import Checkpoint, replace_file
 from fastssl.training.device import choose_device, choose_dtype
@@ -150,7 +152,7 @@ class DetectEvaluation:
         return {"box_ap": self.box.ap, "mask_ap": self.mask.ap, **asdict(self)}
 
     def table(self) -> str:
-        rows = [("", "AP", "AP50", "AP75", "small", "medium", "large", "recall")]
+        rows: list[tuple[str, ...]] = [("", "AP", "AP50", "AP75", "small", "medium", "large", "recall")]
         for name, p in (("boxes", self.box), ("masks", self.mask)):
             values = (p.ap, p.ap50, p.ap75, p.small, p.medium, p.large, p.recall)
             rows.append((name, *("-" if value is None else f"{value:.1f}" for value in values)))
@@ -337,7 +339,7 @@ def lr_factor(step: int, steps_per_epoch: int, warmup_steps: int, drop_epochs: t
     return factor
 
 
-def build_optimizer(detector: nn.Module, backbone: nn.Module, options: DetectOptions) -> torch.optim.Optimizer:
+def build_optimizer(detector: nn.Module, backbone: ViT | ResNet, options: DetectOptions) -> torch.optim.Optimizer:
     """The optimizer; each group's learning rate is to be multiplied by its `lr_scale`."""
     groups = layer_groups(detector, backbone, options.layer_decay, options.weight_decay)
     if options.optimizer == "sgd":

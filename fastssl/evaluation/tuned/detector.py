@@ -107,8 +107,8 @@ class PyramidMaps(nn.Module):
         side = getattr(backbone, "patch_size", 4)
         if side % 4 or side & (side - 1):
             raise ConfigError(f"model.patch_size is {side}; detection needs 4, 8, 16 or 32")
-        vit = {"drop_path": drop_path, "checkpointing": checkpointing} if isinstance(backbone, ViT) else {}
-        self.body = Pyramid(backbone, **vit)
+        vit = isinstance(backbone, ViT)
+        self.body = Pyramid(backbone, drop_path=drop_path if vit else 0.0, checkpointing=vit and checkpointing)
         self.fpn = FeaturePyramidNetwork(self.body.channels, channels, LastLevelMaxPool())
         self.out_channels = channels
         self.strides = tuple(int(stride) for stride in self.body.strides)
@@ -140,7 +140,8 @@ class Frame(GeneralizedRCNNTransform):
     def resize(self, image: Tensor, target: Any = None) -> tuple[Tensor, Any]:
         if self.training:
             return image, target
-        size = list(resized(*image.shape[-2:], self.min_size[-1], self.max_size))
+        height, width = image.shape[-2:]
+        size = list(resized(height, width, self.min_size[-1], self.max_size))
         return transforms.resize(image, size, antialias=True), target
 
 

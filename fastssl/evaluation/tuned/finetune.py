@@ -187,7 +187,7 @@ class FinetuneEvaluation:
         return {**self.final.as_dict(), "best_top1": self.best, "ema": ema, **values}
 
     def table(self) -> str:
-        rows = [("", "epoch", "top-1 %", "95 % interval", "top-5 %", "loss")]
+        rows: list[tuple[str, ...]] = [("", "epoch", "top-1 %", "95 % interval", "top-5 %", "loss")]
         for name, scored in (("weights", self.final), ("moving average", self.ema)):
             if scored is not None:
                 rows.append((name, str(self.epoch), *scored.cells()))

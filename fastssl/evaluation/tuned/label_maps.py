@@ -239,9 +239,10 @@ def cut(picture: Tensor, labels: Tensor, how: Crop, *, seed: int, epoch: int, nu
 
     Source: the pipeline of CAE's and BEiT's segmentation (section "Semantic segmentation" of arXiv 2106.08254).
     """
-    factor, flipped, *_ = random_words(seed, "segment", number, epoch)
-    factor = float(uniform(factor, *how.scale))
-    size = list(resized(*labels.shape, int(how.short_side * factor), int(how.long_side * factor)))
+    scale, flipped, *_ = random_words(seed, "segment", number, epoch)
+    factor = float(uniform(scale, *how.scale))
+    height, width = labels.shape
+    size = list(resized(height, width, int(how.short_side * factor), int(how.long_side * factor)))
     picture = transforms.resize(picture, size, InterpolationMode.BILINEAR, antialias=True)
     labels = transforms.resize(labels[None], size, InterpolationMode.NEAREST_EXACT)[0]
 
@@ -280,7 +281,9 @@ def distort(picture: Tensor, *, seed: int, epoch: int, number: int) -> Tensor:
         float32 [3, H, W], 0 to 255.
     """
     draw = [
-        uniform(word) for block in range(3) for word in random_words(seed, "segment/distort", number, epoch, 0, block)
+        float(uniform(word))
+        for block in range(3)
+        for word in random_words(seed, "segment/distort", number, epoch, 0, block)
     ]
     x = picture.float()
     if draw[0] < 0.5:

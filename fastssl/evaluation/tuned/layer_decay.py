@@ -41,7 +41,7 @@ def layer_groups(
     else:
         stem, blocks = r"(?:conv1|bn1)", r"layer(\d+)"
     layers = {"stem": f"^{re.escape(prefix)}{stem}", "blocks": f"^{re.escape(prefix)}{blocks}"}
-    described = SimpleNamespace(named_parameters=module.named_parameters, group_matcher=lambda coarse: layers)
+    described: Any = SimpleNamespace(named_parameters=module.named_parameters, group_matcher=lambda coarse: layers)
     return param_groups_layer_decay(
         described,
         weight_decay=weight_decay,

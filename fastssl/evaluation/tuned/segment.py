@@ -232,7 +232,7 @@ class SegmentEvaluation:
             ("mIoU %", "95 % interval", "mAcc %", "aAcc %"),
             (f"{overlap.miou:.2f}", f"{low:.2f} to {high:.2f}", f"{overlap.macc:.2f}", f"{overlap.aacc:.2f}"),
         ]
-        classes = [("class", "IoU %", "accuracy %")]
+        classes: list[tuple[str, ...]] = [("class", "IoU %", "accuracy %")]
         for name, *shares in zip(self.names, overlap.iou, overlap.acc, strict=True):
             classes.append((name, *("-" if share is None else f"{share:.2f}" for share in shares)))
         constant = f"to compare: one class everywhere has at best {overlap.constant:.2f} % mIoU"

@@ -61,11 +61,11 @@ class Segmenter(nn.Module):
             )
         for part in (self.decoder, self.head, self.auxiliary):
             for module in part.modules() if part is not None else ():
-                if isinstance(module, nn.Conv2d) and module.bias is None:
-                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-                elif isinstance(module, nn.Conv2d):
+                if isinstance(module, nn.Conv2d) and module.bias is not None:
                     nn.init.normal_(module.weight, std=HEAD_STD)
                     nn.init.zeros_(module.bias)
+                elif isinstance(module, nn.Conv2d):
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Normalised images [B, 3, H, W] -> scores [B, K, h, w] at level 0, and in training the small head's."""
@@ -124,12 +124,12 @@ def slide(look: Callable[[Tensor], Tensor], image: Tensor, side: int, stride: in
         for top in window_starts(image.shape[1], side, stride)
         for left in window_starts(image.shape[2], side, stride)
     ]
-    total, times = None, torch.zeros(image.shape[1:], device=image.device)
+    total = times = torch.zeros(image.shape[1:], device=image.device)
     for begin in range(0, len(corners), WINDOWS_AT_ONCE):
         group = corners[begin : begin + WINDOWS_AT_ONCE]
         windows = torch.stack([image[:, top : top + side, left : left + side] for top, left in group])
         scores = F.interpolate(look(windows).float(), size=(side, side), mode="bilinear", align_corners=False)
-        if total is None:
+        if begin == 0:
             total = scores.new_zeros(scores.shape[1], *image.shape[1:])
         for (top, left), score in zip(group, scores, strict=True):
             total[:, top : top + side, left : left + side] += score

@@ -99,6 +99,7 @@ def load_finder(path: str | Path, device: torch.device, dtype: torch.dtype) -> P
     """
     saved = checkpoint.read(path, "parts", device=device)
     found, numbers = backbone_of(saved), saved.config["learner"]
+    assert isinstance(found.module, ViT)  # parts are learned from nothing else
     learner = PartLearner(found.module.width, numbers["parts"], numbers["width"], numbers["doublings"])
     start = len("learner.")
     learner.load_state_dict({k[start:]: v for k, v in saved.network.items() if k.startswith("learner.")})

@@ -9,7 +9,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -158,10 +158,10 @@ def judge_finder(finder: PartFinder, source: Source, options: JudgeOptions) -> t
         columns += extra
     report = PartsReport(
         count,
-        (sum(cosine) / count).item(),
+        float(sum(cosine) / count),
         (share > 0).float().mean(0).tolist(),
         share.amax(1).mean().item(),
-        (sum(mirror) / count).item(),
+        float(sum(mirror) / count),
         rows,
     )
     return report, torch.stack(columns, dim=1)
@@ -171,7 +171,8 @@ def _against_truth(
     maps: Tensor, tokens: Tensor, source: Source, ids: np.ndarray, views: Tensor, examples: np.ndarray
 ) -> tuple[list[Match], list[Tensor]]:
     """The rows of the table, and tinted views of the true parts and of k-means per image."""
-    true = torch.from_numpy(np.stack([source.parts(int(i)) for i in ids])).float()  # [n, T, h, w]
+    stored = cast(list[np.ndarray], [source.parts(int(i)) for i in ids])  # the source has parts
+    true = torch.from_numpy(np.stack(stored)).float()  # [n, T, h, w]
     count, grid = true.shape[1], true.shape[2:]
     truth = true.argmax(1)
     parts, side = maps.shape[1], maps.shape[2:]

@@ -78,9 +78,10 @@ class PartDecoder(nn.Module):
             )
         self.first = nn.Conv2d(parts, first, 3, padding=1)
         self.steps = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in itertools.pairwise(sizes))
-        self.styles = nn.ModuleList(nn.Linear(width, 2 * size) for size in sizes[1:])
+        styles = [nn.Linear(width, 2 * size) for size in sizes[1:]]
+        self.styles = nn.ModuleList(styles)
         self.last = nn.Conv2d(sizes[-1], 3, 1)
-        for style in self.styles:
+        for style in styles:
             nn.init.ones_(style.bias[: len(style.bias) // 2])
             nn.init.zeros_(style.bias[len(style.bias) // 2 :])
 
