@@ -1,4 +1,13 @@
-"""The smallest recipe of every method: 32-pixel images, two narrow blocks (`from tiny import recipe`)."""
+"""Small things that many tests need: a recipe of every method, a checkpoint, images of a few classes."""
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastssl.config import Config
+from fastssl.models import build_backbone
+from fastssl.training import checkpoint
+from fastssl.training.checkpoint import Checkpoint
 
 MODEL = {
     "model.name": "vit_tiny",
@@ -59,5 +68,28 @@ METHOD = {
 
 
 def recipe(method: str) -> dict[str, object]:
-    """Configuration keys and values."""
+    """The smallest one: 32-pixel images, two narrow blocks; configuration keys and values."""
     return {**MODEL, **METHOD[method]}
+
+
+def save_checkpoint(path, model, change=lambda weights: None, seed=0):
+    """A checkpoint of a run with random weights, at step 7; `change` may edit them. Its path."""
+    torch.manual_seed(seed)
+    weights = {f"teacher.{key}": value for key, value in build_backbone(model).state_dict().items()}
+    change(weights)
+    config = Config("dino", {}, {}, model=model).as_dict()
+    checkpoint.write(path, Checkpoint("pretrain", config, weights, "teacher.", step=7))
+    return str(path)
+
+
+def draw_classes(folder, images, seed, classes=3, sides=(20, 18)):
+    """Classes that differ in the mean of one colour, not by far; a sub-folder for each. Its path."""
+    generator = np.random.default_rng(seed)
+    for i in range(images):
+        label = i % classes
+        (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
+        picture = generator.integers(0, 90, (*sides, 3), dtype=np.uint8)
+        picture += generator.integers(0, 100, 3, dtype=np.uint8)
+        picture[..., label % 3] += 60
+        Image.fromarray(picture).save(folder / f"class{label}" / f"{i}.png")
+    return str(folder)

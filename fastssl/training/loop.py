@@ -33,6 +33,7 @@ from fastssl.training.log import Clock, MetricRing, RunLog
 from fastssl.training.optim import clip_gradients
 from fastssl.training.timing import section
 
+LOG_EVERY = 50  # optimizer steps between two readings of the scalars
 B = TypeVar("B")  # a micro-batch
 R = TypeVar("R")  # what a run returns
 
@@ -75,7 +76,7 @@ class Pace:
     accumulate: int = 1
     seed: int = 0
     save_every: int = 1000
-    log_every: int = 50
+    log_every: int = LOG_EVERY
     last_step: int | None = None
     clip_grad: float = 0.0
     clip_each: bool = False
@@ -91,6 +92,8 @@ class Run(ABC, Generic[B, R]):
     folder_option: ClassVar[str] = "--dir"
     file_name: ClassVar[str] = "last.pt"
     salt: ClassVar[bytes] = b""  # keeps the randomness of different kinds of runs apart
+    ends_if_not_finite: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
+    scales_loss: ClassVar[bool] = True  # where autocast is to float16
 
     # -- what a run brings ---------------------------------------------------------------------------------------------
 
@@ -187,7 +190,7 @@ class Run(ABC, Generic[B, R]):
         self.folder, self.device, self.dtype = folder, device, dtype
         if distributed.world() > 1:
             synchronise_batch_norm(network, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.scales_loss and dtype == torch.float16)
         self.begun = time.perf_counter()
         self.step = self.saved_step = 0  # saved_step: of the checkpoint; 0: there is none
         self.signal = 0  # number of the signal that asked the run to stop
@@ -312,7 +315,7 @@ class Run(ABC, Generic[B, R]):
         return parallel.no_sync()
 
     def step_seed(self, micro: int) -> int:
-        """Seed of drop path and the like in a micro-batch: a function of where the run stands, so it can be repeated."""
+        """Seed of drop path and the like in a micro-batch: a function of where the run stands, so it is repeatable."""
         return zlib.crc32(self.salt + struct.pack("<4Q", self.pace.seed, self.step, micro, distributed.rank()))
 
     # -- between steps -------------------------------------------------------------------------------------------------
@@ -326,7 +329,7 @@ class Run(ABC, Generic[B, R]):
     def read_scalars(self) -> None:
         """Reads the scalars since the last reading; stops where one is not finite."""
         steps, own, mean = self.ring.drain()
-        watched = ("loss",) if self.scaler.is_enabled() else ("loss", "grad_norm")
+        watched = [key for key in self.ends_if_not_finite if key == "loss" or not self.scaler.is_enabled()]
         broken = [(s, key) for s, row in zip(steps, own, strict=True) for key in watched if not math.isfinite(row[key])]
         if distributed.any_process(bool(broken), self.device):
             raise TrainingError(self._non_finite(broken))

@@ -210,28 +210,6 @@ def test_accumulated_micro_batches_equal_one_large_batch(images, tmp_path):
         torch.testing.assert_close(small[key], large[key], rtol=1e-3, atol=2e-5)
 
 
-def test_non_finite_loss_names_step_and_ids_and_keeps_the_last_good_checkpoint(images, tmp_path):
-    pretrain(config(images, tmp_path, run__steps=5))
-    trainer = Trainer(config(images, tmp_path))
-    seen = []
-    original = trainer.method.forward
-
-    def poisoned(batch, values):
-        out = original(batch, values)
-        if values.step == 7:
-            seen.extend(batch.id.tolist())
-            out.loss = out.loss * float("nan")
-        return out
-
-    trainer.method.forward = poisoned
-    with pytest.raises(TrainingError) as error:
-        trainer.train()
-    assert "step 8: the loss is not finite" in str(error.value)
-    assert str(seen) in str(error.value)
-    assert "last.pt (step 5)" in str(error.value)
-    assert checkpoint.read(tmp_path / "last.pt").step == 5
-
-
 def test_collapse_is_said_in_one_line_and_can_stop_the_run(images, tmp_path):
     more = {"optim__lr": 1e-12, "optim__min_lr": 0.0, "dino__warmup_teacher_temp": 100.0, "dino__teacher_temp": 100.0}
     with pytest.raises(TrainingError, match=r"health\.action=stop: step \d+: .*(pinned|uniform|collapsed)"):
@@ -272,11 +250,6 @@ def test_the_preflight_line_estimates_and_leaves_the_model_as_it_was(images, tmp
     assert all(p.grad is None for p in trainer.method.parameters())
 
 
-def test_bfloat16_trains(images, tmp_path):
-    pretrain(config(images, tmp_path, run__steps=2, run__precision="bf16"))
-    assert all(v.isfinite().all() for v in checkpoint.read(tmp_path / "last.pt").network.values())
-
-
 def test_resnet_trains(images, tmp_path):
     more = {"model__name": "resnet18", "model__small_images": "true", "model__drop_path": 0.0}
     more |= {"model__width": 0, "model__depth": 0, "model__heads": 0, "data__batch_size": 4}
@@ -306,9 +279,7 @@ def test_a_run_folder_is_not_continued_with_another_batch_or_model_or_against_on
     pretrain(config(images, tmp_path, run__steps=2))
     with pytest.raises(ConfigError, match=r"already holds a run; choose another run\.dir"):
         Trainer(config(images, tmp_path, run__resume="false"))
-    with pytest.raises(
-        checkpoint.CheckpointError, match=r"images_per_step \(was 16, now 8\), steps"
-    ):
+    with pytest.raises(checkpoint.CheckpointError, match=r"images_per_step \(was 16, now 8\), steps"):
         Trainer(config(images, tmp_path, data__batch_size=8))
     with pytest.raises(checkpoint.CheckpointError, match="does not fit this network"):
         Trainer(config(images, tmp_path, model__width=64))

@@ -9,19 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import recipe
+from tiny import recipe, save_checkpoint
 
-from fastssl.config import Config, Model
+from fastssl.config import Model
 from fastssl.evaluation.frozen.attentive import AttentiveOptions, Probing
 from fastssl.evaluation.tuned.detect import Detection, DetectOptions
 from fastssl.evaluation.tuned.finetune import FinetuneOptions, Finetuner
 from fastssl.evaluation.tuned.segment import Segmentation, SegmentOptions
 from fastssl.loaders.synthetic import draw_images
-from fastssl.models import build_backbone
 from fastssl.parse import parse_pretrain
 from fastssl.pretrain.trainer import Trainer
 from fastssl.training import checkpoint, distributed
-from fastssl.training.checkpoint import Checkpoint, CheckpointError
+from fastssl.training.checkpoint import CheckpointError
 from fastssl.training.loop import Stopped, TrainingError
 
 KINDS = ("pretrain", "finetune", "segment", "detect", "probe")
@@ -40,10 +39,7 @@ def images(tmp_path_factory):
     """A drawn image set (classes, masks, boxes) with 24 training and 8 validation images, and two checkpoints."""
     folder = draw_images(tmp_path_factory.mktemp("images"), train=24, val=8)
     for name, model in MODELS.items():
-        torch.manual_seed(0)
-        network = {f"encoder.{key}": value for key, value in build_backbone(model).state_dict().items()}
-        config = Config("mae", {}, {}, model=model).as_dict()
-        checkpoint.write(folder / f"{name}.pt", Checkpoint("pretrain", config, network, "encoder.", step=7))
+        save_checkpoint(folder / f"{name}.pt", model)
     return folder
 
 
@@ -58,7 +54,8 @@ def build(kind, images, folder, model="vit", batch_size=4, **changes):
         values |= {**recipe("mae"), "model.drop_path": 0.2, "monitor.pictures": 0} | changes
         return Trainer(parse_pretrain(["--method=mae", *(f"--{key}={value}" for key, value in values.items())])[0])
     if kind == "finetune":
-        return Finetuner(FinetuneOptions(**{**common, **folders, "epochs": 2, "warmup_epochs": 1, **changes}), CPU)
+        values = {"epochs": 2, "warmup_epochs": 1, "ema": 0.9, **changes}
+        return Finetuner(FinetuneOptions(**{**common, **folders, **values}), CPU)
     if kind == "segment":
         labels = {"data_labels": f"{images}/masks/train", "val_labels": f"{images}/masks/val"}
         return Segmentation(
@@ -210,6 +207,10 @@ def test_arithmetic_and_split_may_change_when_a_run_goes_on(kind, images, tmp_pa
     assert again.dtype == torch.bfloat16
     assert again.pace.images_per_step == 4
     assert again.pace.accumulate == 2
+    stream = again.micro_batches()
+    again.train_step(stream)
+    stream.close()
+    assert all(value.isfinite().all() for value in again.network.state_dict().values())
 
 
 def steps_on(rank, kind, images, folder, batch_size, changes):

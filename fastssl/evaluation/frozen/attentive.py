@@ -50,7 +50,7 @@ from fastssl.models.vit import ViT
 from fastssl.training import distributed
 from fastssl.training.checkpoint import Checkpoint
 from fastssl.training.device import choose_device, choose_dtype
-from fastssl.training.loop import Pace, Run, settings
+from fastssl.training.loop import LOG_EVERY, Pace, Run, settings
 from fastssl.training.schedule import warmup_cosine
 from fastssl.weights.backbone import open_backbone
 
@@ -257,6 +257,8 @@ class Probing(Run[Tokens, AttentiveEvaluation]):
 
     kind = "probe"
     file_name = "probes.pt"
+    ends_if_not_finite = ()  # one learning rate of several may diverge; it is not chosen then
+    scales_loss = False  # the probes compute in float32
 
     def __init__(self, options: AttentiveOptions) -> None:
         self.options, begin = options, time.perf_counter()
@@ -301,6 +303,7 @@ class Probing(Run[Tokens, AttentiveEvaluation]):
             accumulate=accumulate,
             seed=options.seed,
             save_every=steps,
+            log_every=min(LOG_EVERY, steps),
         )
         folder = Path(options.dir) if options.dir else None
         self.prepare(self.probes.train(), optimizer, pace, folder=folder, device=device, dtype=dtype)

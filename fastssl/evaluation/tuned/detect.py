@@ -47,7 +47,7 @@ from fastssl.models.vit import ViT
 from fastssl.training import distributed
 from fastssl.training.checkpoint import Checkpoint, replace_file
 from fastssl.training.device import choose_device, choose_dtype
-from fastssl.training.loop import Pace, Run, count_steps, run_folder, settings
+from fastssl.training.loop import LOG_EVERY, Pace, Run, count_steps, run_folder, settings
 from fastssl.weights.backbone import open_backbone
 
 WARMUP_FROM = 0.001  # of the peak learning rate
@@ -232,6 +232,7 @@ class Detection(Run[Images, DetectEvaluation]):
             accumulate=options.accumulate,
             seed=options.seed,
             save_every=steps_per_epoch,
+            log_every=min(LOG_EVERY, steps_per_epoch),
         )
         folder = run_folder(options.dir, options.checkpoint, "detect")
         self.prepare(self.detector.train(), optimizer, pace, folder=folder, device=device, dtype=dtype)

@@ -55,7 +55,7 @@ from fastssl.models.vit import ViT
 from fastssl.training import distributed
 from fastssl.training.checkpoint import Checkpoint
 from fastssl.training.device import choose_device, choose_dtype
-from fastssl.training.loop import Pace, Run, count_steps, run_folder, settings
+from fastssl.training.loop import LOG_EVERY, Pace, Run, count_steps, run_folder, settings
 from fastssl.training.schedule import warmup_cosine
 from fastssl.weights.backbone import open_backbone
 
@@ -309,6 +309,7 @@ class Finetuner(Run[Labelled, FinetuneEvaluation]):
             accumulate=options.accumulate,
             seed=options.seed,
             save_every=steps_per_epoch,
+            log_every=min(LOG_EVERY, steps_per_epoch),
             clip_grad=options.clip_grad,
         )
         folder = run_folder(options.dir, options.checkpoint, "finetune")

@@ -5,12 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny import draw_classes, save_checkpoint
 from torch import nn
 from torch.nn.functional import layer_norm
 
 from fastssl.cli import main
-from fastssl.config import Config, ConfigError, Model
+from fastssl.config import ConfigError, Model
 from fastssl.evaluation.data import EvaluationError
 from fastssl.evaluation.frozen import attentive
 from fastssl.evaluation.frozen.attentive import (
@@ -20,33 +20,9 @@ from fastssl.evaluation.frozen.attentive import (
     evaluate_attentive,
     standardised,
 )
-from fastssl.models import build_backbone
 from fastssl.training import checkpoint
-from fastssl.training.checkpoint import Checkpoint
 
 VIT = Model(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=2, heads=2)
-
-
-def draw(folder, images, seed):
-    """Three classes that differ in the mean of one colour, not by far."""
-    generator = np.random.default_rng(seed)
-    for i in range(images):
-        label = i % 3
-        (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
-        picture = generator.integers(0, 90, (20, 18, 3), dtype=np.uint8)
-        picture += generator.integers(0, 100, 3, dtype=np.uint8)
-        picture[..., label] += 60
-        Image.fromarray(picture).save(folder / f"class{label}" / f"{i}.png")
-    return str(folder)
-
-
-def save_checkpoint(path, model, change=lambda weights: None):
-    torch.manual_seed(0)
-    weights = {f"teacher.{key}": value for key, value in build_backbone(model).state_dict().items()}
-    change(weights)
-    config = Config("dino", {}, {}, model=model).as_dict()
-    checkpoint.write(path, Checkpoint("pretrain", config, weights, "teacher.", step=7))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +30,8 @@ def given(tmp_path_factory):
     root = tmp_path_factory.mktemp("attentive")
     return {
         "checkpoint": save_checkpoint(root / "last.pt", VIT),
-        "data": draw(root / "train", 60, 0),
-        "val": draw(root / "val", 31, 1),
+        "data": draw_classes(root / "train", 60, 0),
+        "val": draw_classes(root / "val", 31, 1),
         "workers": 1,
         "batch_size": 16,
         "step_size": 32,
@@ -174,26 +150,6 @@ def test_probes_do_not_feel_each_other_and_twins_not_the_held_out_tenth(given):
     (twin, full), (other_twin, other_full) = twin_after(1.0), twin_after(-3.0)
     assert all(torch.equal(a, b) for a, b in zip(twin, other_twin, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(full, other_full, strict=True))
-
-
-def test_resumed_is_exact(given, tmp_path, monkeypatch):
-    whole = evaluate_attentive(AttentiveOptions(**given, **QUICK))
-    options = AttentiveOptions(**given, **QUICK, dir=str(tmp_path / "probes"))
-    save = Probing.save
-
-    def killed(self, path):
-        save(self, path)
-        if self.epoch == 3:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Probing, "save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            evaluate_attentive(options)
-    resumed = evaluate_attentive(options)
-    assert (resumed.scored, resumed.held_out) == (whole.scored, whole.held_out)
-    with pytest.raises(checkpoint.CheckpointError, match=r"other settings: lrs \(was \[0.1, 1.0\], now \[0.2\]\);"):
-        evaluate_attentive(AttentiveOptions(**given, **{**QUICK, "lrs": (0.2,)}, dir=str(tmp_path / "probes")))
 
 
 def test_predictions_depend_on_the_batch_only_upstream(given):

@@ -4,42 +4,16 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
+from tiny import draw_classes, save_checkpoint
 
 from fastssl.cli import main
-from fastssl.config import Config, ConfigError, Model
+from fastssl.config import ConfigError, Model
 from fastssl.evaluation.data import EvaluationError
 from fastssl.evaluation.frozen.knn import KNNOptions, evaluate_knn
 from fastssl.evaluation.frozen.linear import LinearOptions, evaluate_linear
-from fastssl.models import build_backbone
-from fastssl.training import checkpoint
-from fastssl.training.checkpoint import Checkpoint
 
 VIT = Model(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=4, heads=2)
-
-
-def draw(folder, images, seed):
-    """Three classes that differ in the mean of one colour, not by far."""
-    generator = np.random.default_rng(seed)
-    for i in range(images):
-        label = i % 3
-        (folder / f"class{label}").mkdir(parents=True, exist_ok=True)
-        picture = generator.integers(0, 90, (24, 20, 3), dtype=np.uint8)
-        picture += generator.integers(0, 100, 3, dtype=np.uint8)
-        picture[..., label] += 60
-        Image.fromarray(picture).save(folder / f"class{label}" / f"{i}.png")
-    return str(folder)
-
-
-def save_checkpoint(path, model):
-    torch.manual_seed(0)
-    weights = {f"teacher.{key}": value for key, value in build_backbone(model).state_dict().items()}
-    config = Config("dino", {}, {}, model=model).as_dict()
-    checkpoint.write(path, Checkpoint("pretrain", config, weights, "teacher.", step=7))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +22,8 @@ def given(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluate")
     return {
         "checkpoint": save_checkpoint(root / "last.pt", VIT),
-        "data": draw(root / "train", 60, 0),
-        "val": draw(root / "val", 30, 1),
+        "data": draw_classes(root / "train", 60, 0, sides=(24, 20)),
+        "val": draw_classes(root / "val", 30, 1, sides=(24, 20)),
         "workers": 1,
     }
 
@@ -186,7 +160,7 @@ def test_bad_numbers_are_found_before_any_work():
 def test_data_that_does_not_fit(given, tmp_path):
     with pytest.raises(EvaluationError, match=r"data \(.*class0\) has no labels"):
         evaluate_knn(KNNOptions(**{**given, "data": given["data"] + "/class0"}))
-    other = draw(tmp_path, 2, 0)
+    other = draw_classes(tmp_path, 2, 0)
     with pytest.raises(EvaluationError, match="'class2' is only in data"):
         evaluate_knn(KNNOptions(**{**given, "val": other}))
 

@@ -8,33 +8,22 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from tiny import save_checkpoint
 
 from fastssl.cli import main
-from fastssl.config import Config, ConfigError, Model
+from fastssl.config import ConfigError, Model
 from fastssl.evaluation.data import EvaluationError
-from fastssl.evaluation.tuned import segment
 from fastssl.evaluation.tuned.label_maps import IGNORED, open_labelled_folder
 from fastssl.evaluation.tuned.segment import Segmentation, SegmentOptions, evaluate_segment, judge, lr_factor
 from fastssl.loaders.synthetic import draw_image
-from fastssl.models import build_backbone
 from fastssl.parse import parse_options
 from fastssl.training import checkpoint, distributed
-from fastssl.training.checkpoint import Checkpoint
-from fastssl.training.loop import TrainingError
 
 RECIPES = Path(__file__).parents[3] / "configs" / "ade20k"
 VIT = Model(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=4, heads=2)
 RESNET = Model(name="resnet18", width=8)
 SMALL = {"crop": 48, "short_side": 48, "long_side": 100, "batch_size": 2, "warmup_steps": 2, "channels": 16}
 SMALL |= {"device": "cpu", "workers": 1, "pictures": 0}
-
-
-def save_checkpoint(path, model):
-    torch.manual_seed(0)
-    weights = {f"teacher.{key}": value for key, value in build_backbone(model).state_dict().items()}
-    config = Config("dino", {}, {}, model=model).as_dict()
-    checkpoint.write(path, Checkpoint("pretrain", config, weights, "teacher.", step=7))
-    return str(path)
 
 
 def draw(folder, images, seed):
@@ -110,33 +99,6 @@ def test_checkpoint_gives_the_weights_and_scratch_does_not(given, tmp_path):
     stored = checkpoint.read(given["checkpoint"]).network["teacher.blocks.0.mlp.fc1.weight"]
     assert torch.equal(loaded[False], stored)
     assert not torch.equal(loaded[True], stored)
-
-
-def test_interrupted_run_continues_exactly(given, tmp_path, monkeypatch):
-    def options(name, **changes):
-        return SegmentOptions(**{**given, **changes}, steps=6, save_every=2, drop_path=0.2, dir=str(tmp_path / name))
-
-    whole = Segmentation(options("whole"))
-    expected = whole.train()
-    step = Segmentation.train_step
-
-    def fall(self, stream):
-        if self.step == 3:
-            raise KeyboardInterrupt
-        return step(self, stream)
-
-    monkeypatch.setattr(Segmentation, "train_step", fall)
-    with pytest.raises(KeyboardInterrupt):
-        Segmentation(options("broken")).train()
-    monkeypatch.setattr(Segmentation, "train_step", step)
-    resumed = Segmentation(options("broken"))
-    assert resumed.step == 2
-    found = resumed.train()
-    for a, b in zip(whole.network.state_dict().values(), resumed.network.state_dict().values(), strict=True):
-        assert torch.equal(a, b)
-    assert found.overlap == expected.overlap
-    with pytest.raises(checkpoint.CheckpointError, match=r"other settings: lr \(was 0.0001, now 0.01\); "):
-        Segmentation(options("broken", lr=0.01))
 
 
 def test_images_of_a_step_do_not_depend_on_how_it_is_divided(given, tmp_path):
@@ -289,18 +251,6 @@ def test_resnet_refuses_what_changes_a_vit(given, tmp_path):
         Segmentation(
             SegmentOptions(**{**given, "checkpoint": path, "dir": str(tmp_path)}, steps=2, relative_positions=True)
         )
-
-
-def test_diverged_run_says_so(given, tmp_path, monkeypatch):
-    monkeypatch.setattr(segment, "pixel_loss", lambda scores, labels: scores.sum() * torch.nan)
-    with pytest.raises(TrainingError, match="step 1: the loss is not finite; samples of that step"):
-        evaluate_segment(SegmentOptions(**given, steps=2, dir=str(tmp_path)))
-
-
-def test_folder_of_another_run_is_refused(given, tmp_path):
-    save_checkpoint(tmp_path / "last.pt", VIT)
-    with pytest.raises(checkpoint.CheckpointError, match="of a pretraining run, not of a segmentation run"):
-        Segmentation(SegmentOptions(**given, steps=2, dir=str(tmp_path)))
 
 
 def test_ignored_pixels_count_nowhere(tmp_path):
