@@ -115,24 +115,30 @@ def _on_cpu(
     crops: Tensor, drawn: Sequence[Tensor | None], mean: Sequence[float], std: Sequence[float], out: Tensor | None
 ) -> Tensor:
     """The compiled CPU path, the crops shared out among as many threads as PyTorch uses."""
-    from fastssl.kernels.photometric.cpu import photometric_cpu
+    from fastssl.kernels.photometric.cpu import photometric_range
 
+    n, _, height, width = crops.shape
     out = torch.empty(crops.shape, dtype=torch.float32) if out is None else out
+    if drawn[0] is None:
+        drawn = (*(torch.zeros(shape) for shape in ((n,), (n, 4), (n, 4), (n,), (n,))), torch.full((n,), 256))
     dtypes = (torch.bool, torch.int64, torch.float32, torch.bool, torch.float32, torch.float32)
-    arrays: list[Any] = [crops.contiguous().numpy()]
-    arrays += [None if x is None else x.to(dtype).contiguous().numpy() for x, dtype in zip(drawn, dtypes, strict=True)]
-    each = max(1, -(-len(crops) // (4 * torch.get_num_threads())))
-    parts = [slice(begin, begin + each) for begin in range(0, len(crops), each)]
+    values = [x.to(dtype).contiguous() for x, dtype in zip(drawn, dtypes, strict=True) if x is not None]
+    within = values[1] == values[1].clamp(0, 3)
+    check(bool(within.all()), NAME, "order", "from 0 (brightness) to 3 (hue)", "another value")
+    scale, shift = torch.tensor(std, dtype=torch.float64), torch.tensor(mean, dtype=torch.float64)
+    normal = (1 / (255 * scale)).float(), (-shift / scale).float()
+    first, *others = (x.numpy() for x in (crops.contiguous(), *values, *normal))
+    each = max(1, -(-n // (4 * torch.get_num_threads())))
+    starts = range(0, n if crops.numel() else 0, each)
 
-    def work(part: slice) -> None:
-        arguments: list[Any] = [x if x is None else x[part] for x in arrays]
-        arguments += [mean, std, out[part].numpy()]
-        photometric_cpu(*arguments)
+    def work(start: int) -> None:
+        scratch = torch.empty(3 * (height + 2 * BLUR_RADIUS) * width).numpy()
+        photometric_range(first, start, min(start + each, n), *others, scratch, out.numpy())
 
-    if torch.get_num_threads() == 1 or len(parts) == 1:
-        for part in parts:
-            work(part)
+    if torch.get_num_threads() == 1 or len(starts) == 1:
+        for start in starts:
+            work(start)
     else:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-            list(pool.map(work, parts))
+            list(pool.map(work, starts))
     return out

@@ -12,13 +12,13 @@ Letters: N crops, H x W pixels, P = H x W.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numba import njit
 
-BLUR_RADIUS = 6  # pixels: three standard deviations of a blur of 2
+from fastssl.kernels.photometric.reference import BLUR_RADIUS
+
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _F = np.float32
 _BLACK, _WHITE, _NEVER = _F(0), _F(255), _F(1e30)
@@ -32,113 +32,33 @@ _MATH = {"contract", "nsz"}
 _INNER: dict[str, Any] = {"nogil": True, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 _step = njit(fastmath=_MATH, **_INNER)
 _sum = njit(fastmath=_MATH | {"reassoc"}, **_INNER)
-_public = njit(nogil=True, fastmath=_MATH, cache=True)
 
 
-def photometric_cpu(
-    crops: np.ndarray,
-    jitter: np.ndarray | None,
-    order: np.ndarray | None,
-    factor: np.ndarray | None,
-    gray: np.ndarray | None,
-    blur_sigma: np.ndarray | None,
-    solarize: np.ndarray | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    out: np.ndarray,
-    scratch: np.ndarray | None = None,
-) -> None:
-    """Apply each crop's drawn operations, normalise, and write the result to `out`; the input is left as it is.
-
-    Runs in the calling thread, without Python's lock. Before normalisation the result is within 1e-5 (of a range of 1)
-    of exact arithmetic, except where a value lies that close to the solarize threshold.
-
-    Args:
-        crops: uint8 [N, 3, H, W].
-        jitter: bool [N], whether the four jitter operations are applied. None: nothing was drawn, normalise only; the
-            five arrays that follow are not read.
-        order: int64 [N, 4], the order in which they are (0 brightness, 1 contrast, 2 saturation, 3 hue).
-        factor: float32 [N, 4], by operation: brightness, contrast, saturation factors and the hue shift in turns.
-        gray: bool [N].
-        blur_sigma: float32 [N], standard deviation in pixels; 0 means no blur.
-        solarize: float32 [N], threshold in gray levels 0-255; above 255 means no solarize.
-        mean, std: per channel, for pixel values in [0, 1].
-        out: float32 [N, 3, H, W].
-        scratch: float32 [`scratch_size(H, W)`] or longer, overwritten; for threads that call often. None: made here.
-
-    Raises:
-        ValueError: an array whose shape, type or memory layout (C order) is not as above, or an unknown operation.
-    """
-    if crops.ndim != 4 or crops.shape[1] != 3:
-        raise ValueError(f"crops have the shape {list(crops.shape)}; they must be [N, 3, H, W]")
-    n, _, height, width = crops.shape
-    if jitter is None:
-        jitter, gray = np.zeros((2, n), np.bool_)
-        order = np.zeros((n, 4), np.int64)
-        factor = np.zeros((n, 4), np.float32)
-        blur_sigma, solarize = np.zeros(n, np.float32), np.full(n, 256, np.float32)
-    if scratch is None:
-        scratch = np.empty(scratch_size(height, width), np.float32)
-    for name, value, dtype, shape in (
-        ("crops", crops, np.uint8, crops.shape),
-        ("jitter", jitter, np.bool_, (n,)),
-        ("order", order, np.int64, (n, 4)),
-        ("factor", factor, np.float32, (n, 4)),
-        ("gray", gray, np.bool_, (n,)),
-        ("blur_sigma", blur_sigma, np.float32, (n,)),
-        ("solarize", solarize, np.float32, (n,)),
-        ("out", out, np.float32, crops.shape),
-        ("scratch", scratch, np.float32, scratch.shape[:1]),
-    ):
-        if value is None:
-            raise ValueError(f"{name} is None; the drawn parameters come together or, with jitter None, not at all")
-        if value.dtype != dtype or value.shape != shape or not value.flags.c_contiguous:
-            raise ValueError(
-                f"{name} is {value.dtype} {list(value.shape)}{'' if value.flags.c_contiguous else ', not in C order'}; "
-                f"it must be {np.dtype(dtype)} {list(shape)} in C order"
-            )
-    if scratch.size < scratch_size(height, width):
-        raise ValueError(f"scratch has {scratch.size} values; crops of {height} x {width} need scratch_size() of them")
-    assert order is not None  # as checked above
-    if n and not 0 <= order.min() <= order.max() <= _HUE:
-        raise ValueError("order has a value that is no operation; they go from 0 (brightness) to 3 (hue)")
-    gain, offset = from_levels(mean, std)
-    if crops.size:
-        photometric_range(
-            crops, 0, n, jitter, order, factor, gray, blur_sigma, solarize, gain, offset, scratch, out
-        )  # fmt: skip
-
-
-def scratch_size(height: int, width: int) -> int:
-    """Number of float32 values that working on crops of this size needs beside input and output."""
-    return 3 * (height + 2 * BLUR_RADIUS) * width
-
-
-def from_levels(mean: Sequence[float], std: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """gain and offset, float32 [3] each: gain x level + offset = (level / 255 - mean) / std."""
-    m, s = np.asarray(mean, np.float64), np.asarray(std, np.float64)
-    if m.shape != (3,) or s.shape != (3,) or not s.all():
-        raise ValueError(f"mean {m.tolist()} and std {s.tolist()} must be 3 numbers each, std without a 0")
-    return (1 / (255 * s)).astype(np.float32), (-m / s).astype(np.float32)
-
-
-@_public
+@njit(nogil=True, fastmath=_MATH, cache=True)
 def photometric_range(
     crops, start, stop, jitter, order, factor, gray, blur_sigma, solarize, gain, offset, scratch, out
 ):  # fmt: skip
-    """`photometric_cpu` for the crops from `start` to before `stop`, unchecked; gain and offset are `from_levels`.
+    """The crops from `start` to before `stop`, unchecked: arrays in C order, bool, int64 (order) and float32.
 
-    Several threads may work on different ranges of the same arrays, each with a scratch of its own.
+    Runs without Python's lock. Several threads may work on different ranges of the same arrays, each with a scratch of
+    its own. Before normalisation the result is within 1e-5 (of a range of 1) of exact arithmetic, except where a value
+    lies that close to the solarize threshold.
+
+    Args:
+        crops: uint8 [N, 3, H, W]; the drawn parameters as for `photometric`, [N] or [N, 4].
+        gain, offset: [3]; gain x level + offset = (level / 255 - mean) / std.
+        scratch: [3 (H + 2 BLUR_RADIUS) W] or longer, overwritten.
+        out: [N, 3, H, W].
     """
     for i in range(start, stop):
-        photometric_crop(
+        _crop(
             crops[i], jitter[i], order[i], factor[i], gray[i], blur_sigma[i], solarize[i], gain, offset, scratch, out[i]
         )
 
 
-@_public
-def photometric_crop(crop, jitter, order, factor, gray, blur_sigma, solarize, gain, offset, scratch, out):
-    """One crop, uint8 [3, H, W] to float32 [3, H, W], unchecked; for callers that are compiled themselves."""
+@_step
+def _crop(crop, jitter, order, factor, gray, blur_sigma, solarize, gain, offset, scratch, out):
+    """One crop, [3, H, W]."""
     height, width = crop.shape[1], crop.shape[2]
     pixels = height * width
     levels, result = crop.reshape((3, pixels)), out.reshape((3, pixels))
