@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastssl.kernels._check import FLOATS, INTEGERS, Shapes, check
@@ -19,18 +18,16 @@ def patch_pixel_loss(
     *,
     patch_size: int,
     norm_pixels: bool = True,
-    loss: str = "l2",
     channels_last: bool = True,
     count: Tensor | None = None,
-    pixels: Tensor | None = None,
 ) -> Tensor:
-    """Mean error over the values of the masked patches (He et al. 2022, section 3; also SAAE's and SiT's pixel terms).
+    """Mean squared error over the values of the masked patches (He et al. 2022, section 3; also SAAE's pixel term).
 
         for b in range(B):
             for m in range(M):  # or count[b]
                 x = the 3 p p pixel values of patch masked[b, m] of image b
                 target = (x - mean(x)) / sqrt(var(x) + 1e-6) if norm_pixels else x
-                total += sum((prediction[b, m] - target) ** 2)  # or the absolute value, or over chosen pixels
+                total += sum((prediction[b, m] - target) ** 2)
         loss = total / number of values summed
 
     Args:
@@ -39,11 +36,9 @@ def patch_pixel_loss(
         masked: int32 or int64 [B, M], row-major ids of the patches predicted; every id must be valid.
         patch_size: p, pixels.
         norm_pixels: compare with the normalised patch (unbiased variance), not with the pixels themselves.
-        loss: "l2" or "l1".
         channels_last: the order of a prediction's values: row, column, channel (MAE), or channel, row, column (what a
-            transposed convolution paints: SAAE, SiT).
+            transposed convolution paints: SAAE).
         count: int [B]; only the first count[b] rows count. None: all.
-        pixels: bool [B, H, W]; only these pixels count. None: all.
 
     Returns:
         Scalar, float32 (float64 for float64 predictions); 0 if nothing counts.
@@ -58,17 +53,10 @@ def patch_pixel_loss(
     check(values == 3 * patch_size**2, NAME, "prediction", f"[B, M, {3 * patch_size**2}]", list(prediction.shape))
     fits = height % patch_size == 0 and width % patch_size == 0
     check(fits, NAME, "images", f"[B, 3, H, W] with sides that are multiples of {patch_size}", list(images.shape))
-    check(loss in ("l2", "l1"), NAME, "loss", "'l2' or 'l1'", repr(loss))
     if count is not None:
         shapes("count", count, "B", INTEGERS)
-    if pixels is not None:
-        shapes("pixels", pixels, "B H W", (torch.bool,))
     if use_triton(NAME, prediction) and prediction.dtype in FLOATS[:3]:
         from fastssl.kernels.patch_pixel_loss import kernel
 
-        options = (patch_size, norm_pixels, loss == "l1", channels_last)
-        return kernel.forward(prediction, images, masked, count, pixels, *options)[0]
-    return reference.patch_pixel_loss(
-        prediction, images, masked, patch_size=patch_size, norm_pixels=norm_pixels, loss=loss,
-        channels_last=channels_last, count=count, pixels=pixels,
-    )  # fmt: skip
+        return kernel.forward(prediction, images, masked, count, patch_size, norm_pixels, channels_last)[0]
+    return reference.patch_pixel_loss(prediction, images, masked, patch_size, norm_pixels, channels_last, count)

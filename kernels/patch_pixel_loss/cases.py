@@ -21,7 +21,6 @@ def inputs(
     M: int,
     image_dtype: torch.dtype | None = None,
     count: bool = False,
-    pixels: float | None = None,
     strided: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -35,7 +34,6 @@ def inputs(
         "masked": masked.int().T.contiguous().T if strided else masked,
         "patch_size": p,
         "count": make.integers(B, high=M + 1) if count else None,
-        "pixels": None if pixels is None else make.boolean(B, *size, p=pixels),
         **options,
     }
 
@@ -50,12 +48,10 @@ PROOF: dict[str, Case] = {
     "mae": {"B": 3, "size": (32, 48), "p": 8, "M": 17},
     "one patch": {"B": 1, "size": (4, 4), "p": 4, "M": 1},
     "pixels as they are": {"B": 2, "size": (12, 8), "p": 4, "M": 5, "norm_pixels": False},
-    "l1": {"B": 2, "size": (15, 20), "p": 5, "M": 7, "loss": "l1"},
+    "odd patches": {"B": 2, "size": (15, 20), "p": 5, "M": 7},
     "painted, ragged": {
         "B": 4, "size": (24, 24), "p": 8, "M": 9, "count": True, "norm_pixels": False, "channels_last": False,
     },
-    "some pixels": {"B": 3, "size": (16, 16), "p": 8, "M": 4, "pixels": 0.3, "loss": "l1", "norm_pixels": False},
-    "no pixels": {"B": 2, "size": (8, 8), "p": 4, "M": 3, "pixels": 0.0},
     "strided": {"B": 2, "size": (16, 32), "p": 8, "M": 6, "strided": True, "image_dtype": FP32},
     "no patches": {"B": 2, "size": (8, 8), "p": 4, "M": 0},
 }  # fmt: skip
@@ -65,10 +61,6 @@ BENCH: dict[str, Case] = {
     "SemMAE B/8, B=64": {"B": 64, "size": (224, 224), "p": 8, "M": 588},
     "SAAE B=240, ragged": {
         "B": 240, "size": (224, 224), "p": 16, "M": 196, "count": True, "norm_pixels": False, "channels_last": False,
-    },
-    "SiT B=128, pixels, l1": {
-        "B": 128, "size": (224, 224), "p": 16, "M": 196, "pixels": 0.5, "loss": "l1", "norm_pixels": False,
-        "channels_last": False,
     },
 }  # fmt: skip
 

@@ -7,17 +7,9 @@ from torch import Tensor
 
 
 def patch_pixel_loss(
-    prediction: Tensor,
-    images: Tensor,
-    masked: Tensor,
-    *,
-    patch_size: int,
-    norm_pixels: bool = True,
-    loss: str = "l2",
-    channels_last: bool = True,
-    count: Tensor | None = None,
-    pixels: Tensor | None = None,
-) -> Tensor:
+    prediction: Tensor, images: Tensor, masked: Tensor, patch_size: int, norm_pixels: bool = True,
+    channels_last: bool = True, count: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """See `fastssl.kernels.patch_pixel_loss.patch_pixel_loss`."""
     exact = torch.promote_types(prediction.dtype, torch.float32)
     with torch.no_grad():
@@ -25,15 +17,11 @@ def patch_pixel_loss(
         if norm_pixels:
             variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
             target = (target - mean) * torch.rsqrt(variance + 1e-6)
-        weight = torch.ones_like(target)
-        if pixels is not None:
-            weight = cut(pixels[:, None].expand(-1, 3, -1, -1).to(exact), masked, patch_size, channels_last)
+        counts = torch.ones_like(masked, dtype=torch.bool)
         if count is not None:
-            rows = torch.arange(masked.shape[1], device=masked.device)
-            weight = weight * (rows < count[:, None])[:, :, None]
-    error = prediction.to(exact) - target
-    error = error.square() if loss == "l2" else error.abs()
-    return torch.where(weight > 0, error, 0).sum() / weight.sum().clamp_min(1)
+            counts = torch.arange(masked.shape[1], device=masked.device) < count[:, None]
+    error = (prediction.to(exact) - target).square()
+    return torch.where(counts[:, :, None], error, 0).sum() / (counts.sum() * error.shape[2]).clamp_min(1)
 
 
 def cut(images: Tensor, masked: Tensor, patch_size: int, channels_last: bool) -> Tensor:

@@ -26,9 +26,7 @@ class TokenCrossEntropy(NamedTuple):
     accuracy: Tensor
 
 
-def token_cross_entropy(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chunk: int | None = None
-) -> TokenCrossEntropy:
+def token_cross_entropy(tokens: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> TokenCrossEntropy:
     """Mean cross-entropy of a linear head over K codes (CAE: Chen et al. 2022, the loss over visual codes).
 
         for t in range(T):
@@ -41,7 +39,7 @@ def token_cross_entropy(
     Logits and all sums are float32 for every type of the inputs; only the logits' gradients are rounded to the tokens'
     type, for the matrix products. Rounding the logits as well would move 4 bytes of 14 less per logit, but a bfloat16
     logit of 20 is off by up to 0.06 and its probability by 6 %. Products of float32 inputs follow PyTorch's float32
-    matmul precision.
+    matmul precision. At most 128 MiB of logits exist at once (more only from 262144 codes on).
 
     Gradients that are wanted are computed along with the loss, in float32, and only scaled by the backward pass: one
     matrix product less than computing the logits twice. Gradients of gradients are not available.
@@ -53,7 +51,6 @@ def token_cross_entropy(
         bias: [K], the tokens' type or float32. None: no bias.
         labels: int32 or int64 [T], from 0 to K - 1, or -1 for a token that does not count. Any other label makes the
             loss and the gradients NaN; nothing outside the tensors is read.
-        chunk: tokens whose logits exist at once. None: a multiple of 128 with at most 128 MiB of logits (K to 262144).
 
     Returns:
         TokenCrossEntropy, both float32 (float64 for float64 tokens).
@@ -69,11 +66,10 @@ def token_cross_entropy(
         shapes("bias", bias, "K", wide)
     shapes("labels", labels, "T", INTEGERS)
     check(weight.shape[0] > 0, NAME, "weight", "[K, D] with K of at least 1", list(weight.shape))
-    check(chunk is None or chunk > 0, NAME, "chunk", "at least 1", chunk)
     if use_triton(NAME, tokens) and tokens.dtype in FLOATS[:3]:
         from fastssl.kernels.token_cross_entropy import kernel
 
         grad = torch.is_grad_enabled()
         wanted = [grad and x is not None and x.requires_grad for x in (tokens, weight, bias)]
-        return TokenCrossEntropy(*kernel.forward(tokens, weight, bias, labels, chunk, *wanted)[:2])
+        return TokenCrossEntropy(*kernel.forward(tokens, weight, bias, labels, *wanted)[:2])
     return TokenCrossEntropy(*reference.token_cross_entropy(tokens, weight, bias, labels))

@@ -24,7 +24,6 @@ def inputs(
     size: float = 1.0,
     strided: bool = False,
     parameters: torch.dtype | None = None,
-    **options: Any,
 ) -> dict[str, Any]:
     tokens = make.normal(T, 2 * D if strided else D, dtype=dtype)
     weight = make.normal(*((D, K) if strided else (K, D)), dtype=parameters or dtype, scale=size * max(1, D) ** -0.5)
@@ -35,7 +34,6 @@ def inputs(
         "weight": weight.t() if strided else weight,
         "bias": make.normal(K, dtype=parameters or dtype, scale=0.5) if bias else None,
         "labels": wide_labels[::2] if strided else labels,
-        **options,
     }
 
 
@@ -67,14 +65,14 @@ if hasattr(F, "linear_cross_entropy") and hasattr(torch.nn, "LinearCrossEntropyO
 
 PROOF: dict[str, Case] = {
     "cae": {"T": 37, "D": 24, "K": 200},
-    "chunks, ragged": {"T": 37, "D": 16, "K": 130, "chunk": 10, "ignored": 0.3},
-    "no bias": {"T": 9, "D": 8, "K": 65, "bias": False, "chunk": 4},
-    "long rows": {"T": 11, "D": 8, "K": 9300, "chunk": 6, "ignored": 0.2},
+    "ragged": {"T": 37, "D": 16, "K": 130, "ignored": 0.3},
+    "no bias": {"T": 9, "D": 8, "K": 65, "bias": False},
+    "long rows": {"T": 11, "D": 8, "K": 9300, "ignored": 0.2},
     "long rows, no bias": {"T": 3, "D": 4, "K": 8193, "bias": False},
     "one token, one code": {"T": 1, "D": 1, "K": 1},
-    "one value too many": {"T": 17, "D": 5, "K": 257, "chunk": 16},
+    "one value too many": {"T": 17, "D": 5, "K": 257},
     "large logits": {"T": 12, "D": 32, "K": 100, "size": 20.0},
-    "strided": {"T": 13, "D": 16, "K": 48, "strided": True, "chunk": 5},
+    "strided": {"T": 13, "D": 16, "K": 48, "strided": True},
     "float32 parameters": {"T": 20, "D": 16, "K": 40, "parameters": FP32},
     "nothing counts": {"T": 6, "D": 4, "K": 9, "ignored": 2.0},
     "no tokens": {"T": 0, "D": 4, "K": 9},

@@ -174,15 +174,9 @@ def _processors(tensor: Tensor) -> int:
 
 @torch.library.custom_op("fastssl::token_cross_entropy", mutates_args=())
 def forward(
-    tokens: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    chunk: int | None,
-    tokens_grad: bool,
-    weight_grad: bool,
+    tokens: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, tokens_grad: bool, weight_grad: bool,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss and accuracy; then, for the backward pass, a scalar and the float32 gradients of tokens, weight and bias
     that it multiplies (empty where not wanted)."""
     (count, width), classes = tokens.shape, len(weight)
@@ -199,7 +193,7 @@ def forward(
     d_bias = torch.zeros(classes, dtype=torch.float32, device=tokens.device) if bias_grad else empty(0)
     losses, hits = empty(2, count).unbind()
 
-    chunk = max(1, min(chunk or rows_per_chunk(count, classes), count))
+    chunk = max(1, min(rows_per_chunk(count, classes), count))
     pitch = 16 * cdiv(classes, 16)  # rows that start, and masks that change, at multiples of 16 values
     bias = None if bias is None else F.pad(bias.detach().float(), (0, pitch - classes))
     logits = empty(chunk, pitch)
@@ -236,7 +230,7 @@ def forward(
 
 
 @forward.register_fake
-def _(tokens, weight, bias, labels, chunk, tokens_grad, weight_grad, bias_grad):
+def _(tokens, weight, bias, labels, tokens_grad, weight_grad, bias_grad):
     def empty(*shape):
         return tokens.new_empty(shape, dtype=torch.float32)
 
@@ -258,7 +252,7 @@ def _(scale, gradient, dtype):
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*output[2:])
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
-    ctx.wanted = inputs[5:]
+    ctx.wanted = inputs[4:]
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # no zeros for the saved gradients
 
@@ -266,13 +260,13 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, upstream, *_):
     factor, *gradients = ctx.saved_tensors
     if upstream is None:
-        return (None,) * 8
+        return (None,) * 7
     scale = upstream * factor
     grads = [
         backward(scale, gradient, dtype) if wanted else None
         for gradient, dtype, wanted in zip(gradients, ctx.dtypes, ctx.wanted, strict=True)
     ]
-    return *grads, *[None] * 5
+    return *grads, *[None] * 4
 
 
 forward.register_autograd(_differentiate, setup_context=_save)

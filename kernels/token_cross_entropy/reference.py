@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def token_cross_entropy(
-    tokens: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, *, chunk: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """See `fastssl.kernels.token_cross_entropy.token_cross_entropy`; all logits at once, whatever `chunk`."""
+def token_cross_entropy(tokens: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """See `fastssl.kernels.token_cross_entropy.token_cross_entropy`; all logits at once."""
     exact = torch.promote_types(tokens.dtype, torch.float32)
     logits = F.linear(tokens.to(exact), weight.to(exact), None if bias is None else bias.to(exact))
     labels = labels.long()

@@ -13,12 +13,6 @@ EXEMPT = {
     "ema_update.ema_update(copies)",  # bfloat16 working copies of a float32 teacher
     "masked_attention_gather.indexed_attention",  # attention over kept tokens
 }
-# Options of ops that are called.
-EXEMPT_OPTIONS = {
-    "patch_pixel_loss.patch_pixel_loss(loss)",  # SiT's error is absolute; its loss is not yet this op
-    "patch_pixel_loss.patch_pixel_loss(pixels)",  # SiT's damaged pixels
-    "token_cross_entropy.token_cross_entropy(chunk)",  # the proof cuts small chunks with it
-}
 
 
 def functions() -> dict[str, tuple[list[str], set[str]]]:
@@ -73,7 +67,7 @@ def uncalled(trees: list[ast.AST]) -> set[str]:
 def test_training_calls_every_op():
     paths = [path for pattern in CALLERS for path in sorted(ROOT.glob(f"fastssl/{pattern}"))]
     found = uncalled([ast.parse(path.read_text()) for path in paths])
-    assert found == EXEMPT | EXEMPT_OPTIONS
+    assert found == EXEMPT
 
 
 def test_an_op_without_a_caller_is_found():

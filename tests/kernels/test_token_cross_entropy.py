@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._verify import verify
-from fastssl.kernels.token_cross_entropy import cases, token_cross_entropy
+from fastssl.kernels.token_cross_entropy import cases, kernel, token_cross_entropy
 
 OP = cases.OPS[0]
 PATHS = ("reference", "triton")
@@ -26,14 +26,27 @@ def grads(loss, *leaves, upstream=None):
     return torch.autograd.grad(loss, leaves, upstream)
 
 
+# Tokens per chunk in some cases of the proof, so that there are several.
+CHUNKS = {"ragged": 10, "no bias": 4, "long rows": 6, "one value too many": 16, "strided": 5}
+
+
+@pytest.fixture
+def in_chunks(monkeypatch):
+    """Sets the tokens per chunk."""
+    return lambda chunk: monkeypatch.setattr(kernel, "rows_per_chunk", lambda tokens, classes: chunk)
+
+
 @pytest.mark.parametrize("dtype", OP.dtypes, ids=str)
 @pytest.mark.parametrize("case", OP.proof)
-def test_equals_the_reference(case, dtype, device):
+def test_equals_the_reference(case, dtype, device, in_chunks):
+    if case in CHUNKS:
+        in_chunks(CHUNKS[case])
     verify(OP, OP.proof[case], dtype, device)
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_equals_cross_entropy_and_argmax(path, device):
+def test_equals_cross_entropy_and_argmax(path, device, in_chunks):
+    in_chunks(7)
     tokens, weight, bias, labels = make(device, T=23)
     labels[::4] = -1
     leaves = [x.double().requires_grad_() for x in (tokens, weight, bias)]
@@ -43,7 +56,7 @@ def test_equals_cross_entropy_and_argmax(path, device):
     slopes = grads(expected, *leaves)
     leaves = [x.requires_grad_() for x in (tokens, weight, bias)]
     with forced(path):
-        loss, accuracy = token_cross_entropy(*leaves, labels, chunk=7)
+        loss, accuracy = token_cross_entropy(*leaves, labels)
     torch.testing.assert_close(loss.item(), expected.item(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(accuracy.item(), hits.item(), rtol=1e-6, atol=0)
     assert not accuracy.requires_grad
@@ -119,13 +132,14 @@ def test_a_label_that_is_no_code_shows_as_nan(path, bad, K, device):
 
 
 @pytest.mark.parametrize("K", [300, 9000])
-def test_chunks_and_repeats_change_nothing(K, device):
+def test_chunks_and_repeats_change_nothing(K, device, in_chunks):
     tokens, weight, bias, labels = make(device, T=9, K=K)
     leaves = [x.requires_grad_() for x in (tokens, weight, bias)]
     runs = []
     with forced("triton"):
-        for chunk in (None, None, 4, 1):
-            loss, accuracy = token_cross_entropy(*leaves, labels, chunk=chunk)
+        for chunk in (128, 128, 4, 1):
+            in_chunks(chunk)
+            loss, accuracy = token_cross_entropy(*leaves, labels)
             runs.append([loss, accuracy, *grads(loss, *leaves)])
     assert all(torch.equal(a, b) for a, b in zip(runs[0], runs[1], strict=True))
     for run in runs[2:]:
@@ -187,17 +201,16 @@ def test_autocast_does_not_reach_inside(device):
     [(6272, 8192, 3200), (4096, 8192, 4096), (4097, 8192, 2176), (1, 8192, 128), (10**6, 2**20, 128), (0, 10, 0)],
 )
 def test_chunk_rule(tokens, classes, rows):
-    from fastssl.kernels.token_cross_entropy.kernel import WORKSPACE, rows_per_chunk
-
-    assert rows_per_chunk(tokens, classes) == rows
+    assert kernel.rows_per_chunk(tokens, classes) == rows
     assert rows % 128 == 0
-    assert rows * classes * 4 <= max(WORKSPACE, 128 * classes * 4)
+    assert rows * classes * 4 <= max(kernel.WORKSPACE, 128 * classes * 4)
 
 
-def test_compiles_without_a_graph_break(device, compiles_whole):
+def test_compiles_without_a_graph_break(device, compiles_whole, in_chunks):
+    in_chunks(4)
     tokens, weight, bias, labels = make(device)
     leaves = [x.requires_grad_() for x in (tokens, weight, bias)]
-    compiles_whole(lambda *leaves: token_cross_entropy(*leaves, labels, chunk=4).loss, *leaves)
+    compiles_whole(lambda *leaves: token_cross_entropy(*leaves, labels).loss, *leaves)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +223,6 @@ def test_compiles_without_a_graph_break(device, compiles_whole):
         ({"labels": torch.zeros(2)}, "labels must be int32 or int64, not float32"),
         ({"labels": torch.zeros(3, dtype=torch.int64)}, r"labels must be \[T\] with T = 2, not \[3\]"),
         ({"weight": torch.zeros(0, 3), "bias": None}, "weight must be .* K of at least 1"),
-        ({"chunk": 0}, "chunk must be at least 1, not 0"),
     ],
 )  # fmt: skip
 def test_bad_arguments_are_named(change, message):
