@@ -15,7 +15,7 @@ bench: .venv/ready
 	$(BIN)/python docs/benchmarks/convert_vs_ffcv.py $(IMAGES)
 
 lint: .venv/ready
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
 .venv/ready: pyproject.toml setup.py .ci/install
 	sh .ci/install

@@ -33,7 +33,7 @@ class Parser(ArgumentParser):
         kwargs.setdefault("allow_abbrev", False)  # --run.step is not --run.steps
         super().__init__(*args, **kwargs)
 
-    def add_class_arguments(self, theclass: type, nested_key: str | None = None, **kwargs: Any) -> list[str]:  # type: ignore[override]
+    def add_class_arguments(self, theclass: type, nested_key: str | None = None, **kwargs: Any) -> list[str]:
         """As jsonargparse; what a field's type allows stands in its help behind the type's name."""
         added = super().add_class_arguments(theclass, nested_key, **kwargs)
         words = rules(theclass, f"{nested_key}." if nested_key else "")

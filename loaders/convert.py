@@ -135,7 +135,7 @@ class ConvertResult:
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def summary(self) -> str:
+    def table(self) -> str:
         text = (
             f"{self.path}: {self.images} images in {self.classes or 'no'} classes, {self.size / 1e6:.1f} MB; "
             f"{self.copied} copied byte for byte, {self.images - self.copied} decoded and stored anew; "

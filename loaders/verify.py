@@ -77,7 +77,7 @@ class Report:
     def as_dict(self) -> dict[str, Any]:
         return {**vars(self), "problems": [vars(problem) for problem in self.problems], "ok": self.ok}
 
-    def summary(self) -> str:
+    def table(self) -> str:
         found = f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)}" if self.problems else "all good"
         lines = [f"{self.samples} samples in {self.files} file{'s' * (self.files != 1)}: {found}; {self.seconds:.1f} s"]
         lines += [f"  {problem}" for problem in self.problems[:LISTED]]

@@ -69,8 +69,8 @@ def demo(options: DemoOptions) -> DemoResult:
         print("2. converting them to .beton and verifying the files", flush=True)
         for split, path in betons.items():
             parts = str(images / "parts" / split)
-            print(convert(ConvertOptions(str(images / split), str(path), parts=parts, overwrite=True)).summary())
-            print(verify(VerifyOptions(str(path))).summary(), flush=True)
+            print(convert(ConvertOptions(str(images / split), str(path), parts=parts, overwrite=True)).table())
+            print(verify(VerifyOptions(str(path))).table(), flush=True)
     else:
         print(f"1, 2. using the images and .beton files in {folder}", flush=True)
 

@@ -83,7 +83,7 @@ class Learned:
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def summary(self) -> str:
+    def table(self) -> str:
         return (
             f"{self.out}: a stand-in tokenizer of {self.codes} codes (k-means of {self.patches} patches), "
             f"perplexity {self.perplexity:.0f}; their mean patches explain {100 * self.explained:.1f} % of the pixels' "

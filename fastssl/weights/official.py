@@ -55,7 +55,7 @@ class Imported:
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
-    def summary(self) -> str:
+    def table(self) -> str:
         what = f"{'the whole method' if self.whole else 'the backbone'} of {self.method} with {self.model}"
         return f"{self.path}: {what}, {self.tensors} tensors; no key missing or left over"
 

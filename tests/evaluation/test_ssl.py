@@ -14,7 +14,6 @@ from fastssl.augment import augment
 from fastssl.batch import Batch
 from fastssl.cli import main
 from fastssl.config import ConfigError
-from fastssl.evaluation import ssl
 from fastssl.evaluation.data import EvaluationError
 from fastssl.evaluation.ssl import SSLOptions, evaluate_ssl
 from fastssl.methods import METHODS, view_list
@@ -137,6 +136,22 @@ def test_a_checkpoint_that_does_not_fit(images, tmp_path, monkeypatch):
     checkpoint.write(tmp_path / "other.pt", saved)
     with pytest.raises(CheckpointError, match="of method 'unheard'; known: "):
         evaluate_ssl(SSLOptions(**{**given, "checkpoint": str(tmp_path / "other.pt")}))
-    monkeypatch.setattr(ssl.METHODS["sit"], "part_grid", staticmethod(lambda config: {"view1": 4}))
+    monkeypatch.setattr(METHODS["sit"], "part_grid", staticmethod(lambda config: {"view1": 4}))
     with pytest.raises(EvaluationError, match=r"method sit needs part maps, and .* has none"):
         evaluate_ssl(SSLOptions(**given))
+
+
+@pytest.mark.parametrize("name", ["mae", "dino"])
+def test_a_whole_import_is_judged_as_a_finished_run(images, tmp_path, name, capsys):
+    values = {"method": name, **recipe(name), **SCHEDULE}
+    arguments = [f"--{key}={value}" for key, value in values.items()]
+    torch.manual_seed(0)
+    method = METHODS[name](parse_pretrain([*arguments, f"--data.path={images}"])[0])
+    torch.save(METHODS[name].to_official(method.state_dict()), tmp_path / "official.pth")
+    assert main(["import", str(tmp_path / "official.pth"), str(tmp_path / "ours.pt"), *arguments]) == 0
+    capsys.readouterr()
+    command = ["evaluate", "ssl", f"--checkpoint={tmp_path / 'ours.pt'}", f"--data={images}", "--device=cpu", "--json"]
+    assert main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["method"], found["images"], found["step"]) == (name, IMAGES, 0)
+    assert found["loss"] > 0

@@ -205,7 +205,7 @@ def test_names_classes_labels_and_checksums(tmp_path, many):
     assert source.name(0) == "a.beton[0] class 0/000.jpg"
     assert (result.images, result.classes, result.size) == (100, 3, (tmp_path / "a.beton").stat().st_size)
     assert 70 < result.copied < 90
-    assert "100 images in 3 classes" in result.summary()
+    assert "100 images in 3 classes" in result.table()
     assert result.as_dict()["copied"] == result.copied
     assert verify(VerifyOptions(str(tmp_path / "a.beton"))).ok
 
@@ -215,7 +215,7 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     result = run(tmp_path / "in", tmp_path / "a.beton")
     source = open_source(str(tmp_path / "a.beton"))
     assert (source.classes, source.labels.tolist()) == ([], [-1])
-    assert "1 images in no classes" in result.summary()
+    assert "1 images in no classes" in result.table()
 
 
 def test_the_number_of_workers_does_not_matter(tmp_path, many):
@@ -335,7 +335,7 @@ def test_bad_files_fail_the_conversion_with_the_list(tmp_path, bad_folder):
 def test_bad_files_are_skipped_up_to_the_limit(tmp_path, bad_folder):
     result = run(bad_folder, tmp_path / "a.beton", max_bad=7)
     assert (result.images, len(result.bad)) == (3, 7)
-    assert "skipped: 7 bad files\n  bad/absurd.jpg has absurd dimensions" in result.summary()
+    assert "skipped: 7 bad files\n  bad/absurd.jpg has absurd dimensions" in result.table()
     source = open_source(str(tmp_path / "a.beton"))
     assert source.classes == ["bad", "good"]
     assert source.labels.tolist() == [1, 1, 1]

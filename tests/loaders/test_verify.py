@@ -62,7 +62,7 @@ TABLES = "has a damaged header, metadata or allocation table (their checksum has
 def test_a_good_file(good):
     report = verify(VerifyOptions(str(good), workers=2))
     assert (report.ok, report.files, report.samples, report.problems) == (True, 1, COUNT, [])
-    assert "70 samples in 1 file: all good" in report.summary()
+    assert "70 samples in 1 file: all good" in report.table()
     assert report.as_dict()["ok"] is True
 
 
@@ -146,7 +146,7 @@ def test_a_file_without_side_file_is_verified_but_said_to_lack_checksums(good, t
     report = verify(VerifyOptions(str(tmp_path / "a.beton"), workers=1))
     assert report.ok
     assert report.unchecked == [str(tmp_path / "a.beton")]
-    assert "has no checksums" in report.summary()
+    assert "has no checksums" in report.table()
 
 
 def test_the_side_file_of_another_file(good, tmp_path):
@@ -191,7 +191,7 @@ def test_a_glob_of_files(good, tmp_path):
     report = verify(VerifyOptions(str(tmp_path / "s-*.beton"), workers=2))
     assert (report.files, report.samples, len(report.problems)) == (2, COUNT, 1)
     assert report.problems[0].file.endswith("s-1.beton")
-    assert "s-1.beton is no .beton file" in report.summary()
+    assert "s-1.beton is no .beton file" in report.table()
 
 
 @pytest.mark.parametrize("path", ["none.beton", "none-*.beton", ""])

@@ -93,7 +93,7 @@ def test_resume_inside_an_epoch_with_accumulation_is_exact(images, tmp_path):
 
 
 def start(images, run, **more):
-    command = [sys.executable, "-m", "fastssl.cli", "pretrain", *arguments(images, run, **more)]
+    command = [sys.executable, "-m", "fastssl", "pretrain", *arguments(images, run, **more)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -138,7 +138,7 @@ def test_sigterm_and_sigusr1_save_and_end_cleanly(images, tmp_path, kind):
 
 def test_sigterm_to_torchrun_saves_on_all_processes_and_leaves_none_behind(images, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += ["-m", "fastssl.cli", "pretrain"]
+    command += ["-m", "fastssl", "pretrain"]
     command += arguments(images, tmp_path, schedule__epochs=4000, run__save_every=0.25, data__batch_size=8)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_step(process, tmp_path, 1)

@@ -172,22 +172,26 @@ def test_sizes_that_do_not_fit(given):
         evaluate_linear(LinearOptions(**given, resize=8))
 
 
-LINEAR = ["--epochs=3", "--lrs=[0.1,0.3]", "--step_size=20"]
+def linear_on(rank, options):
+    return evaluate_linear(LinearOptions(**options)).as_dict()
 
 
-@pytest.mark.parametrize(
-    ("protocol", "more"),
-    [("knn", []), ("linear", LINEAR), ("linear", [*LINEAR, "--augment=true"])],
-    ids=["knn", "linear", "linear with drawn crops"],
-)
-def test_two_processes_under_torchrun_print_the_numbers_of_one(given, protocol, more, tmp_path, capsys):
-    arguments = ["evaluate", protocol, *(f"--{key}={value}" for key, value in given.items()), "--cache=none", "--json"]
-    arguments += more
+@pytest.mark.parametrize("augment", [False, True])
+def test_two_processes_train_the_linear_layers_of_one(given, augment, on_processes):
+    options = {**given, "cache": "none", "epochs": 3, "lrs": (0.1, 0.3), "step_size": 20, "augment": augment}
+    alone, *together = linear_on(0, options), *on_processes(2, linear_on, options)
+    for values in (alone, *together):
+        values.pop("seconds")
+    assert together == [alone, alone]
+
+
+def test_two_processes_under_torchrun_print_the_numbers_of_one(given, tmp_path, capsys):
+    arguments = ["evaluate", "knn", *(f"--{key}={value}" for key, value in given.items()), "--cache=none", "--json"]
     assert main(arguments) == 0
     alone = json.loads(capsys.readouterr().out)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, "-m", "fastssl.cli", *arguments],
+        [*command, "-m", "fastssl", *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -162,7 +162,7 @@ def test_weights_and_switches_reach_the_network(given, tmp_path):
     def bump(weights):
         weights["teacher.norm.weight"].fill_(3.0)
 
-    path = save_checkpoint(tmp_path / "bumped.pt", VIT, bump)
+    path = save_checkpoint(tmp_path / "bumped.pt", VIT, bump, seed=11)
 
     def network(**change):
         options = FinetuneOptions(**{**given, "checkpoint": path, "dir": str(tmp_path / "none"), **change})
