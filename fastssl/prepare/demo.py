@@ -77,7 +77,7 @@ def demo(options: DemoOptions) -> DemoResult:
     print("3. pretraining", flush=True)
     run = folder / "run"
     overrides = {
-        "config": files("fastssl.configs") / "quickstart.yaml",
+        "config": files("fastssl") / "configs/quickstart.yaml",
         "data.path": betons["train"],
         "data.val": betons["val"],
         "run.dir": run,
