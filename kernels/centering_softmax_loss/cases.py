@@ -82,16 +82,8 @@ BENCH: dict[str, Case] = {
 
 OPS = [
     Op(
-        name="centering_softmax_loss",
-        call=centering_softmax_loss,
-        reference=reference.centering_softmax_loss,
-        inputs=inputs,
-        proof=PROOF,
-        bench=BENCH,
-        min_bytes=min_bytes,
-        gradients=("student",),
-        library={"F.cross_entropy": cross_entropy},
+        "centering_softmax_loss", centering_softmax_loss, reference.centering_softmax_loss, inputs, PROOF, BENCH,
+        min_bytes, gradients=("student",), library={"F.cross_entropy": cross_entropy}, upstream=1024.0,
         tolerance={torch.float32: (1e-5, 1e-4), FP16: (1e-3, 4e-3)},
-        upstream=1024.0,
     )
-]
+]  # fmt: skip

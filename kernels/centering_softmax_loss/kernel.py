@@ -296,16 +296,9 @@ def _(student, teacher, center, student_temp, teacher_temp, matching):
 
 @torch.library.custom_op("fastssl::centering_softmax_loss_backward", mutates_args=())
 def backward(
-    upstream: Tensor,
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_lse: Tensor,
-    teacher_lse: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-    matching: bool,
-) -> Tensor:
+    upstream: Tensor, student: Tensor, teacher: Tensor, center: Tensor | None, student_lse: Tensor,
+    teacher_lse: Tensor, student_temp: float, teacher_temp: float, matching: bool,
+) -> Tensor:  # fmt: skip
     """Gradient of the student's logits, contiguous."""
     student, teacher = _rows(student), _rows(teacher)
     (crops, images, classes), teachers = student.shape, len(teacher)

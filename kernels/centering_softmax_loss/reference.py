@@ -8,13 +8,9 @@ from torch import Tensor
 
 
 def centering_softmax_loss(
-    student: Tensor,
-    teacher: Tensor,
-    center: Tensor | None,
-    student_temp: float,
-    teacher_temp: float,
+    student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: float,
     pairs: str = "others",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `fastssl.kernels.centering_softmax_loss.centering_softmax_loss`: loss, column sums, entropy, divergence."""
     crops, teachers = len(student), len(teacher)
     with torch.no_grad():

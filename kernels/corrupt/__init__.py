@@ -75,7 +75,7 @@ def corrupt(
         from fastssl.kernels.corrupt import kernel
 
         return Corrupted(*kernel.paint(views, boxes, kind, source, ids, seed, epoch, view))
-    return Corrupted(*reference.corrupt(views, boxes, kind, source, ids=ids, seed=seed, epoch=epoch, view=view))
+    return Corrupted(*reference.corrupt(views, boxes, kind, source, ids, seed, epoch, view))
 
 
 @torch.no_grad()
@@ -141,6 +141,5 @@ def draw_blocks(
             ids, height, width, low, span, *limits, align, uniform_rate, max_blocks, seed, epoch, view, kind
         )
     return reference.draw_blocks(
-        ids, height=height, width=width, fraction=fraction, seed=seed, epoch=epoch, view=view, kind=kind,
-        max_side=max_side, align=align, uniform_rate=uniform_rate, max_blocks=max_blocks,
-    )  # fmt: skip
+        ids, height, width, fraction, seed, epoch, view, kind, max_side, align, uniform_rate, max_blocks
+    )

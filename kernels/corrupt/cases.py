@@ -94,18 +94,13 @@ DRAW_PROOF: dict[str, Case] = {
     "upstream": {"B": 2, "size": (64, 70), "fraction": 0.3, "uniform_rate": False, "view": 1},
     "aligned": {"B": 2, "size": (60, 40), "fraction": 0.5, "align": 4, "max_side": 0.6, "kind": 2},
     "aligned, upstream": {
-        "B": 2,
-        "size": (39, 61),
-        "fraction": 0.5,
-        "align": 4,
-        "max_side": 0.6,
-        "uniform_rate": False,
+        "B": 2, "size": (39, 61), "fraction": 0.5, "align": 4, "max_side": 0.6, "uniform_rate": False,
     },
     "a range of budgets": {"B": 2, "size": (32, 33), "fraction": 0.6, "max_side": 0.5},
     "too few blocks": {"B": 2, "size": (20, 100), "fraction": 0.9, "max_blocks": 5},
     "no blocks": {"B": 2, "size": (20, 20), "fraction": 0.5, "max_blocks": 0},
     "no images": {"B": 0, "size": (20, 20), "fraction": 0.5},
-}
+}  # fmt: skip
 
 DRAW_BENCH: dict[str, Case] = {
     "SiT zeros, B=256": {"B": 256, "size": (224, 224), "fraction": 0.5},
@@ -115,25 +110,9 @@ DRAW_BENCH: dict[str, Case] = {
 }
 
 OPS = [
+    Op("corrupt", corrupt, reference.corrupt, inputs, PROOF, BENCH, min_bytes, library={"torch.where": where}),
     Op(
-        name="corrupt",
-        call=corrupt,
-        reference=reference.corrupt,
-        inputs=inputs,
-        proof=PROOF,
-        bench=BENCH,
-        min_bytes=min_bytes,
-        library={"torch.where": where},
+        "draw_blocks", draw_blocks, reference.draw_blocks, draw_inputs, DRAW_PROOF, DRAW_BENCH,
+        lambda inputs, outputs, backward: nbytes(inputs, outputs), dtypes=(FP32,), tolerance={FP32: (0.0, 0.0)},
     ),
-    Op(
-        name="draw_blocks",
-        call=draw_blocks,
-        reference=reference.draw_blocks,
-        inputs=draw_inputs,
-        proof=DRAW_PROOF,
-        bench=DRAW_BENCH,
-        min_bytes=lambda inputs, outputs, backward: nbytes(inputs, outputs),
-        dtypes=(FP32,),
-        tolerance={FP32: (0.0, 0.0)},
-    ),
-]
+]  # fmt: skip

@@ -214,14 +214,7 @@ def _signed(number: int) -> int:
 
 @torch.library.custom_op("fastssl::corrupt", mutates_args=())
 def paint(
-    views: Tensor,
-    boxes: Tensor,
-    kind: Tensor,
-    source: Tensor,
-    ids: Tensor,
-    seed: int,
-    epoch: int,
-    view: int,
+    views: Tensor, boxes: Tensor, kind: Tensor, source: Tensor, ids: Tensor, seed: int, epoch: int, view: int
 ) -> tuple[Tensor, Tensor]:
     """Damaged views and mask."""
     images, _, height, width = views.shape
@@ -242,28 +235,14 @@ def paint(
 
 @paint.register_fake
 def _(views, *rest):
-    return torch.empty_like(views), torch.empty_like(
-        views[:, 0], dtype=torch.bool, memory_format=torch.contiguous_format
-    )
+    return torch.empty_like(views), views.new_empty(views[:, 0].shape, dtype=torch.bool)
 
 
 @torch.library.custom_op("fastssl::draw_blocks", mutates_args=())
 def draw(
-    ids: Tensor,
-    height: int,
-    width: int,
-    low: int,
-    span: int,
-    tallest: int,
-    widest: int,
-    align: int,
-    uniform_rate: bool,
-    max_blocks: int,
-    seed: int,
-    epoch: int,
-    view: int,
-    kind: int,
-) -> Tensor:
+    ids: Tensor, height: int, width: int, low: int, span: int, tallest: int, widest: int, align: int,
+    uniform_rate: bool, max_blocks: int, seed: int, epoch: int, view: int, kind: int,
+) -> Tensor:  # fmt: skip
     """int32 [B, max_blocks, 4]."""
     boxes = torch.zeros(len(ids), max_blocks, 4, dtype=torch.int32, device=ids.device)
     rows, words = power_of_2(height), power_of_2(cdiv(width, 32))

@@ -15,15 +15,7 @@ BLOCKS_KEY = zlib.crc32(b"blocks") & LOW >> 1
 
 
 def corrupt(
-    views: Tensor,
-    boxes: Tensor,
-    kind: Tensor,
-    source: Tensor,
-    *,
-    ids: Tensor,
-    seed: int,
-    epoch: int = 0,
-    view: int = 0,
+    views: Tensor, boxes: Tensor, kind: Tensor, source: Tensor, ids: Tensor, seed: int, epoch: int, view: int
 ) -> tuple[Tensor, Tensor]:
     """See `fastssl.kernels.corrupt.corrupt`."""
     _, _, height, width = views.shape
@@ -65,20 +57,9 @@ def normals(first: Tensor, second: Tensor, dtype: torch.dtype) -> tuple[Tensor, 
 
 
 def draw_blocks(
-    ids: Tensor,
-    *,
-    height: int,
-    width: int,
-    fraction: float,
-    seed: int,
-    epoch: int,
-    view: int = 0,
-    kind: int = 0,
-    max_side: float = 0.3,
-    align: int = 1,
-    uniform_rate: bool = True,
-    max_blocks: int = 128,
-) -> Tensor:
+    ids: Tensor, height: int, width: int, fraction: float, seed: int, epoch: int, view: int = 0, kind: int = 0,
+    max_side: float = 0.3, align: int = 1, uniform_rate: bool = True, max_blocks: int = 128,
+) -> Tensor:  # fmt: skip
     """See `fastssl.kernels.corrupt.draw_blocks`."""
     draws = torch.arange(max_blocks + 1, device=ids.device)
     words = torch.stack(philox((ids[:, None], epoch, view, draws), (seed, BLOCKS_KEY + kind)))  # [4, B, draws]

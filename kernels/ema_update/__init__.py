@@ -123,7 +123,7 @@ def adamw_ema(
         from fastssl.kernels.ema_update import kernel
 
         run = kernel.adamw_ema if torch.compiler.is_compiling() else kernel.adamw_ema_eager
-        run(*lists, grad_scale, lrs, decays, step, *betas, eps, momentum)
+        run(lists, grad_scale, lrs, decays, step, *betas, eps, momentum)
         return
     check_adamw(*lists)
     reference.adamw_ema(

@@ -195,35 +195,22 @@ def foreach_lerp(
 
 @torch.no_grad()
 def fused_adamw(
-    params: list[Tensor],
-    grads: list[Tensor | None],
-    exp_avgs: list[Tensor | None],
-    exp_avg_sqs: list[Tensor | None],
-    step: int,
-    *,
-    lr: float | list[float],
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float | list[float],
-    teacher: list[Tensor | None] | None = None,
-    momentum: float = 1.0,
-    copies: list[Tensor | None] | None = None,
-    teacher_copies: list[Tensor | None] | None = None,
-    grad_scale: Tensor | None = None,
-) -> None:
+    params: list[Tensor], grads: list[Any], exp_avgs: list[Any], exp_avg_sqs: list[Any], step: int, *,
+    lr: Any, betas: tuple[float, float], eps: float, weight_decay: Any, teacher: list[Any] | None, momentum: float,
+    copies: list[Any] | None, teacher_copies: list[Any] | None, grad_scale: Tensor | None,
+) -> None:  # fmt: skip
     """What torch.optim.AdamW(fused=True) calls, once per pair of learning rate and weight decay, and then the EMA.
 
     Each gradient must lie in memory as its parameter does.
     """
     n = len(params)
     lrs, decays = (x if isinstance(x, list) else [x] * n for x in (lr, weight_decay))
-    lists: tuple[list[Any], ...] = (params, grads, exp_avgs, exp_avg_sqs)
     groups: dict[tuple[float, float], list[int]] = {}
-    for i in range(n):
-        if grads[i] is not None:
+    for i, grad in enumerate(grads):
+        if grad is not None:
             groups.setdefault((lrs[i], decays[i]), []).append(i)
     for (rate, decay), members in groups.items():
-        p, g, m, v = ([items[i] for i in members] for items in lists)
+        p, g, m, v = ([items[i] for i in members] for items in (params, grads, exp_avgs, exp_avg_sqs))
         g = [grad.to(param.dtype) for param, grad in zip(p, g, strict=True)]
         steps = [torch.full((), float(step), device=params[0].device)] * len(members)
         torch._fused_adamw_(
@@ -287,58 +274,31 @@ ROUNDED = {FP32: TOLERANCE[BF16]}
 
 OPS = [
     Op(
-        name="ema_update",
-        call=ema_update,
-        reference=reference.ema_update,
-        inputs=ema_inputs,
-        proof=EMA_PROOF,
-        bench={name: {"network": name} for name in (*TRAINING, ODD)},
-        min_bytes=ema_bytes,
-        mutates=("teacher",),
-        library={"_foreach_lerp_": foreach_lerp},
-        tolerance=EXACT,
+        "ema_update", ema_update, reference.ema_update, ema_inputs, EMA_PROOF,
+        {name: {"network": name} for name in (*TRAINING, ODD)},
+        ema_bytes, mutates=("teacher",), library={"_foreach_lerp_": foreach_lerp}, tolerance=EXACT,
     ),
     Op(
-        name="ema_update with copies",
-        call=ema_update,
-        reference=reference.ema_update,
-        inputs=ema_inputs,
-        proof=COPIES_PROOF,
-        bench={f"{name}, bf16 copies": {"network": name, "copies": BF16} for name in TRAINING}
+        "ema_update with copies", ema_update, reference.ema_update, ema_inputs, COPIES_PROOF,
+        {f"{name}, bf16 copies": {"network": name, "copies": BF16} for name in TRAINING}
         | {"ViT-B/16, bf16 teacher": {"network": "ViT-B/16", "teacher": BF16}},
-        min_bytes=ema_bytes,
-        mutates=("teacher", "copies"),
-        library={"_foreach_lerp_, _foreach_copy_": foreach_lerp},
-        dtypes=(FP32, BF16),
-        tolerance=ROUNDED,
+        ema_bytes, mutates=("teacher", "copies"), library={"_foreach_lerp_, _foreach_copy_": foreach_lerp},
+        dtypes=(FP32, BF16), tolerance=ROUNDED,
     ),
     Op(
-        name="adamw_ema",
-        call=adamw_ema,
-        reference=reference.adamw_ema,
-        inputs=adamw_inputs,
-        proof=ADAMW_PROOF,
-        bench={name: {"network": name} for name in TRAINING}
+        "adamw_ema", adamw_ema, reference.adamw_ema, adamw_inputs, ADAMW_PROOF,
+        {name: {"network": name} for name in TRAINING}
         | {"ViT-B/16, no teacher": {"network": "ViT-B/16", "teacher": None}},
-        min_bytes=adamw_bytes,
-        mutates=("params", "exp_avgs", "exp_avg_sqs", "teacher"),
-        library={"_fused_adamw_, _foreach_lerp_": fused_adamw},
-        tolerance=EXACT,
+        adamw_bytes, mutates=("params", "exp_avgs", "exp_avg_sqs", "teacher"),
+        library={"_fused_adamw_, _foreach_lerp_": fused_adamw}, tolerance=EXACT,
     ),
     Op(
-        name="adamw_ema with copies",
-        call=adamw_ema,
-        reference=reference.adamw_ema,
-        inputs=adamw_inputs,
-        proof=ADAMW_COPIES_PROOF,
-        bench={
+        "adamw_ema with copies", adamw_ema, reference.adamw_ema, adamw_inputs, ADAMW_COPIES_PROOF,
+        {
             "ViT-B/16, bf16 copies": {"network": "ViT-B/16", "copies": BF16},
             f"{ODD}, bf16 copies, groups, scale": {"network": ODD, "copies": BF16, "groups": True, "grad_scale": True},
         },
-        min_bytes=adamw_bytes,
-        mutates=("params", "exp_avgs", "exp_avg_sqs", "teacher", "copies", "teacher_copies"),
-        library={"_fused_adamw_, _foreach_lerp_, _foreach_copy_": fused_adamw},
-        dtypes=(FP32, BF16),
-        tolerance=ROUNDED,
+        adamw_bytes, mutates=("params", "exp_avgs", "exp_avg_sqs", "teacher", "copies", "teacher_copies"),
+        library={"_fused_adamw_, _foreach_lerp_, _foreach_copy_": fused_adamw}, dtypes=(FP32, BF16), tolerance=ROUNDED,
     ),
-]
+]  # fmt: skip

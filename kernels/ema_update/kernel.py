@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import chain, compress
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -169,48 +168,30 @@ def _step(
                 )  # fmt: skip
 
 
+Tensors = Sequence[Tensor]
 Lists = Sequence[Sequence[Tensor | None]]  # the seven columns of addresses; () for a column without any
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """What a launch must know of shapes and types, without the addresses.
+class _Layout(NamedTuple):
+    """What a launch must know of shapes and types, without the addresses."""
 
-    Attributes:
-        rows: int64 [tensors, COLUMNS] on the host: the table without its addresses.
-        slots: int64 [tensors given]: where in the flat table the address of each goes.
-        widths: int64 [tensors given]: bytes that its address must be a multiple of for accesses of full width.
-        uneven: whether some last block is no multiple of the full width.
-        blocks: int32 [programs, 2] on the device.
-        kinds, values: constants of the kernel.
-        left: indices that the kernel does not take (float64, or items that lie in memory in different orders).
-    """
-
-    rows: Tensor
-    slots: Tensor
-    widths: Tensor
-    uneven: bool
-    blocks: Tensor
-    kinds: tuple[tuple[int, ...], ...]
-    values: int
-    left: tuple[int, ...]
+    rows: Tensor  # int64 [tensors, COLUMNS] on the host: the table without its addresses
+    slots: Tensor  # int64 [tensors given]: where in the flat table the address of each goes
+    widths: Tensor  # int64 [tensors given]: bytes that its address must be a multiple of for accesses of full width
+    uneven: bool  # whether some last block is no multiple of the full width
+    blocks: Tensor  # int32 [programs, 2] on the device
+    kinds: tuple[tuple[int, ...], ...]  # constant of the kernel
+    values: int  # per program
+    left: tuple[int, ...]  # indices not for the kernel: float64, or items that lie in memory in different orders
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """A layout with its table on the device.
+class _Plan(NamedTuple):
+    """A layout with its table on the device."""
 
-    Attributes:
-        likeness: sizes, types and the rest of what the plan was made for, beside the addresses.
-        layout: as it says.
-        table: int64 [tensors, COLUMNS].
-        ragged: whether some accesses cannot have full width.
-    """
-
-    likeness: tuple[Any, ...]
+    likeness: tuple[Any, ...]  # sizes, types and the rest of what the plan was made for, beside the addresses
     layout: _Layout
-    table: Tensor
-    ragged: bool
+    table: Tensor  # int64 [tensors, COLUMNS]
+    ragged: bool  # whether some accesses cannot have full width
 
 
 _plans: OrderedDict[Any, _Plan] = OrderedDict()
@@ -353,17 +334,13 @@ def _launch(plan: _Plan, rates: Tensor | None, grad_scale: Tensor | None, *numbe
     )  # fmt: skip
 
 
-def ema_update_eager(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], copies: Sequence[Tensor], momentum: float
-) -> None:
+def ema_update_eager(teacher: Tensors, student: Tensors, copies: Tensors, momentum: float) -> None:
     """See the public op; [] stands for no copies."""
     _ema_update(teacher, student, copies, momentum)
     torch.autograd.graph.increment_version([*teacher, *copies])
 
 
-def _ema_update(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], copies: Sequence[Tensor], momentum: float
-) -> None:
+def _ema_update(teacher: Tensors, student: Tensors, copies: Tensors, momentum: float) -> None:
     plan = _plan((student, (), (), (), teacher, (), copies), lambda: check_ema(teacher, student, copies))
     _launch(plan, None, None, *[0.0] * 7, 1.0 - momentum)
     for i in plan.layout.left:
@@ -381,52 +358,31 @@ def _(teacher, student, copies, momentum):
     pass
 
 
-def adamw_ema_eager(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    exp_avgs: Sequence[Tensor | None],
-    exp_avg_sqs: Sequence[Tensor | None],
-    teacher: Sequence[Tensor | None],
-    copies: Sequence[Tensor | None],
-    teacher_copies: Sequence[Tensor | None],
-    *rest: Any,
-) -> None:
-    """See the public op; [] stands for no teacher and no copies, lists of one number for one of all parameters."""
-    _adamw_ema(params, grads, exp_avgs, exp_avg_sqs, teacher, copies, teacher_copies, *rest)
-    changed = [*params, *exp_avgs, *exp_avg_sqs, *teacher, *copies, *teacher_copies]
-    torch.autograd.graph.increment_version([item for item in changed if item is not None])
+def adamw_ema_eager(lists: Lists, *rest: Any) -> None:
+    """See the public op; [] stands for no teacher and no copies, lists of one number for one of all parameters.
+
+    `lists`: params, grads, exp_avgs, exp_avg_sqs, teacher, copies, teacher_copies.
+    """
+    _adamw_ema(lists, *rest)
+    torch.autograd.graph.increment_version([x for x in chain(lists[0], *lists[2:]) if x is not None])
 
 
 def _adamw_ema(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    exp_avgs: Sequence[Tensor | None],
-    exp_avg_sqs: Sequence[Tensor | None],
-    teacher: Sequence[Tensor | None],
-    copies: Sequence[Tensor | None],
-    teacher_copies: Sequence[Tensor | None],
-    grad_scale: Tensor | None,
-    lr: Sequence[float],
-    weight_decay: Sequence[float],
-    step: int,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    momentum: float,
-) -> None:
-    lists: tuple[Any, ...] = (params, grads, exp_avgs, exp_avg_sqs, teacher, copies, teacher_copies)
+    lists: Any, grad_scale: Tensor | None, lr: Sequence[float], weight_decay: Sequence[float], step: int,
+    beta1: float, beta2: float, eps: float, momentum: float,
+) -> None:  # fmt: skip
     plan = _plan(lists, lambda: check_adamw(*lists))
     correction = 1 / (1 - beta1**step)
     rate, shrink, rates = lr[0] * correction, lr[0] * weight_decay[0], None
     if len(lr) > 1 or len(weight_decay) > 1:
-        n = len(params)
+        n = len(lists[0])
         lr, weight_decay = (list(x) * (n // len(x)) for x in (lr, weight_decay))
         pairs = [x for a, b in zip(lr, weight_decay, strict=True) for x in (a * correction, a * b)]
-        rates = _send(torch.tensor(pairs, dtype=torch.float32, device="cpu"), params[0].device)
+        rates = _send(torch.tensor(pairs, dtype=torch.float32, device="cpu"), lists[0][0].device)
     root = (1 - beta2**step) ** -0.5
     _launch(
         plan, rates, grad_scale, rate, shrink, 1.0 - beta1, float(beta2), 1.0 - beta2, root, float(eps), 1.0 - momentum
-    )  # fmt: skip
+    )
     for i in plan.layout.left:
         (p, g, m, v), (t, c, tc) = ([x[i]] for x in lists[:4]), ([x[i]] if x else None for x in lists[4:])
         reference.adamw_ema(
@@ -436,41 +392,27 @@ def _adamw_ema(
         )  # fmt: skip
 
 
-def adamw_ema(params: list[Tensor], *rest: Any) -> None:
+def adamw_ema(lists: Lists, *rest: Any) -> None:
     """For torch.compile, as `ema_update`: a custom op can change lists of tensors, but no lists with None in them."""
-    lists, numbers = (params, *rest[:6]), rest[6:]
     given = [[item for item in items if item is not None] for items in lists]
-    present = [bool(items) and items[i] is not None for items in lists for i in range(len(params))]
-    _adamw_ema_op(*given, present, *numbers)
+    present = [bool(items) and items[i] is not None for items in lists for i in range(len(lists[0]))]
+    _adamw_ema_op(*given, present, *rest)
 
 
 @torch.library.custom_op(
     "fastssl::adamw_ema", mutates_args=("params", "exp_avgs", "exp_avg_sqs", "teacher", "copies", "teacher_copies")
 )
 def _adamw_ema_op(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    teacher: list[Tensor],
-    copies: list[Tensor],
-    teacher_copies: list[Tensor],
-    present: list[bool],
-    grad_scale: Tensor | None,
-    lr: list[float],
-    weight_decay: list[float],
-    step: int,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    momentum: float,
-) -> None:
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
+    teacher: list[Tensor], copies: list[Tensor], teacher_copies: list[Tensor], present: list[bool],
+    grad_scale: Tensor | None, lr: list[float], weight_decay: list[float], step: int, beta1: float, beta2: float,
+    eps: float, momentum: float,
+) -> None:  # fmt: skip
     given = (iter(items) for items in (params, grads, exp_avgs, exp_avg_sqs, teacher, copies, teacher_copies))
     n = len(params)
     lists = [[next(items) if there else None for there in present[n * j :][:n]] for j, items in enumerate(given)]
-    optional = ([] if items == [None] * n else items for items in lists[4:])
-    arguments: list[Any] = [*lists[:4], *optional, grad_scale, lr, weight_decay, step, beta1, beta2, eps, momentum]
-    _adamw_ema(*arguments)
+    lists[4:] = ([] if items == [None] * n else items for items in lists[4:])
+    _adamw_ema(lists, grad_scale, lr, weight_decay, step, beta1, beta2, eps, momentum)
 
 
 @_adamw_ema_op.register_fake

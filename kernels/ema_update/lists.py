@@ -23,21 +23,11 @@ def check_ema(teacher: Items, student: Items, copies: Items) -> None:
 
 
 def check_adamw(
-    params: Sequence[Tensor],
-    grads: Items,
-    exp_avgs: Items,
-    exp_avg_sqs: Items,
-    teacher: Items,
-    copies: Items,
+    params: Sequence[Tensor], grads: Items, exp_avgs: Items, exp_avg_sqs: Items, teacher: Items, copies: Items,
     teacher_copies: Items,
-) -> None:
+) -> None:  # fmt: skip
     """Likewise; [] stands for no teacher and no copies."""
-    lists: Lists = {
-        "params": params,
-        "grads": grads,
-        "exp_avgs": exp_avgs,
-        "exp_avg_sqs": exp_avg_sqs,
-    }
+    lists: Lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     extra = {"teacher": teacher, "copies": copies, "teacher_copies": teacher_copies}
     _check_lists(ADAMW, lists | {name: items for name, items in extra.items() if items}, tuple(lists | extra)[1:])
     check(bool(teacher) or not teacher_copies, ADAMW, "teacher_copies", "None without a teacher", "a list")

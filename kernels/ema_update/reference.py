@@ -8,6 +8,8 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from fastssl.kernels.ema_update.lists import Items
+
 
 @torch.no_grad()
 def ema_update(
@@ -20,22 +22,11 @@ def ema_update(
 
 @torch.no_grad()
 def adamw_ema(
-    params: list[Tensor],
-    grads: list[Tensor | None],
-    exp_avgs: list[Tensor | None],
-    exp_avg_sqs: list[Tensor | None],
-    step: int,
-    *,
-    lr: float | Sequence[float],
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float | Sequence[float],
-    teacher: list[Tensor | None] | None = None,
-    momentum: float = 1.0,
-    copies: list[Tensor | None] | None = None,
-    teacher_copies: list[Tensor | None] | None = None,
-    grad_scale: Tensor | None = None,
-) -> None:
+    params: list[Tensor], grads: Items, exp_avgs: Items, exp_avg_sqs: Items, step: int, *,
+    lr: float | Sequence[float], betas: tuple[float, float], eps: float, weight_decay: float | Sequence[float],
+    teacher: Items | None = None, momentum: float = 1.0, copies: Items | None = None,
+    teacher_copies: Items | None = None, grad_scale: Tensor | None = None,
+) -> None:  # fmt: skip
     """See `fastssl.kernels.ema_update.adamw_ema`."""
     beta1, beta2 = betas
     root = (1 - beta2**step) ** 0.5

@@ -10,13 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastssl.kernels._spec import FP32, Case, Maker, Op, nbytes
-from fastssl.kernels.feature_search import (
-    reference,
-    residual_pool,
-    scale_norm_relu,
-    scaled_moments,
-    search_maps,
-)
+from fastssl.kernels.feature_search import reference, residual_pool, scale_norm_relu, scaled_moments, search_maps
 
 
 def feature(
@@ -132,49 +126,31 @@ STAGES: dict[str, Case] = {
 NARROW: dict[str, Case] = {name: {**case, "C": 256} for name, case in STAGES.items()}  # conv1's output
 
 
-def op(call: Callable, expected: Callable, inputs: Callable, library: dict[str, Callable], **options: Any) -> Op:
-    """An op on the common cases; `proof` and `bench` add to them."""
-    proof = PROOF | options.pop("proof", {})
-    bench = options.pop("bench", STAGES)
-    return Op(
-        name=call.__name__, call=call, reference=expected, inputs=inputs, library=library, proof=proof, bench=bench,
-        min_bytes=all_bytes, **options,
-    )  # fmt: skip
+def op(
+    call: Callable, expected: Callable, inputs: Callable, library: dict[str, Callable], *,
+    bench: dict[str, Case] = STAGES, proof: dict[str, Case] | None = None, **options: Any,
+) -> Op:  # fmt: skip
+    """An op; `proof` adds to the common cases."""
+    proof = PROOF | (proof or {})
+    return Op(call.__name__, call, expected, inputs, proof, bench, all_bytes, library=library, **options)
 
 
 OPS = [
     op(
-        search_maps,
-        reference.search_maps,
-        search_inputs,
-        {"F.normalize, bmm": bmm},
-        flops=search_flops,
+        search_maps, reference.search_maps, search_inputs, {"F.normalize, bmm": bmm}, flops=search_flops,
         bench=STAGES | {"stage 4, contiguous": STAGES["stage 4"] | {"layout": "first"}},
         proof={
             "many positions": {"M": 2, "B": 1, "C": 5, "side": (23, 23)},
             "many crops, long queries": {"M": 33, "B": 1, "C": 300, "side": (3, 2)},
         },
     ),
+    op(scaled_moments, reference.scaled_moments, moments_inputs, {"product, var_mean": var_mean}, bench=NARROW),
     op(
-        scaled_moments,
-        reference.scaled_moments,
-        moments_inputs,
-        {"product, var_mean": var_mean},
-        bench=NARROW,
-    ),
-    op(
-        scale_norm_relu,
-        norm_reference,
-        norm_inputs,
-        {"product, F.batch_norm, relu": batch_norm},
+        scale_norm_relu, norm_reference, norm_inputs, {"product, F.batch_norm, relu": batch_norm}, bench=NARROW,
         proof={"given statistics": {"M": 3, "B": 2, "C": 9, "side": (3, 5), "given": True}},
-        bench=NARROW,
     ),
     op(
-        residual_pool,
-        reference.residual_pool,
-        pool_inputs,
-        {"addcmul, product, relu, mean": add_pool},
+        residual_pool, reference.residual_pool, pool_inputs, {"addcmul, product, relu, mean": add_pool},
         proof={"mixed formats": {"M": 2, "B": 2, "C": 12, "side": (6, 5), "mixed": True}},
     ),
-]
+]  # fmt: skip

@@ -222,14 +222,8 @@ ATTENTION_BENCH: dict[str, Case] = {
 
 OPS = [
     Op(
-        name="gather_tokens",
-        call=gather_tokens,
-        reference=gather_reference.gather_tokens,
-        inputs=gather_inputs,
-        proof=GATHER_PROOF,
-        bench=GATHER_BENCH,
-        min_bytes=gather_bytes,
-        gradients=("tokens",),
+        "gather_tokens", gather_tokens, gather_reference.gather_tokens, gather_inputs, GATHER_PROOF, GATHER_BENCH,
+        gather_bytes, gradients=("tokens",),
     ),
     Op(
         name="indexed_attention",
@@ -247,4 +241,4 @@ OPS = [
             "gather, flex_attention": flex,
         },
     ),
-]
+]  # fmt: skip

@@ -74,16 +74,8 @@ BENCH: dict[str, Case] = {
 
 OPS = [
     Op(
-        name="patch_contrast",
-        call=patch_contrast,
-        reference=reference.patch_contrast,
-        inputs=inputs,
-        proof=PROOF,
-        bench=BENCH,
-        min_bytes=min_bytes,
-        flops=flops,
-        gradients=("a", "b"),
-        tolerance={BF16: (1.2e-2, 3e-2)},  # two roundings; the interpreter's are towards zero
+        "patch_contrast", patch_contrast, reference.patch_contrast, inputs, PROOF, BENCH, min_bytes, flops, ("a", "b"),
         library={"F.normalize, torch.bmm, F.cross_entropy": by_library},
+        tolerance={BF16: (1.2e-2, 3e-2)},  # two roundings; the interpreter's are towards zero
     )
-]
+]  # fmt: skip

@@ -235,13 +235,7 @@ def _(a, b, valid, temperature):
 
 @torch.library.custom_op("fastssl::patch_contrast_backward", mutates_args=())
 def backward(
-    upstream: Tensor,
-    a: Tensor,
-    b: Tensor,
-    saved: Tensor,
-    temperature: float,
-    a_grad: bool,
-    b_grad: bool,
+    upstream: Tensor, a: Tensor, b: Tensor, saved: Tensor, temperature: float, a_grad: bool, b_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a and b, contiguous; empty where not wanted."""
     a, b = _rows(a), _rows(b)

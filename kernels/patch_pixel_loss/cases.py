@@ -66,14 +66,7 @@ BENCH: dict[str, Case] = {
 
 OPS = [
     Op(
-        name="patch_pixel_loss",
-        call=patch_pixel_loss,
-        reference=reference.patch_pixel_loss,
-        inputs=inputs,
-        proof=PROOF,
-        bench=BENCH,
-        min_bytes=min_bytes,
-        gradients=("prediction",),
-        tolerance={FP16: (1e-3, 2e-3)},
+        "patch_pixel_loss", patch_pixel_loss, reference.patch_pixel_loss, inputs, PROOF, BENCH, min_bytes,
+        gradients=("prediction",), tolerance={FP16: (1e-3, 2e-3)},
     )
-]
+]  # fmt: skip

@@ -104,10 +104,7 @@ def photometric(
     elif dtype == torch.float32 and not exact and use_numba(crops):
         return _on_cpu(crops, drawn, mean, std, out)
     else:
-        result = reference.photometric(
-            crops, jitter=jitter, order=order, factor=factor, gray=gray, blur_sigma=blur_sigma, solarize=solarize,
-            mean=mean, std=std, dtype=dtype,
-        )  # fmt: skip
+        result = reference.photometric(crops, *drawn, mean=mean, std=std, dtype=dtype)
     return result if out is None else out.copy_(result)
 
 

@@ -118,16 +118,8 @@ BENCH: dict[str, Case] = {
 
 OPS = [
     Op(
-        name="photometric",
-        call=photometric,
-        reference=exact,
-        inputs=inputs,
-        proof=PROOF,
-        bench=BENCH,
-        min_bytes=min_bytes,
-        library={
-            "torchvision v2, crop by crop": torchvision_each,
-            "torchvision v2, one draw per batch": torchvision_batch,
-        },
+        "photometric", photometric, exact, inputs, PROOF, BENCH, min_bytes,
+        library={"torchvision v2, crop by crop": torchvision_each,
+                 "torchvision v2, one draw per batch": torchvision_batch},
     )
-]
+]  # fmt: skip

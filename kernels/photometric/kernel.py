@@ -338,17 +338,9 @@ def _blurred(
 
 @torch.library.custom_op("fastssl::photometric", mutates_args=())
 def forward(
-    crops: Tensor,
-    jitter: Tensor | None,
-    order: Tensor | None,
-    factor: Tensor | None,
-    gray: Tensor | None,
-    blur_sigma: Tensor | None,
-    solarize: Tensor | None,
-    mean: list[float],
-    std: list[float],
-    dtype: torch.dtype,
-) -> Tensor:
+    crops: Tensor, jitter: Tensor | None, order: Tensor | None, factor: Tensor | None, gray: Tensor | None,
+    blur_sigma: Tensor | None, solarize: Tensor | None, mean: list[float], std: list[float], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """The views [N, 3, H, W]."""
     crops = crops.contiguous()
     drawn = [x if x is None else x.contiguous() for x in (jitter, order, factor, gray, blur_sigma, solarize)]

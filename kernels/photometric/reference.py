@@ -19,18 +19,10 @@ CPU_CHUNK = 2**18  # values worked on at once, so that they stay in the cache
 
 
 def photometric(
-    crops: Tensor,
-    *,
-    jitter: Tensor | None = None,
-    order: Tensor | None = None,
-    factor: Tensor | None = None,
-    gray: Tensor | None = None,
-    blur_sigma: Tensor | None = None,
-    solarize: Tensor | None = None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype = torch.float32,
-) -> Tensor:
+    crops: Tensor, jitter: Tensor | None = None, order: Tensor | None = None, factor: Tensor | None = None,
+    gray: Tensor | None = None, blur_sigma: Tensor | None = None, solarize: Tensor | None = None, *,
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype = torch.float32,
+) -> Tensor:  # fmt: skip
     """See `fastssl.kernels.photometric.photometric`.
 
     On the CPU only the crops that drew an operation are worked on. On an accelerator every operation is computed for

@@ -86,16 +86,8 @@ BENCH: dict[str, Case] = {
 
 OPS = [
     Op(
-        name="token_cross_entropy",
-        call=token_cross_entropy,
-        reference=reference.token_cross_entropy,
-        inputs=inputs,
-        proof=PROOF,
-        bench=BENCH,
-        min_bytes=min_bytes,
-        flops=flops,
-        gradients=("tokens", "weight", "bias"),
-        library=LIBRARY,
+        "token_cross_entropy", token_cross_entropy, reference.token_cross_entropy, inputs, PROOF, BENCH, min_bytes,
+        flops, ("tokens", "weight", "bias"), library=LIBRARY,
         tolerance={FP32: (1e-5, 5e-5)},  # sums over all codes in float32, one after the other in some libraries
     )
-]
+]  # fmt: skip

@@ -58,7 +58,7 @@ def uncrop(
         from fastssl.kernels.uncrop import kernel
 
         return kernel.forward(codes, mask_code, box, flip, rows, columns, flip_axis == "channel")
-    return reference.uncrop(codes, mask_code, box, flip, grid=(rows, columns), flip_axis=flip_axis)
+    return reference.uncrop(codes, mask_code, box, flip, (rows, columns), flip_axis)
 
 
 def cells(box: Tensor, patch_size: int) -> Tensor:

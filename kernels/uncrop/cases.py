@@ -84,14 +84,7 @@ BENCH: dict[str, Case] = {
 
 OPS = [
     Op(
-        name="uncrop",
-        call=uncrop,
-        reference=reference.uncrop,
-        inputs=inputs,
-        proof=PROOF,
-        bench=BENCH,
-        min_bytes=min_bytes,
-        gradients=("codes", "mask_code"),
+        "uncrop", uncrop, reference.uncrop, inputs, PROOF, BENCH, min_bytes, gradients=("codes", "mask_code"),
         library={"einsum of separable matrices": einsum},
     )
-]
+]  # fmt: skip

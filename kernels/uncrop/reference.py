@@ -7,13 +7,7 @@ from torch import Tensor
 
 
 def uncrop(
-    codes: Tensor,
-    mask_code: Tensor,
-    box: Tensor,
-    flip: Tensor,
-    *,
-    grid: int | tuple[int, int],
-    flip_axis: str = "width",
+    codes: Tensor, mask_code: Tensor, box: Tensor, flip: Tensor, grid: int | tuple[int, int], flip_axis: str = "width"
 ) -> Tensor:
     """See `fastssl.kernels.uncrop.uncrop`."""
     exact = torch.promote_types(torch.promote_types(codes.dtype, mask_code.dtype), torch.float32)

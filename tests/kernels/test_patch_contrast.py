@@ -172,14 +172,6 @@ def test_float16_codes_may_be_short_or_long(length, device):
         assert ((g.double() - e).norm() / e.norm()).item() < 2e-3
 
 
-def test_repeats_bit_for_bit(device):
-    a, b, valid = make(device, N=1, P=40)
-    leaves = [x.requires_grad_() for x in (a, b)]
-    with forced("triton"):
-        runs = [(result.total, *grads(result, *leaves)) for result in (patch_contrast(*leaves, valid) for _ in "ab")]
-    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
-
-
 @pytest.mark.parametrize("wanted", [0, 1])
 def test_one_side_may_be_a_constant(wanted, device):
     a, b, valid = make(device)

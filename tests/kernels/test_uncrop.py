@@ -133,19 +133,6 @@ def test_mask_code_keeps_its_type_and_codes_may_be_a_slice(path, device):
     torch.testing.assert_close(tokens.grad[:, 1:].float().sum(1), expected, rtol=0.02, atol=0.02)
 
 
-def test_repeats_bit_for_bit(device):
-    box, flip = boxes(3, 14, 14, device)
-    codes = torch.randn(3, 196, 40, device=device, requires_grad=True)
-    mask_code = torch.randn(40, device=device, requires_grad=True)
-    upstream = torch.randn(3, 196, 40, device=device)
-    runs = []
-    with forced("triton"):
-        for _ in range(2):
-            canvas = uncrop(codes, mask_code, box, flip, grid=14)
-            runs.append((canvas, *torch.autograd.grad(canvas, (codes, mask_code), upstream)))
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("box", [[0, 0, 2, 2], [0, 1, 1, 1], [1, 0, 2, 9], [-1, -1, 3, 3]])
 def test_reads_nothing_beside_a_view(path, box, device):
