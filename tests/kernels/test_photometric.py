@@ -43,15 +43,15 @@ def nothing(N, device="cpu"):
 
 
 def drawn(N, device="cpu", seed=0, solarize=256.0):
-    """Wider draws than DINO's, every crop its own."""
+    """Wider draws than DINO's, every crop its own; eight crops have all combinations of jitter, gray and blur."""
     g = torch.Generator().manual_seed(seed)
-    u = torch.rand(N, 8, generator=g)
+    u, i = torch.rand(N, 8, generator=g), torch.arange(N)
     values = {
-        "jitter": u[:, 0] < 0.8,
+        "jitter": i & 4 == 0,
         "order": torch.rand(N, 4, generator=g).argsort(1),
         "factor": torch.cat([0.3 + 1.5 * u[:, 1:4], u[:, 4:5] - 0.5], 1),
-        "gray": u[:, 5] < 0.3,
-        "blur_sigma": torch.where(u[:, 6] < 0.5, 0.1 + 1.9 * u[:, 7], 0.0),
+        "gray": i & 1 == 1,
+        "blur_sigma": torch.where(i & 2 == 2, 0.1 + 1.9 * u[:, 7], 0.0),
         "solarize": torch.full((N,), solarize),
     }
     return {name: value.to(device) for name, value in values.items()}
