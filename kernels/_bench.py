@@ -22,6 +22,7 @@ from torch import Tensor
 from fastssl.kernels._check import KernelError, check
 from fastssl.kernels._compile import ARCHS, Build, build_all, device_arch, triton_version
 from fastssl.kernels._path import forced, has_triton
+from fastssl.kernels._rate import matrix_rate
 from fastssl.kernels._spec import Case, Maker, Op, map_tensors, tensors
 from fastssl.kernels._verify import verify
 
@@ -165,7 +166,7 @@ def _complaint(build: Build) -> str:
 
 def _time_all(ops: list[Op], options: KernelBenchOptions) -> KernelBench:
     dtypes = [DTYPES[name] for name in (DTYPES if options.dtype == "all" else _listed(options.dtype))]
-    copy, rates = _copy_rate(), {dtype: _matrix_rate(dtype) for dtype in DTYPES.values()}
+    copy, rates = _copy_rate(), {dtype: matrix_rate(torch.device("cuda"), dtype) for dtype in DTYPES.values()}
     env = _versions() | {"copy_gbps": round(copy / 1e9)}
     env |= {f"{name}_tflops": round(rates[dtype] / 1e12) for name, dtype in DTYPES.items()}
     rows, failures = [], []
@@ -301,14 +302,6 @@ def _copy_rate() -> float:
     source = torch.randint(0, 255, (2**30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * 2**30 / (_time(lambda: target.copy_(source), 200)["ms"] / 1e3)
-
-
-def _matrix_rate(dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matrix product."""
-    n = 8192 if dtype != torch.float32 else 4096
-    a, b = torch.randn(2, n, n, device="cuda", dtype=dtype).unbind()
-    out = torch.empty_like(a)
-    return 2 * n**3 / (_time(lambda: torch.mm(a, b, out=out), 200)["ms"] / 1e3)
 
 
 def _versions() -> dict[str, Any]:

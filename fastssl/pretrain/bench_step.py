@@ -17,7 +17,7 @@ from fastssl import __version__
 from fastssl.batch import Batch
 from fastssl.config import Checked, Config, ConfigError, NonNegativeInt, PositiveInt, check
 from fastssl.kernels._path import MODES, forced
-from fastssl.pretrain.preflight import matrix_rate
+from fastssl.kernels._rate import matrix_rate
 from fastssl.pretrain.trainer import Trainer
 from fastssl.training import distributed
 from fastssl.training.timing import Stopwatch

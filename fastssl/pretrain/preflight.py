@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastssl.augment import augment
 from fastssl.batch import Batch, Photometric
 from fastssl.config import Config, View
+from fastssl.kernels._rate import matrix_rate
 from fastssl.methods.method import Method
 from fastssl.step import Values
 
@@ -126,16 +126,6 @@ def trial_batch(views: list[View], count: int, part_grid: dict[str, int] | None 
             if (grid := (part_grid or {}).get(v.name))
         },
     )
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Measured floating-point operations per second of a matrix product on this device."""
-    side = 4096 if device.type == "cuda" else 512
-    a = torch.ones(side, side, device=device, dtype=dtype)
-    (a @ a)[0, 0].item()
-    begin = time.perf_counter()
-    (a @ a @ a @ a)[0, 0].item()
-    return 3 * 2 * side**3 / (time.perf_counter() - begin)
 
 
 def _size(count: float) -> str:

@@ -48,6 +48,11 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
         group["weight_decay"] = weight_decay if group["decay"] else 0.0
 
 
+def trust_ratio(size: Tensor, change: Tensor, trust: float) -> Tensor:
+    """LARS's factor of an update: trust x |p| / |d|, and 1 where a norm is zero."""
+    return torch.where((size > 0) & (change > 0), trust * size / change, 1.0)
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive SGD (You et al. 2017, arXiv 1708.03888), as self-supervised methods use it.
 
@@ -81,7 +86,7 @@ class LARS(torch.optim.Optimizer):
             if group["decay"]:
                 updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
                 size, change = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(updates))
-                ratio = torch.where((size > 0) & (change > 0), group["trust"] * size / change, 1.0)
+                ratio = trust_ratio(size, change, group["trust"])
                 updates = torch._foreach_mul(updates, list(ratio.unbind()))
             for p in params:
                 if "momentum" not in self.state[p]:

@@ -24,7 +24,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(_bench, "verify", lambda op, case, dtype, device: real_verify(op, case, dtype, "cpu"))
     monkeypatch.setattr(_bench, "build_all", lambda ops, archs: [])
     monkeypatch.setattr(_bench, "_copy_rate", lambda: 1e12)
-    monkeypatch.setattr(_bench, "_matrix_rate", lambda dtype: 1e15)
+    monkeypatch.setattr(_bench, "matrix_rate", lambda device, dtype: 1e15)
     monkeypatch.setattr(_bench.torch, "compile", lambda f, dynamic: f)
 
     def time(f, milliseconds):

@@ -30,6 +30,7 @@ from fastssl.evaluation.frozen.features import Features, extract, represent
 from fastssl.loaders.engine import decoding_threads, open_loader
 from fastssl.loaders.sources import Source
 from fastssl.training import distributed
+from fastssl.training.optim import trust_ratio
 from fastssl.training.schedule import cosine, warmup_cosine
 
 LRS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # for a batch of 256 images
@@ -117,7 +118,7 @@ def linear_probe(
             yield train.values[rows].to(device, torch.float32), train.labels[rows].to(device), held_out[rows].to(device)
 
     training = {"epochs": epochs, "steps": steps, "batch_size": batch_size, "seed": seed}
-    return _fit(minibatches, judge, val, classes, lrs, device, progress, hidden, protocol, **training)
+    return _train_layers(minibatches, judge, val, classes, lrs, device, progress, hidden, protocol, **training)
 
 
 def linear_probe_augmented(
@@ -196,7 +197,7 @@ def linear_probe_augmented(
 
     with contextlib.closing(loader), frozen(backbone):
         training = {"epochs": epochs, "steps": loader.batches_per_epoch, "batch_size": each * world, "seed": seed}
-        return _fit(minibatches, judge, val, classes, lrs, device, progress, hidden, protocol, **training)
+        return _train_layers(minibatches, judge, val, classes, lrs, device, progress, hidden, protocol, **training)
 
 
 def check_numbers(lrs: Sequence[float], epochs: int, batch_size: int, hidden: int = 0, protocol: str = "dino") -> None:
@@ -224,7 +225,7 @@ def held_out_images(images: int, lrs: Sequence[float], seed: int) -> Tensor:
     return mask
 
 
-def _fit(
+def _train_layers(
     minibatches: Minibatches,
     judge: Features,
     val: Features,
@@ -283,7 +284,7 @@ def _adapted(parameter: Tensor, gradient: Tensor) -> Tensor:
     if parameter.ndim < 3:
         return gradient
     size, change = (t.square().sum((0, 2), keepdim=True).sqrt() for t in (parameter, gradient))  # [1, R, 1]
-    return gradient * torch.where((size > 0) & (change > 0), TRUST * size / change, 1.0)
+    return gradient * trust_ratio(size, change, TRUST)
 
 
 def _start(width: int, hidden: int, classes: int, layers: int, seed: int, device: torch.device) -> list[Tensor]:
