@@ -12,6 +12,11 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, const
 _recorded: list[Launch] | None = None
 
 
+# No fused multiply-add: fma(a, b, -c) with c = a x b rounded is the rounding error of c, not 0, so differences that
+# cancel (a mean of one value, one prototype) would leave it. For kernels that memory bounds it costs nothing.
+EXACT = {"enable_fp_fusion": False}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
     """kernel[grid](*arguments, **options) on the device of its first tensor; nothing for an empty grid.
 

@@ -128,10 +128,11 @@ class DALILoader(Loader):
                 pipe = self._build(len(queue))  # after an error a pipeline is of no more use
                 for feed in queue:
                     pipe.push(feed)
-        batch = queue.popleft().batch
+        batch, rest = queue.popleft().batch, crops
         for view in self._views:
-            mine, crops = crops[: view.count], crops[view.count :]
-            batch.views[view.name] = torch.stack(mine, dim=1) if view.count > 1 else mine[0][:, None]
+            mine, rest = rest[: view.count], rest[view.count :]
+            batch.views[view.name] = torch.stack(mine, dim=1)  # a copy: DALI uses its memory again
+        pipe.hold(crops)
         return batch, pipe
 
     def _repair(self, feed: Feed) -> None:
@@ -162,6 +163,7 @@ class Pipe:
 
         filters = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC, "lanczos": types.INTERP_LANCZOS3}
         self._views, self._depth, self._pushed = views, depth, 0
+        self._held: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
         self._pipe = Pipeline(batch_size, threads, device, prefetch_queue_depth=depth, exec_dynamic=True)
 
         def given(name: str, kind: Any, ndim: int) -> Any:
@@ -214,6 +216,16 @@ class Pipe:
         self._pushed += 1
         if self._pushed >= self._depth:
             self._pipe.schedule_run()  # the first call starts on all `depth` batches
+
+    def hold(self, crops: list[Tensor]) -> None:
+        """Keeps what `pop` gave until the GPU has done what is queued with it now, the copy out of DALI's memory."""
+        if not crops or not crops[0].is_cuda:
+            return
+        event = torch.cuda.Event()
+        event.record()
+        self._held.append((event, crops))
+        while len(self._held) > 1 and (len(self._held) > self._depth or self._held[0][0].query()):
+            self._held.popleft()[0].synchronize()
 
     def pop(self) -> list[Tensor]:
         """The crops of the oldest batch, each uint8 [B, 3, S, S], in DALI's memory without a copy."""

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from fastssl import __version__
 from fastssl.batch import Batch
@@ -136,7 +137,8 @@ def _bench(trainer: Trainer, options: StepBenchOptions) -> StepBench:
     stream = trainer.micro_batches()
     batches: Iterator[Batch] = stream
     if options.repeat_batch:
-        batches = itertools.repeat(next(stream).map(torch.clone))
+        copied = next(stream).map(torch.clone)
+        batches = itertools.repeat(copied.map(Tensor.pin_memory) if cuda else copied)
         stream.close()
     watch = Stopwatch(device)
     rounds: dict[str, list[dict[str, float]]] = {mode: [] for mode in options.modes}

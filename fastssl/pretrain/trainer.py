@@ -252,7 +252,8 @@ class Trainer(Run[Batch, dict[str, Any]]):
             return
         with contextlib.closing(self.loader.epoch(0)) as stream:
             batch = next(stream).map(lambda value: value[:count])
-        with frozen(self.method), torch.random.fork_rng(), self.autocast():
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with frozen(self.method), torch.random.fork_rng(gpus), self.autocast():
             pictures = self.method.pictures(self.on_device(batch), self.values)
         for name, rows in pictures.items() if distributed.is_main() else ():
             save_picture(self.folder / "pictures" / f"{name}-{self.step:07d}.png", rows)

@@ -14,9 +14,10 @@ GATHER_BYTES = 64 << 20  # of each process per exchange in gather_rows
 
 def start(device: torch.device) -> None:
     """Joins the process group described by torchrun's environment (nccl on CUDA, gloo on the CPU), if there is one."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what asks for "the" GPU means this one (events, memory counters, DALI)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
-            torch.cuda.set_device(device)
             dist.init_process_group("nccl", device_id=device)
         else:
             dist.init_process_group("gloo")

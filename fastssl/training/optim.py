@@ -112,7 +112,7 @@ def clip_gradients(module: nn.Module, max_norm: float, each: bool = False) -> Te
     """
     grads = [p.grad for p in module.parameters() if p.grad is not None]
     if not grads:
-        return torch.zeros(())
+        return torch.zeros((), device=next(module.parameters()).device)
     norms = torch.stack(torch._foreach_norm(grads))
     total = torch.linalg.vector_norm(norms)
     if max_norm > 0:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels._launch import cdiv, launch, power_of_2
+from fastssl.kernels._launch import EXACT, cdiv, launch, power_of_2
 
 FEW = 1024  # programs that keep the largest cards busy; not measured yet
 
@@ -267,7 +267,7 @@ def forward(
     launch(
         _student_forward, (images, partial.shape[1]), student, teacher, center, teacher_lse, partial, images, classes,
         *student.stride()[:2], *teacher.stride()[:2], stretch, 1 / student_temp, 1 / teacher_temp,
-        V=crops, T=teachers, CENTERED=center is not None, MATCHING=matching, **tile,
+        V=crops, T=teachers, CENTERED=center is not None, MATCHING=matching, **EXACT, **tile,
     )  # fmt: skip
     student_lse, agreement = _combined(partial, weighted=False)
 
@@ -309,7 +309,7 @@ def backward(
         _student_backward, (cdiv(classes, tile["BLOCK"]), images), student, teacher, center, student_lse, teacher_lse,
         upstream, gradient, images, classes, *student.stride()[:2], *teacher.stride()[:2],
         1 / student_temp, 1 / teacher_temp, scale,
-        V=crops, T=teachers, CENTERED=center is not None, MATCHING=matching, **tile,
+        V=crops, T=teachers, CENTERED=center is not None, MATCHING=matching, **EXACT, **tile,
     )  # fmt: skip
     return gradient
 
@@ -321,6 +321,7 @@ def _(upstream, student, *rest):
 
 def _save(ctx, inputs, output):
     student, teacher, center, *ctx.options = inputs
+    center = None if center is None else center.clone()  # the method moves its centre before the backward pass
     ctx.save_for_backward(student, teacher, center, *output[3:])
     ctx.mark_non_differentiable(*output[1:])
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastssl.kernels._launch import cdiv, launch, power_of_2, recording
+from fastssl.kernels._launch import EXACT, cdiv, launch, power_of_2, recording
 
 EPS = 1e-12  # least norm, as in F.normalize
 # Not measured yet: these two, and the sizes of blocks below.
@@ -323,10 +323,13 @@ def moments(y: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
     partial = y.new_empty(3, splits, channels, dtype=torch.float32)
     launch(
         _moments, (splits, cdiv(channels, block_c)), y, maps.contiguous(), partial, *sizes, *strides,
-        columns, blocks, each, CROPS=power_of_2(crops), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        columns, blocks, each, CROPS=power_of_2(crops), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **EXACT,
     )  # fmt: skip
     mean, m2 = (y.new_empty(channels, dtype=torch.float32) for _ in range(2))
-    launch(_merge, (cdiv(channels, 16),), partial, mean, m2, splits, channels, ROWS=SPLITS, BLOCK_C=16, num_warps=4)
+    launch(
+        _merge, (cdiv(channels, 16),), partial, mean, m2, splits, channels,
+        ROWS=SPLITS, BLOCK_C=16, num_warps=4, **EXACT,
+    )  # fmt: skip
     return mean, m2
 
 
@@ -349,7 +352,7 @@ def normalised(
     launch(
         _norm, (cdiv(positions, block_p), cdiv(channels, block_c), images),
         feature, maps.contiguous(), *vectors, out, *sizes, *strides, eps,
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
+        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **EXACT,
     )  # fmt: skip
     return out
 

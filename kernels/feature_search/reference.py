@@ -6,12 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.kernels._exact import exact
 
+
+@exact
 def search_maps(queries: Tensor, feature: Tensor) -> Tensor:
     keys = F.normalize(_wide(feature), dim=1)
     return torch.einsum("mbc,bchw->mbhw", F.normalize(queries.to(keys.dtype), dim=2), keys)
 
 
+@exact
 def scaled_moments(y: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and m2."""
     x = _scaled(maps, y).transpose(0, 2).flatten(1)  # [C, M B H W]
@@ -19,6 +23,7 @@ def scaled_moments(y: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - mean[:, None]).square().sum(dim=1)
 
 
+@exact
 def scale_norm_relu(
     y: Tensor, maps: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, var: Tensor
 ) -> Tensor:
@@ -28,6 +33,7 @@ def scale_norm_relu(
     return _as_map(((x - mean) * torch.rsqrt(var + eps) * weight + bias).relu(), y)
 
 
+@exact
 def residual_pool(z: Tensor, scale: Tensor, shift: Tensor, maps: Tensor, feature: Tensor) -> Tensor:
     residual = _scaled(maps, feature).flatten(0, 1)
     scale, shift = (v.to(residual.dtype)[:, None, None] for v in (scale, shift))

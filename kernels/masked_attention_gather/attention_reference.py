@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.kernels._exact import exact
 from fastssl.kernels.masked_attention_gather.gather_reference import within
 
 
+@exact
 def indexed_attention(
     q: Tensor,
     k: Tensor,

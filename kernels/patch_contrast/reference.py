@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl.kernels._exact import exact
+
 EPSILON = 1e-10  # added to the norms
 
 
+@exact
 def patch_contrast(a: Tensor, b: Tensor, valid: Tensor, temperature: float = 0.2) -> tuple[Tensor, Tensor]:
     """See `fastssl.kernels.patch_contrast.patch_contrast`."""
     exact = torch.promote_types(a.dtype, torch.float32)

@@ -6,7 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.kernels._exact import exact
 
+
+@exact
 def token_cross_entropy(tokens: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> tuple[Tensor, Tensor]:
     """See `fastssl.kernels.token_cross_entropy.token_cross_entropy`; all logits at once."""
     exact = torch.promote_types(tokens.dtype, torch.float32)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastssl.kernels._exact import exact
 
+
+@exact
 def uncrop(
     codes: Tensor, mask_code: Tensor, box: Tensor, flip: Tensor, grid: int | tuple[int, int], flip_axis: str = "width"
 ) -> Tensor:

@@ -16,12 +16,15 @@ CASES = {"small": {"B": 2, "size": (8, 8), "p": 4, "M": 2}}
 SMALL = replace(OPS[0], proof=CASES, bench=CASES)
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 @pytest.fixture
-def on_the_cpu(monkeypatch):
-    """The bench as it would run on a GPU, with the CPU in its place and made-up times."""
+def with_made_up_times(monkeypatch):
+    """The bench as it runs on a GPU, with made-up times; without a GPU the CPU stands in its place."""
     real_maker, real_verify = _bench.Maker, _bench.verify
-    monkeypatch.setattr(_bench, "Maker", lambda device: real_maker("cpu"))
-    monkeypatch.setattr(_bench, "verify", lambda op, case, dtype, device: real_verify(op, case, dtype, "cpu"))
+    monkeypatch.setattr(_bench, "Maker", lambda device: real_maker(DEVICE))
+    monkeypatch.setattr(_bench, "verify", lambda op, case, dtype, device: real_verify(op, case, dtype, DEVICE))
     monkeypatch.setattr(_bench, "build_all", lambda ops, archs: [])
     monkeypatch.setattr(_bench, "_copy_rate", lambda: 1e12)
     monkeypatch.setattr(_bench, "matrix_rate", lambda device, dtype: 1e15)
@@ -34,7 +37,7 @@ def on_the_cpu(monkeypatch):
     monkeypatch.setattr(_bench, "_time", time)
 
 
-def test_rows_have_the_promised_keys(on_the_cpu, capsys):
+def test_rows_have_the_promised_keys(with_made_up_times, capsys):
     result = _bench._time_all([SMALL], KernelBenchOptions(dtype="float32,bfloat16"))
     assert result.ok
     assert {row["dtype"] for row in result.rows} == {"float32", "bfloat16"}
@@ -42,7 +45,7 @@ def test_rows_have_the_promised_keys(on_the_cpu, capsys):
     assert {row["pass"] for row in result.rows} == {"forward", "forward+backward"}
     for row in result.rows:
         assert {"op", "case", "dtype", "path", "ms", "p20", "p80", "gbps", "fraction", "peak_mb"} <= row.keys()
-    inputs = SMALL.inputs(_bench.Maker("cpu"), torch.float32, **SMALL.bench["small"])
+    inputs = SMALL.inputs(_bench.Maker(DEVICE), torch.float32, **SMALL.bench["small"])
     least = SMALL.min_bytes(inputs, [], False)
     assert result.rows[0]["gbps"] == pytest.approx(least / 2e-3 / 1e9)
     assert result.rows[0]["fraction"] == pytest.approx(least / 2e-3 / 1e12)
@@ -50,7 +53,7 @@ def test_rows_have_the_promised_keys(on_the_cpu, capsys):
     json.dumps(result.as_dict())
 
 
-def test_no_numbers_for_an_op_whose_proof_fails(on_the_cpu, capsys):
+def test_no_numbers_for_an_op_whose_proof_fails(with_made_up_times, capsys):
     wrong = replace(SMALL, call=lambda **inputs: SMALL.reference(**inputs) * 1.1)
     result = _bench._time_all([wrong], KernelBenchOptions())
     assert not result.ok
@@ -59,7 +62,7 @@ def test_no_numbers_for_an_op_whose_proof_fails(on_the_cpu, capsys):
     assert result.failures[0] in result.table()
 
 
-def test_a_contender_that_fails_is_a_row_without_a_time(on_the_cpu, capsys):
+def test_a_contender_that_fails_is_a_row_without_a_time(with_made_up_times, capsys):
     def broken(**inputs):
         raise RuntimeError("no such kernel\nmore")
 
@@ -76,7 +79,7 @@ def test_every_op_says_what_the_table_needs(folder):
         assert op.bench
         assert op.call.__doc__ or callable(op.call)
         name, case = next(iter(op.proof.items()))
-        inputs = op.inputs(_bench.Maker("cpu"), op.dtypes[0], **case)
+        inputs = op.inputs(_bench.Maker(DEVICE), op.dtypes[0], **case)
         outputs = _bench.tensors(op.reference(**inputs))
         assert op.min_bytes(inputs, outputs, False) >= 0, name
         if op.gradients:
