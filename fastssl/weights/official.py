@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy._core.multiarray import scalar
 
 from fastssl.config import Config
 from fastssl.methods import METHODS
@@ -27,7 +26,7 @@ PLAIN: list[Any] = [
     pathlib.PosixPath,
     pathlib.PurePosixPath,
     np.dtype,
-    scalar,
+    np.float64(0).__reduce__()[0],  # the function that makes NumPy scalars; its module changed with NumPy 2
     type(np.dtype(np.float64)),
     type(np.dtype(np.float32)),
     type(np.dtype(np.int64)),

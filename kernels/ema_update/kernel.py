@@ -395,7 +395,7 @@ def _adamw_ema(
 def adamw_ema(lists: Lists, *rest: Any) -> None:
     """For torch.compile, as `ema_update`: a custom op can change lists of tensors, but no lists with None in them."""
     given = [[item for item in items if item is not None] for items in lists]
-    present = [bool(items) and items[i] is not None for items in lists for i in range(len(lists[0]))]
+    present = [len(items) > i and items[i] is not None for items in lists for i in range(len(lists[0]))]
     _adamw_ema_op(*given, present, *rest)
 
 

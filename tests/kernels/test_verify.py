@@ -54,7 +54,7 @@ class WrongSlope(torch.autograd.Function):
         (lambda x, y: (2 * x + y, torch.empty_like(x.sum()) + 0 * x.sum()), "output 1 is off by nan"),
         (lambda x, y: (2 * x + y,), "1 outputs, the reference has 2"),
         (lambda x, y: (2 * x.T + y.T, x.sum()), r"output 0 is \[3, 5\], reference \[5, 3\]"),
-        (WrongSlope.apply, "gradient of x is off"),
+        (lambda x, y: WrongSlope.apply(x, y), "gradient of x is off"),
     ],
 )
 def test_what_is_wrong_is_found(wrong, message):

@@ -600,7 +600,9 @@ def test_bfloat16_is_near_and_finite():
             assert p.grad.isfinite().all(), name
     for name in ("encoder.blocks.1.mlp.fc1.weight", "decoder.unconv.weight", "projector.9.weight"):
         a, b = gradients[name], method.get_parameter(name).grad
-        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.98, name
+        # bfloat16 keeps 8 bits; what is left of them after the backward pass depends on how a release of PyTorch sums
+        # (2.14: 0.99, 2.11: 0.91 for the encoder, furthest from the loss). A wrong gradient is near 0.
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.85, name
 
 
 # -- the authors' checkpoint -----------------------------------------------------------------------------------------

@@ -390,7 +390,8 @@ def test_without_taps_the_step_is_dinos():
         torch.testing.assert_close(value, theirs[key])
     for p, q in zip(method.student.parameters(), dino.student.parameters(), strict=True):
         if q.requires_grad:
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+            # float32 sums in another order: 3e-6 where a gradient of 5e-3 is what many terms of 1 leave
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=5e-6)
 
 
 # -- what learns ------------------------------------------------------------------------------------------------------
