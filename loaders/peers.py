@@ -16,11 +16,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter, ImageOps
 
+from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.config import View
 from fastssl.loaders.sources import Source, decode
 
 Epoch = Callable[[], int]
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Missing(RuntimeError):
@@ -70,7 +70,7 @@ def torchvision_pil(peer: Peer, stack: ExitStack) -> Epoch:
             _PILBlur(view.blur, view.blur_sigma),
             _PILSolarize(view.solarize, view.solarize_threshold),
         ]
-        return t.Compose([*steps, t.ToTensor(), t.Normalize(MEAN, STD)])
+        return t.Compose([*steps, t.ToTensor(), t.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
     return _data_loader(peer, stack, _read_pil, transform)
 
@@ -89,7 +89,7 @@ def torchvision_v2(peer: Peer, stack: ExitStack) -> Epoch:
         jitter, blur = v2.ColorJitter(*view.jitter), v2.GaussianBlur(13, view.blur_sigma)
         steps += [v2.RandomApply([jitter], view.jitter_p), v2.RandomGrayscale(view.gray)]
         steps += [v2.RandomApply([blur], view.blur), v2.RandomSolarize(view.solarize_threshold, view.solarize)]
-        return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+        return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
 
     return _data_loader(peer, stack, _read_tensor, transform)
 
@@ -202,7 +202,7 @@ def peer_dali(peer: Peer, stack: ExitStack) -> Epoch:
             high = fn.cast(crop >= int(view.solarize_threshold), dtype=types.UINT8)
             solarized = fn.cast(high * (255 - crop) + (1 - high) * crop, dtype=types.UINT8)
             crop = either(view.solarize, solarized, crop)
-        mean, std = [255 * value for value in MEAN], [255 * value for value in STD]
+        mean, std = [255 * value for value in IMAGENET_MEAN], [255 * value for value in IMAGENET_STD]
         return fn.crop_mirror_normalize(math.clamp(crop, 0, 255), dtype=types.FLOAT, mean=mean, std=std, **plain)
 
     with pipe:
