@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl.kernels._spec import BF16, FP16, FP32, TOLERANCE, Case, Maker, Op, nbytes, tensors
-from fastssl.kernels.ema_update import adamw_ema, ema_update, reference
+from fastssl.kernels.ema_update import adamw_ema, adamw_numbers, ema_update, reference
 
 Shape = tuple[int, ...]
 
@@ -63,6 +63,7 @@ NETWORKS: dict[str, Callable[[], Iterator[Shape]]] = {
     "nothing": lambda: iter([]),
 }
 MIXED = (FP32, BF16, FP16)
+BETAS = (0.9, 0.95)
 
 
 def draw(
@@ -115,7 +116,7 @@ def adamw_inputs(
     network: str,
     step: int = 3,
     groups: bool = False,
-    grad_scale: bool = False,
+    grad_scale: str = "",
     no_grad: int = 0,
     no_teacher: int = 0,
     teacher: torch.dtype | tuple[torch.dtype, ...] | None = FP32,
@@ -125,7 +126,8 @@ def adamw_inputs(
 ) -> dict[str, Any]:
     """`dtype` is the gradients'. Every no_grad-th parameter has no gradient, every no_teacher-th no teacher.
 
-    With `groups` the learning rate falls with depth, and only tensors of more than one dimension decay.
+    With `groups` the learning rate falls with depth, and only tensors of more than one dimension decay. `grad_scale` is
+    "one" for all or one for "each" parameter.
     """
     shapes = list(NETWORKS[network]())
     n = len(shapes)
@@ -145,21 +147,23 @@ def adamw_inputs(
             for items in (teachers, teacher_copies):
                 if items:
                     items[i] = None
+    numbers = adamw_numbers(step, 1e-3, 0.05, BETAS, 0.996)
+    scales = [[0.75 ** (12 * (1 - i / n)), float(len(shape) > 1)] for i, shape in enumerate(shapes)]
+    each = make.uniform(n, low=0.5)
+    each[1::3] = 0  # these stay
     return {
         "params": params,
         "grads": grads,
         "exp_avgs": exp_avgs,
         "exp_avg_sqs": exp_avg_sqs,
-        "step": step,
-        "lr": [1e-3 * 0.75 ** (12 * (1 - i / n)) for i in range(n)] if groups else 1e-3,
-        "betas": (0.9, 0.95),
+        "numbers": torch.tensor(numbers, dtype=torch.float64, device=make.device),
+        "betas": BETAS,
         "eps": 1e-8,
-        "weight_decay": [0.05 * (len(shape) > 1) for shape in shapes] if groups else 0.05,
+        "scales": torch.tensor(scales, device=make.device).view(n, 2) if groups else None,
         "teacher": teachers or None,
-        "momentum": 0.996,
         "copies": param_copies or None,
         "teacher_copies": teacher_copies if teachers and teacher_copies else None,
-        "grad_scale": make.uniform(low=0.5) if grad_scale else None,
+        "grad_scale": {"": None, "one": make.uniform(low=0.5), "each": each}[grad_scale],
     }
 
 
@@ -168,7 +172,7 @@ def ema_bytes(inputs: dict[str, Any], outputs: list[Tensor], backward: bool) -> 
 
 
 def adamw_bytes(inputs: dict[str, Any], outputs: list[Tensor], backward: bool) -> int:
-    total = nbytes(inputs["grad_scale"])
+    total = nbytes(inputs["grad_scale"], inputs["numbers"], inputs["scales"])
     for i, (param, grad) in enumerate(zip(inputs["params"], inputs["grads"], strict=True)):
         written = [inputs[name][i] for name in ("teacher", "copies", "teacher_copies") if inputs[name]]
         if grad is not None:
@@ -195,32 +199,33 @@ def foreach_lerp(
 
 @torch.no_grad()
 def fused_adamw(
-    params: list[Tensor], grads: list[Any], exp_avgs: list[Any], exp_avg_sqs: list[Any], step: int, *,
-    lr: Any, betas: tuple[float, float], eps: float, weight_decay: Any, teacher: list[Any] | None, momentum: float,
+    params: list[Tensor], grads: list[Any], exp_avgs: list[Any], exp_avg_sqs: list[Any], numbers: Tensor, *,
+    betas: tuple[float, float], eps: float, scales: Tensor | None, teacher: list[Any] | None,
     copies: list[Any] | None, teacher_copies: list[Any] | None, grad_scale: Tensor | None,
 ) -> None:  # fmt: skip
-    """What torch.optim.AdamW(fused=True) calls, once per pair of learning rate and weight decay, and then the EMA.
+    """What torch.optim.AdamW(fused=True) calls, once per pair of learning rate and weight decay, and then the EMA; for
+    the numbers that `adamw_inputs` gives, and one scale of the gradients at most.
 
     Each gradient must lie in memory as its parameter does.
     """
     n = len(params)
-    lrs, decays = (x if isinstance(x, list) else [x] * n for x in (lr, weight_decay))
-    groups: dict[tuple[float, float], list[int]] = {}
+    pairs = [(1.0, 1.0)] * n if scales is None else [tuple(pair) for pair in scales.tolist()]
+    groups: dict[tuple[float, ...], list[int]] = {}
     for i, grad in enumerate(grads):
         if grad is not None:
-            groups.setdefault((lrs[i], decays[i]), []).append(i)
+            groups.setdefault(pairs[i], []).append(i)
     for (rate, decay), members in groups.items():
         p, g, m, v = ([items[i] for i in members] for items in (params, grads, exp_avgs, exp_avg_sqs))
         g = [grad.to(param.dtype) for param, grad in zip(p, g, strict=True)]
-        steps = [torch.full((), float(step), device=params[0].device)] * len(members)
+        steps = [torch.full((), 3.0, device=params[0].device)] * len(members)
         torch._fused_adamw_(
-            p, g, m, v, [], steps, lr=rate, beta1=betas[0], beta2=betas[1], weight_decay=decay, eps=eps, amsgrad=False,
-            maximize=False, grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
+            p, g, m, v, [], steps, lr=1e-3 * rate, beta1=betas[0], beta2=betas[1], weight_decay=0.05 * decay / rate, eps=eps,
+            amsgrad=False, maximize=False, grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
         )  # fmt: skip
     moved = [(t, p) for t, p in zip(teacher or [], params, strict=False) if t is not None]
-    foreach_lerp([t for t, _ in moved], [p for _, p in moved], momentum)
-    pairs = [*zip(copies or [], params, strict=False), *zip(teacher_copies or [], teacher or [], strict=False)]
-    copied = [(target, source) for target, source in pairs if target is not None and source is not None]
+    foreach_lerp([t for t, _ in moved], [p for _, p in moved], 0.996)
+    written = [*zip(copies or [], params, strict=False), *zip(teacher_copies or [], teacher or [], strict=False)]
+    copied = [(target, source) for target, source in written if target is not None and source is not None]
     if copied:
         torch._foreach_copy_([target for target, _ in copied], [source for _, source in copied])
 
@@ -253,12 +258,13 @@ ADAMW_PROOF: dict[str, Case] = {
     "first step": {"network": "whole", "step": 1},
     "one value": {"network": "one value", "step": 1000},
     "groups": {"network": "ragged", "groups": True},
-    "scaled gradients": {"network": "ragged", "groups": True, "grad_scale": True},
-    "missing gradients": {"network": "ragged", "no_grad": 2, "grad_scale": True},
+    "scaled gradients": {"network": "ragged", "groups": True, "grad_scale": "one"},
+    "each gradient scaled, some by 0": {"network": "many", "groups": True, "grad_scale": "each"},
+    "missing gradients": {"network": "ragged", "no_grad": 2, "grad_scale": "one"},
     "missing gradients and teachers": {"network": "many", "no_grad": 3, "no_teacher": 4},
     "no gradients": {"network": "whole", "no_grad": 1},
     "same strides": {"network": "ragged", "layout": "transposed", "groups": True},
-    "other strides": {"network": "ragged", "grad_layout": "transposed", "groups": True, "grad_scale": True},
+    "other strides": {"network": "ragged", "grad_layout": "transposed", "groups": True, "grad_scale": "one"},
     "no tensors": {"network": "nothing"},
 }
 ADAMW_COPIES_PROOF: dict[str, Case] = {
@@ -296,7 +302,7 @@ OPS = [
         "adamw_ema with copies", adamw_ema, reference.adamw_ema, adamw_inputs, ADAMW_COPIES_PROOF,
         {
             "ViT-B/16, bf16 copies": {"network": "ViT-B/16", "copies": BF16},
-            f"{ODD}, bf16 copies, groups, scale": {"network": ODD, "copies": BF16, "groups": True, "grad_scale": True},
+            f"{ODD}, bf16 copies, groups, scale": {"network": ODD, "copies": BF16, "groups": True, "grad_scale": "one"},
         },
         adamw_bytes, mutates=("params", "exp_avgs", "exp_avg_sqs", "teacher", "copies", "teacher_copies"),
         library={"_fused_adamw_, _foreach_lerp_, _foreach_copy_": fused_adamw}, dtypes=(FP32, BF16), tolerance=ROUNDED,

@@ -1,8 +1,10 @@
 """EMA and AdamW with EMA in Triton: one launch over all tensors, each read once and written once.
 
     m = m + (1 - b1) (g - m)     v = b2 v + (1 - b2) g^2
-    p = p - lr wd p - lr / (1 - b1^k) m / (sqrt(v) / sqrt(1 - b2^k) + eps)
-    t = t + (1 - momentum) (p - t)     the EMA alone: p is the student, only read
+    p = p - shrink p - rate m / (sqrt(v) root + eps)
+    t = t + weight (p - t)     the EMA alone: p is the student, only read
+
+with rate = lr / (1 - b1^k), shrink = lr x weight decay, root = 1 / sqrt(1 - b2^k), weight = 1 - momentum.
 
 The launch gets no tensors but a table with a row of addresses per parameter. A program looks up its tensor and its
 block within it. What tensors there are of each type is known when the kernel is compiled ("kinds"): with one kind, the
@@ -66,7 +68,7 @@ def _block(
     row,
     start,
     size,  # values of this block
-    grad_scale,
+    factor,  # of the gradient; 0: parameter and moments stay
     rate,  # lr / (1 - b1^k)
     shrink,  # lr x weight decay
     weight1,  # 1 - b1
@@ -101,11 +103,17 @@ def _block(
         t = tl.load(teacher, mask=inside, other=0.0).to(tl.float32)
     if GRAD:
         if SCALE:
-            g *= tl.load(grad_scale).to(tl.float32)
-        m = _lerp(m, g, weight1)
-        v = beta2 * v + weight2 * g * g
-        p -= shrink * p
-        p -= rate * m / (tl.sqrt_rn(v) * root + eps)
+            g *= factor
+        new_m = _lerp(m, g, weight1)
+        new_v = beta2 * v + weight2 * g * g
+        new_p = p - shrink * p
+        new_p -= rate * new_m / (tl.sqrt_rn(new_v) * root + eps)
+        if SCALE:
+            m = tl.where(factor == 0, m, new_m)
+            v = tl.where(factor == 0, v, new_v)
+            p = tl.where(factor == 0, p, new_p)
+        else:
+            m, v, p = new_m, new_v, new_p
         tl.store(param, p, mask=inside)
         tl.store(exp_avg, m, mask=inside)
         tl.store(exp_avg_sq, v, mask=inside)
@@ -124,20 +132,19 @@ def _block(
 def _step(
     table,  # int64 [tensors, COLUMNS]
     blocks,  # int32 [programs, 2]: tensor, and which of its blocks
-    rates,  # float32 [tensors, 2]: rate and shrink of each tensor, or nothing
-    grad_scale,  # scalar, or nothing
-    rate,
-    shrink,
+    numbers,  # float64 [4]: rate, shrink, root, weight; or the scalar momentum; or nothing
+    scales,  # [tensors, 2]: factors of rate and shrink of each tensor, or nothing
+    grad_scale,  # scalar, or [tensors], or nothing
+    weight,  # where `numbers` is nothing
     weight1,
     beta2,
     weight2,
-    root,
     eps,
-    weight,
     KINDS: tl.constexpr,  # per kind: codes of param, grad, teacher, copy and teacher_copy, width of an access
     RAGGED: tl.constexpr,  # some blocks cannot be moved in accesses of full width
-    RATES: tl.constexpr,
-    SCALE: tl.constexpr,
+    NUMBERS: tl.constexpr,  # 4, 1 or 0 of them
+    SCALES: tl.constexpr,
+    SCALE: tl.constexpr,  # 0: nothing, 1: a scalar, 2: one per tensor
     NUMEL: tl.constexpr,  # columns of the table
     KIND: tl.constexpr,
     WIDE: tl.constexpr,
@@ -149,21 +156,36 @@ def _step(
     start = tl.load(blocks + 2 * program + 1).to(tl.int64) * BLOCK
     row = table + tensor * COLUMNS
     size = tl.minimum(tl.load(row + NUMEL) - start, BLOCK).to(tl.int32)
-    if RATES:
-        rate = tl.load(rates + 2 * tensor)
-        shrink = tl.load(rates + 2 * tensor + 1)
+    rate = 0.0
+    shrink = 0.0
+    root = 0.0
+    factor = 1.0
+    if NUMBERS == 4:
+        rate = tl.load(numbers).to(tl.float32)
+        shrink = tl.load(numbers + 1).to(tl.float32)
+        root = tl.load(numbers + 2).to(tl.float32)
+        weight = tl.load(numbers + 3).to(tl.float32)
+    if NUMBERS == 1:
+        weight = (1.0 - tl.load(numbers).to(tl.float64)).to(tl.float32)
+    if SCALES:
+        rate *= tl.load(scales + 2 * tensor).to(tl.float32)
+        shrink *= tl.load(scales + 2 * tensor + 1).to(tl.float32)
+    if SCALE == 1:
+        factor = tl.load(grad_scale).to(tl.float32)
+    if SCALE == 2:
+        factor = tl.load(grad_scale + tensor).to(tl.float32)
     kind = tl.load(row + KIND)
     wide = tl.load(row + WIDE)
     for k in tl.static_range(len(KINDS)):
         if len(KINDS) == 1 or kind == k:
             if not RAGGED or (wide > 0 and size % KINDS[k][5] == 0):
                 _block(
-                    row, start, size, grad_scale, rate, shrink, weight1, beta2, weight2, root, eps, weight,
+                    row, start, size, factor, rate, shrink, weight1, beta2, weight2, root, eps, weight,
                     KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], KINDS[k][5], SCALE, BLOCK,
                 )  # fmt: skip
             else:
                 _block(
-                    row, start, size, grad_scale, rate, shrink, weight1, beta2, weight2, root, eps, weight,
+                    row, start, size, factor, rate, shrink, weight1, beta2, weight2, root, eps, weight,
                     KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], 1, SCALE, BLOCK,
                 )  # fmt: skip
 
@@ -224,7 +246,6 @@ def _plan(lists: Lists, check: Callable[[], None]) -> _Plan:
             check()
         addresses = tuple(map(Tensor.data_ptr, items))
     device = items[0].device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0  # fills the table
     contiguous = all(map(Tensor.is_contiguous, items))
     likeness = (
         tuple(map(Tensor.numel, items)),
@@ -234,11 +255,11 @@ def _plan(lists: Lists, check: Callable[[], None]) -> _Plan:
         device,
         None if contiguous else [(item.shape, item.stride()) for item in items],
     )
-    plan = _plans.get((stream, addresses))
+    plan = _plans.get(addresses)
     if plan is not None and plan.likeness == likeness:
-        _plans.move_to_end((stream, addresses))
+        _plans.move_to_end(addresses)
         return plan
-    key = (stream, *likeness[1:5], *((item.shape, item.stride()) for item in items))
+    key = (*likeness[1:5], *((item.shape, item.stride()) for item in items))
     layout = _layouts.get(key)
     if layout is None:
         check()
@@ -252,7 +273,7 @@ def _plan(lists: Lists, check: Callable[[], None]) -> _Plan:
     narrow = layout.slots[where % layout.widths != 0] // COLUMNS
     table[narrow, WIDE] = 0
     plan = _Plan(likeness, layout, _send(table, device), layout.uneven or narrow.numel() > 0)
-    _keep(_plans, (stream, addresses), plan)
+    _keep(_plans, addresses, plan)
     return plan
 
 
@@ -316,46 +337,60 @@ def _alike(items: list[Tensor]) -> bool:
 
 
 def _send(tensor: Tensor, device: torch.device) -> Tensor:
-    """A copy on the device, without waiting for it."""
+    """A copy on the device, whole when this returns: any stream may read it."""
     if device.type != "cuda":
         return tensor
     if torch.cuda.is_current_stream_capturing():
-        what = "one lr and weight_decay for all tensors, and the same tensors in a call before"
-        raise KernelError(f"ema_update, adamw_ema: capture by a CUDA graph needs {what}")
-    return tensor.pin_memory().to(device, non_blocking=True)
+        raise KernelError("ema_update, adamw_ema: capture by a CUDA graph needs the same tensors in a call before")
+    return tensor.to(device)
 
 
-def _launch(plan: _Plan, rates: Tensor | None, grad_scale: Tensor | None, *numbers: float) -> None:
+def plans() -> list[Any]:
+    """The tables in use; who captures a launch in a CUDA graph keeps them as long as the graph."""
+    return list(_plans.values())
+
+
+def _launch(
+    plan: _Plan, numbers: Tensor | None, scales: Tensor | None, grad_scale: Tensor | None, *rest: float
+) -> None:
     layout = plan.layout
     launch(
-        _step, (layout.blocks.shape[0],), plan.table, layout.blocks, rates, grad_scale, *numbers,
-        KINDS=layout.kinds, RAGGED=plan.ragged, RATES=rates is not None, SCALE=grad_scale is not None,
+        _step, (layout.blocks.shape[0],), plan.table, layout.blocks, numbers, scales, grad_scale, *rest,
+        KINDS=layout.kinds, RAGGED=plan.ragged, NUMBERS=0 if numbers is None else numbers.numel(),
+        SCALES=scales is not None, SCALE=0 if grad_scale is None else 1 + grad_scale.ndim,
         NUMEL=NUMEL, KIND=KIND, WIDE=WIDE, COLUMNS=COLUMNS, BLOCK=layout.values, num_warps=WARPS,
     )  # fmt: skip
 
 
-def ema_update_eager(teacher: Tensors, student: Tensors, copies: Tensors, momentum: float) -> None:
+def ema_update_eager(teacher: Tensors, student: Tensors, copies: Tensors, momentum: float | Tensor) -> None:
     """See the public op; [] stands for no copies."""
     _ema_update(teacher, student, copies, momentum)
     torch.autograd.graph.increment_version([*teacher, *copies])
 
 
-def _ema_update(teacher: Tensors, student: Tensors, copies: Tensors, momentum: float) -> None:
+def _ema_update(teacher: Tensors, student: Tensors, copies: Tensors, momentum: float | Tensor) -> None:
     plan = _plan((student, (), (), (), teacher, (), copies), lambda: check_ema(teacher, student, copies))
-    _launch(plan, None, None, *[0.0] * 7, 1.0 - momentum)
+    given = isinstance(momentum, Tensor)
+    _launch(plan, momentum if given else None, None, None, 0.0 if given else 1.0 - momentum, *[0.0] * 4)
     for i in plan.layout.left:
         reference.ema_update([teacher[i]], [student[i]], momentum, [copies[i]] if copies else None)
 
 
 @torch.library.custom_op("fastssl::ema_update", mutates_args=("teacher", "copies"))
-def ema_update(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor], momentum: float) -> None:
-    """For torch.compile: a custom op takes a microsecond for every three tensors, so the eager path goes around it."""
+def _ema_update_op(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor], momentum: Tensor) -> None:
     _ema_update(teacher, student, copies, momentum)
 
 
-@ema_update.register_fake
+@_ema_update_op.register_fake
 def _(teacher, student, copies, momentum):
     pass
+
+
+def ema_update(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor], momentum: float | Tensor) -> None:
+    """For torch.compile: a custom op takes a microsecond for every three tensors, so the eager path goes around it."""
+    if not isinstance(momentum, Tensor):
+        momentum = torch.tensor(momentum, dtype=torch.float64, device=teacher[0].device)
+    _ema_update_op(teacher, student, copies, momentum)
 
 
 def adamw_ema_eager(lists: Lists, *rest: Any) -> None:
@@ -368,27 +403,17 @@ def adamw_ema_eager(lists: Lists, *rest: Any) -> None:
 
 
 def _adamw_ema(
-    lists: Any, grad_scale: Tensor | None, lr: Sequence[float], weight_decay: Sequence[float], step: int,
-    beta1: float, beta2: float, eps: float, momentum: float,
+    lists: Any, numbers: Tensor, scales: Tensor | None, grad_scale: Tensor | None, beta1: float, beta2: float,
+    eps: float,
 ) -> None:  # fmt: skip
     plan = _plan(lists, lambda: check_adamw(*lists))
-    correction = 1 / (1 - beta1**step)
-    rate, shrink, rates = lr[0] * correction, lr[0] * weight_decay[0], None
-    if len(lr) > 1 or len(weight_decay) > 1:
-        n = len(lists[0])
-        lr, weight_decay = (list(x) * (n // len(x)) for x in (lr, weight_decay))
-        pairs = [x for a, b in zip(lr, weight_decay, strict=True) for x in (a * correction, a * b)]
-        rates = _send(torch.tensor(pairs, dtype=torch.float32, device="cpu"), lists[0][0].device)
-    root = (1 - beta2**step) ** -0.5
-    _launch(
-        plan, rates, grad_scale, rate, shrink, 1.0 - beta1, float(beta2), 1.0 - beta2, root, float(eps), 1.0 - momentum
-    )
+    _launch(plan, numbers, scales, grad_scale, 0.0, 1.0 - beta1, float(beta2), 1.0 - beta2, float(eps))
     for i in plan.layout.left:
         (p, g, m, v), (t, c, tc) = ([x[i]] for x in lists[:4]), ([x[i]] if x else None for x in lists[4:])
         reference.adamw_ema(
-            p, g, m, v, step, lr=lr[i % len(lr)], betas=(beta1, beta2), eps=eps,
-            weight_decay=weight_decay[i % len(weight_decay)], teacher=t, momentum=momentum, copies=c,
-            teacher_copies=tc, grad_scale=grad_scale,
+            p, g, m, v, numbers, betas=(beta1, beta2), eps=eps, scales=None if scales is None else scales[i : i + 1],
+            teacher=t, copies=c, teacher_copies=tc,
+            grad_scale=grad_scale[i] if grad_scale is not None and grad_scale.ndim else grad_scale,
         )  # fmt: skip
 
 
@@ -405,14 +430,13 @@ def adamw_ema(lists: Lists, *rest: Any) -> None:
 def _adamw_ema_op(
     params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor],
     teacher: list[Tensor], copies: list[Tensor], teacher_copies: list[Tensor], present: list[bool],
-    grad_scale: Tensor | None, lr: list[float], weight_decay: list[float], step: int, beta1: float, beta2: float,
-    eps: float, momentum: float,
+    numbers: Tensor, scales: Tensor | None, grad_scale: Tensor | None, beta1: float, beta2: float, eps: float,
 ) -> None:  # fmt: skip
     given = (iter(items) for items in (params, grads, exp_avgs, exp_avg_sqs, teacher, copies, teacher_copies))
     n = len(params)
     lists = [[next(items) if there else None for there in present[n * j :][:n]] for j, items in enumerate(given)]
     lists[4:] = ([] if items == [None] * n else items for items in lists[4:])
-    _adamw_ema(lists, grad_scale, lr, weight_decay, step, beta1, beta2, eps, momentum)
+    _adamw_ema(lists, numbers, scales, grad_scale, beta1, beta2, eps)
 
 
 @_adamw_ema_op.register_fake

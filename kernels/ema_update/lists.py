@@ -61,6 +61,19 @@ def _check_lists(op: str, lists: Lists, may_miss: tuple[str, ...] = ()) -> None:
                 raise KernelError(f"{op}: {here} is on {item.device}, {first}[0] on {leaders[0].device}")
 
 
+def check_array(
+    op: str, name: str, value: object, like: Sequence[object], dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
+) -> None:
+    """Raises KernelError unless `value` is a contiguous tensor of one of the shapes, on the device of the first of the
+    tensors `like`."""
+    sizes = " or ".join(f"[{', '.join(map(str, shape))}]" if shape else "a scalar" for shape in shapes)
+    kinds = " or ".join(map(name_of, dtypes)) if len(dtypes) < 3 else "floating-point"
+    fits = isinstance(value, Tensor) and value.shape in shapes and value.dtype in dtypes and value.is_contiguous()
+    check(fits, op, name, f"{sizes}, {kinds}, contiguous", kind(value))
+    if like and isinstance(like[0], Tensor) and isinstance(value, Tensor) and value.device != like[0].device:
+        raise KernelError(f"{op}: {name} is on {value.device}, the other arguments on {like[0].device}")
+
+
 def name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -12,13 +12,20 @@ from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._spec import Maker, map_tensors, tensors
 from fastssl.kernels._verify import verify
-from fastssl.kernels.ema_update import adamw_ema, cases, ema_update
+from fastssl.kernels.ema_update import adamw_ema, adamw_numbers, cases, ema_update
 
 PATHS = ["reference", "triton"]
 CPU_PATHS = PATHS[:1] if torch.cuda.is_available() else PATHS  # "triton" is refused for CPU tensors there
 EMA, _, ADAMW, _ = cases.OPS
 SHAPES = [(3, 5), (2050,), (1,), (4, 8)]
 STEP = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def adamw(params, grads, m, v, step, *, lr, weight_decay, betas, momentum=1.0, **rest):
+    """`adamw_ema` for numbers of the host."""
+    numbers = adamw_numbers(step, lr, weight_decay, betas, momentum)
+    numbers = torch.tensor(numbers, dtype=torch.float64, device=m[0].device)
+    adamw_ema(params, grads, m, v, numbers, betas=betas, **rest)
 
 
 def normal(device, shapes=SHAPES, dtype=torch.float32, seed=0):
@@ -56,8 +63,8 @@ def test_equals_the_reference(op, case, dtype, device):
 def test_library_calls_do_the_same(op, device):
     """What the bench compares with is the same update."""
     for case in op.proof.values():
-        if case.get("grad_layout"):
-            continue  # the fused call wants one layout
+        if case.get("grad_layout") or case.get("step") or case.get("grad_scale") == "each":
+            continue  # the fused call wants one layout, the bench's step, one factor
         inputs = op.inputs(Maker(device), torch.float32, **case)
         if inputs.get("teacher") and any(t.dtype != torch.float32 for t in tensors(inputs["teacher"])):
             continue  # it rounds the teacher before it copies
@@ -154,7 +161,7 @@ def test_only_the_tensors_themselves_are_written(device, launches):
         views = {name: [buffer[offset : offset + n]] for name, buffer in buffers.items()}
         grad = [torch.ones(n, device=device)]
         with forced("triton"):
-            adamw_ema(
+            adamw(
                 views["param"], grad, views["m"], views["v"], 1, **STEP, teacher=views["teacher"], momentum=0.5,
                 teacher_copies=views["copy"],
             )  # fmt: skip
@@ -212,17 +219,17 @@ def test_same_tensors_in_other_roles_get_their_own_table(device):
     params, grads, m, v = state(device, [(3,), (3,)])
     before, copies = [p.clone() for p in params], normal(device, [(3,), (3,)], seed=5)
     with forced("triton"):
-        adamw_ema(params, [grads[0], None], m, v, 1, **STEP)
+        adamw(params, [grads[0], None], m, v, 1, **STEP)
         assert not torch.equal(params[0], before[0])
         assert torch.equal(params[1], before[1])
         before = [p.clone() for p in params]
-        adamw_ema(params, [None, grads[0]], m, v, 1, **STEP)
+        adamw(params, [None, grads[0]], m, v, 1, **STEP)
         assert torch.equal(params[0], before[0])
         assert not torch.equal(params[1], before[1])
-        adamw_ema(params, grads, m, v, 1, **STEP, copies=copies)
+        adamw(params, grads, m, v, 1, **STEP, copies=copies)
         assert all(map(torch.equal, copies, params))
         before = [c.clone() for c in copies]
-        adamw_ema(params, grads, m, v, 1, **STEP, teacher=copies, momentum=1.0)
+        adamw(params, grads, m, v, 1, **STEP, teacher=copies, momentum=1.0)
     assert all(map(torch.equal, copies, before))
 
 
@@ -261,16 +268,20 @@ def test_equals_torch_adamw_then_lerp_over_several_steps(path, dtype, per_tensor
         grads = normal(device, dtype=dtype, seed=step)
         momentum = 1 - 0.1 * step
         for k, group in enumerate(optimizer.param_groups):
-            group |= {"lr": 1e-2 / step * (k + 1), "weight_decay": 0.5 * k + 0.01 * step, "eps": 1e-6}
+            group |= {"lr": 1e-2 / step * (k + 1), "weight_decay": 0.5 * k + 0.25 * step, "eps": 1e-6}
         for p, g in zip(mirror, grads, strict=True):
             p.grad = g.clone()
         optimizer.step()
-        values = {key: [group[key] for group in optimizer.param_groups] for key in ("lr", "weight_decay")}
-        values = {key: list(x) * 2 if per_tensor else x[0] for key, x in values.items()}
+        first, second = optimizer.param_groups[0], optimizer.param_groups[-1]
+        factors = [[1.0, 1.0], [second["lr"] / first["lr"], 1.0]]  # the weight decay counts with the learning rate
+        factors[1][1] = second["lr"] * second["weight_decay"] / (first["lr"] * first["weight_decay"])
+        scales = torch.tensor(factors * 2, dtype=dtype, device=device) if per_tensor else None
+        values = {key: first[key] for key in ("lr", "weight_decay")}
         with forced(path):
-            adamw_ema(
-                params, grads, *moments, step, betas=(0.9, 0.95), eps=1e-6, **values, teacher=teacher, momentum=momentum
-            )
+            adamw(
+                params, grads, *moments, step, betas=(0.9, 0.95), eps=1e-6, **values, teacher=teacher,
+                momentum=momentum, scales=scales,
+            )  # fmt: skip
         averages = [torch.lerp(a, p.detach(), 1 - momentum) for a, p in zip(averages, mirror, strict=True)]
     exact = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 5e-7}
     torch.testing.assert_close(params, [p.detach() for p in mirror], **exact)
@@ -292,7 +303,7 @@ def test_without_a_gradient_torch_skips_and_the_teacher_moves(path, device):
         p.grad = g
     optimizer.step()
     with forced(path):
-        adamw_ema(params, grads, m, v, 1, **STEP, teacher=[*teacher[:3], None], momentum=0.25, copies=copies)
+        adamw(params, grads, m, v, 1, **STEP, teacher=[*teacher[:3], None], momentum=0.25, copies=copies)
     mirror = [p.detach() for p in mirror]
     torch.testing.assert_close(params, mirror, rtol=1e-6, atol=1e-7)
     assert all(map(torch.equal, copies, params))
@@ -310,8 +321,8 @@ def test_grad_scale_is_a_scaled_gradient(path, dtype, device):
     other[1][:] = [g.float() * 0.25 for g in one[1]]
     kept = [g.clone() for g in one[1]]
     with forced(path):
-        adamw_ema(*one, 1, **STEP, grad_scale=torch.tensor(0.25, device=device))
-        adamw_ema(*other, 1, **STEP)
+        adamw(*one, 1, **STEP, grad_scale=torch.tensor(0.25, device=device))
+        adamw(*other, 1, **STEP)
     assert all(map(torch.equal, [*one[0], *one[2], *one[3]], [*other[0], *other[2], *other[3]]))
     assert all(map(torch.equal, one[1], kept))
 
@@ -321,12 +332,13 @@ def test_first_step_moves_by_the_learning_rate_and_decay_by_their_product(path, 
     params, grads, m, v = state(device)
     before = [p.clone() for p in params]
     with forced(path):
-        adamw_ema(params, grads, m, v, 1, lr=0.125, betas=(0.9, 0.99), eps=0.0, weight_decay=0.0)
+        adamw(params, grads, m, v, 1, lr=0.125, betas=(0.9, 0.99), eps=0.0, weight_decay=0.0)
         torch.testing.assert_close(params, [b - 0.125 * g.sign() for b, g in zip(before, grads, strict=True)])
         still = [torch.zeros_like(p) for p in params]
         before = [p.clone() for p in params]
         moments = [[torch.zeros_like(p) for p in params] for _ in range(2)]
-        adamw_ema(params, still, *moments, 7, lr=[0.5, 0.25] * 2, betas=(0.9, 0.99), eps=1e-8, weight_decay=[0.5] * 4)
+        scales = torch.tensor([[1.0, 1.0], [9.0, 0.5]] * 2, device=device)
+        adamw(params, still, *moments, 7, lr=0.5, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.5, scales=scales)
     torch.testing.assert_close(params, [b * f for b, f in zip(before, [0.75, 0.875] * 2, strict=True)])
 
 
@@ -336,11 +348,11 @@ def test_one_launch_for_the_step_and_the_average(device, launches):
     grads[3] = None
     teacher, copies, teacher_copies = (normal(device, dtype=dtype) for dtype in cases.MIXED)
     with forced("triton"):
-        adamw_ema(
-            params, grads, m, v, 1, **STEP | {"lr": [1e-3] * 4}, teacher=teacher, momentum=0.9, copies=copies,
-            teacher_copies=teacher_copies, grad_scale=torch.ones((), device=device),
+        adamw(
+            params, grads, m, v, 1, **STEP, teacher=teacher, momentum=0.9, copies=copies,
+            teacher_copies=teacher_copies, grad_scale=torch.ones((), device=device), scales=torch.ones(4, 2, device=device),
         )  # fmt: skip
-        adamw_ema(params, [None] * 4, m, v, 1, **STEP)  # nothing to do
+        adamw(params, [None] * 4, m, v, 1, **STEP)  # nothing to do
     assert [grid for grid, _ in launches] == [(6,), (0,)]
 
 
@@ -353,7 +365,7 @@ def test_autograd_hears_of_the_change(path, device):
         p.requires_grad_()
     loss = (params[1] ** 2).sum() + (teacher[1] ** 2).sum()
     with forced(path):
-        adamw_ema(params, grads, m, v, 1, **STEP)
+        adamw(params, grads, m, v, 1, **STEP)
         ema_update(teacher, params, 0.9)
     assert all(p.is_leaf for p in (*params, *teacher))
     for leaf in (params[1], teacher[1]):
@@ -365,18 +377,20 @@ def test_compiles_without_a_graph_break(device):
     def update(teacher, student, copies):
         ema_update(teacher, student, 0.75, copies)
 
-    def step(params, grads, m, v, teacher, copies, scale):
+    def step(params, grads, m, v, teacher, copies, scale, numbers):
         adamw_ema(
-            params, grads, m, v, 2, **STEP, teacher=teacher, momentum=0.75, teacher_copies=copies, grad_scale=scale
-        )
+            params, grads, m, v, numbers, betas=(0.9, 0.95), eps=1e-8, teacher=teacher, teacher_copies=copies,
+            grad_scale=scale,
+        )  # fmt: skip
 
     params, grads, m, v = state(device)
     teacher, copies, half = normal(device, seed=5), *(normal(device, dtype=torch.float16) for _ in range(2))
     grads[1] = m[1] = v[1] = teacher[2] = copies[2] = None
     scale = torch.tensor(0.5, device=device)
+    numbers = torch.tensor([0.01, 0.001, 4.0, 0.25], dtype=torch.float64, device=device)
     calls = [
         (update, [normal(device), normal(device, seed=1), half]),
-        (step, [params, grads, m, v, teacher, copies, scale]),
+        (step, [params, grads, m, v, teacher, copies, scale, numbers]),
     ]
     torch.compiler.reset()
     for f, arguments in calls:
@@ -446,14 +460,15 @@ def test_tensors_without_memory_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"step": 0}, "adamw_ema: step must be at least 1, not 0"),
-        ({"momentum": -0.1}, r"momentum must be in \[0, 1\], not -0.1"),
         ({"betas": (0.9, 1.0)}, r"betas must be in \[0, 1\), not \(0.9, 1.0\)"),
         ({"eps": -1.0}, "eps must be at least 0, not -1.0"),
-        ({"lr": [0.1] * 3}, "lr must be a number or 2 numbers, not 3 numbers"),
-        ({"weight_decay": []}, "weight_decay must be a number or 2 numbers, not 0 numbers"),
-        ({"grad_scale": torch.ones(1)}, r"grad_scale must be a floating-point scalar tensor, not float32 \[1\]"),
-        ({"grad_scale": 0.5}, "grad_scale must be a floating-point scalar tensor, not float"),
+        ({"numbers": torch.ones(3)}, r"numbers must be \[4\], float64, contiguous, not float32 \[3\]"),
+        ({"scales": torch.ones(3, 2)}, r"scales must be \[2, 2\], floating-point, contiguous, not float32 \[3, 2\]"),
+        (
+            {"grad_scale": torch.ones(1)},
+            r"grad_scale must be a scalar or \[2\], floating-point, contiguous, not float32 \[1\]",
+        ),
+        ({"grad_scale": 0.5}, "grad_scale must be a scalar or .*, not float"),
         ({"grad_scale": torch.ones((), device="meta")}, "grad_scale is on meta, the other arguments on cpu"),
         ({"params": [torch.zeros(3), torch.zeros(2).half()]}, r"params\[1\] must be float32 or float64, not float16"),
         ({"params": [None, torch.zeros(2)]}, r"params\[0\] must be a tensor, not NoneType"),
@@ -473,5 +488,57 @@ def test_tensors_without_memory_are_refused():
 )
 def test_bad_arguments_of_adamw_ema_are_named(path, change, message):
     lists = {name: [torch.zeros(3), torch.zeros(2)] for name in ("params", "grads", "exp_avgs", "exp_avg_sqs")}
+    given = {"numbers": torch.ones(4, dtype=torch.float64), "betas": (0.9, 0.95), "eps": 1e-8}
     with forced(path), pytest.raises(KernelError, match=message):
-        adamw_ema(**lists | {"step": 1} | STEP | change)
+        adamw_ema(**lists | given | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 0}, "adamw_ema: step must be at least 1, not 0"),
+        ({"momentum": -0.1}, r"momentum must be in \[0, 1\], not -0.1"),
+        ({"betas": (1.0, 0.9)}, r"betas must be in \[0, 1\), not \(1.0, 0.9\)"),
+    ],
+)
+def test_bad_numbers_are_named(change, message):
+    with pytest.raises(KernelError, match=message):
+        adamw_numbers(**{"step": 1, "lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.95)} | change)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_factor_of_0_is_no_gradient(path, device):
+    """Parameter and moments keep every bit, whatever the gradient holds; the teacher moves; the others have their own
+    factors."""
+    params, grads, m, v = state(device)
+    m, v = normal(device, seed=3), [x.square() for x in normal(device, seed=4)]
+    teacher, average = normal(device, seed=5), normal(device, seed=5)
+    grads[1].fill_(torch.nan)
+    grads[2].fill_(torch.inf)
+    before = [[x.clone() for x in items] for items in (params, m, v)]
+    other = [[x.clone() for x in items] for items in (params, grads, m, v)]
+    factors = torch.tensor([0.5, 0.0, 0.0, 2.0], device=device)
+    with forced(path):
+        adamw(params, grads, m, v, 3, **STEP, grad_scale=factors, teacher=teacher, momentum=0.75)
+        for i, factor in ((0, 0.5), (3, 2.0)):
+            one = [[x[i]] for x in other]
+            one[1][0] *= factor
+            adamw(*one, 3, **STEP)
+    for items, others, old in zip((params, m, v), (other[0], *other[2:]), before, strict=True):
+        assert torch.equal(items[1], old[1])
+        assert torch.equal(items[2], old[2])
+        assert torch.equal(items[0], others[0])
+        assert torch.equal(items[3], others[3])
+    expected = [torch.lerp(a, p, 0.25) for a, p in zip(average, params, strict=True)]
+    torch.testing.assert_close(teacher, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_momentum_may_lie_on_the_device(path, device):
+    """Given as float64 it keeps its digits: 1 - 0.99996 in float32 would be off by a thousandth."""
+    teacher, student = normal(device), normal(device, seed=1)
+    other = [t.clone() for t in teacher]
+    with forced(path):
+        ema_update(teacher, student, 0.99996)
+        ema_update(other, student, torch.tensor(0.99996, dtype=torch.float64, device=device))
+    assert all(map(torch.equal, teacher, other))
