@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -16,12 +17,14 @@ class Values:
         total_steps: optimizer steps of the whole run.
         steps_per_epoch: optimizer steps per epoch.
         seed: seed of the run.
+        numbers: what `Method.scheduled` says of this step, on the device; empty outside training.
     """
 
     step: int
     total_steps: int
     steps_per_epoch: int
     seed: int = 0
+    numbers: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
     def epoch(self) -> int:

@@ -82,6 +82,16 @@ def save_checkpoint(path, model, change=lambda weights: None, seed=0):
     return str(path)
 
 
+def finish_step(method, optimizer, values, clip=0.0, each=False):
+    """What the loop does after the backward pass: clips, steps, moves the teacher, drops the gradients."""
+    numbers = method.scheduled(values)
+    optimizer.teacher_momentum = numbers.get("momentum", 1.0)
+    method.after_backward(values)
+    optimizer.clip(clip, each, [(group, torch.tensor(numbers[name])) for name, group in method.factors().items()])
+    optimizer.step()
+    optimizer.zero_grad()
+
+
 def draw_classes(folder, images, seed, classes=3, sides=(20, 18)):
     """Classes that differ in the mean of one colour, not by far; a sub-folder for each. Its path."""
     generator = np.random.default_rng(seed)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastssl.batch import Batch
 from fastssl.config import Config
+from fastssl.loaders.masks import Mask
 from fastssl.methods.names import Names
 from fastssl.step import Step, Values
 
@@ -43,10 +44,27 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def after_backward(self, values: Values) -> None:
-        """Called before clipping and the optimizer's step."""
+        """Called on the gradients, before clipping and the optimizer's step."""
 
-    def after_step(self, values: Values) -> None:
-        """Called after the optimizer's step: the place of a teacher's update."""
+    def scheduled(self, values: Values) -> dict[str, float]:
+        """The numbers that change from step to step. In training `values.numbers` holds them on the device.
+
+        `momentum`, if there, is that of `averages`.
+        """
+        return {}
+
+    def number(self, name: str, values: Values) -> Tensor | float:
+        """One of `scheduled`: on the device if it is there."""
+        return values.numbers[name] if name in values.numbers else self.scheduled(values)[name]
+
+    def averages(self) -> list[tuple[nn.Module, nn.Module]]:
+        """(teacher, student): after each step of the optimizer, teacher <- momentum x teacher + (1 - momentum) x
+        student, over parameters (buffers stay each module's own)."""
+        return []
+
+    def factors(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters whose gradients are multiplied by a number of `scheduled`, by its name. 0: they stay."""
+        return {}
 
     def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
         """What the method sees and does, for people; called in eval mode without gradients.
@@ -60,6 +78,15 @@ class Method(nn.Module):
     def part_grid(config: Config) -> dict[str, int] | None:
         """Side of the part-label grid wanted per view group (`Batch.parts`); None where the method needs no parts."""
         return None
+
+    @staticmethod
+    def masks(config: Config) -> list[Mask]:
+        """The masks wanted with each batch (`Batch.masks`).
+
+        Raises:
+            ConfigError: the configuration allows no mask.
+        """
+        return []
 
     @classmethod
     def official(cls, checkpoint: dict[str, Any]) -> dict[str, Tensor]:

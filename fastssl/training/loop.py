@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,9 @@ from fastssl.training import checkpoint, distributed
 from fastssl.training.batch_norm import synchronise_batch_norm
 from fastssl.training.checkpoint import Checkpoint, CheckpointError
 from fastssl.training.log import Clock, MetricRing, RunLog
-from fastssl.training.optim import clip_gradients
+from fastssl.training.masters import Masters
+from fastssl.training.numbers import Numbers
+from fastssl.training.optim import Optimizer, clip_gradients
 from fastssl.training.timing import section
 
 LOG_EVERY = 50  # optimizer steps between two readings of the scalars
@@ -136,11 +138,19 @@ class Run(ABC, Generic[B, R]):
         """The batch as `losses` takes it."""
         return batch
 
+    def scheduled(self) -> dict[str, float]:
+        """Further numbers of the present step that `losses` reads from `self.numbers`; the same names at every step."""
+        return {}
+
+    def gradient_factors(self) -> list[tuple[Sequence[Tensor], Tensor]]:
+        """Parameters whose gradients are multiplied by a number on the device; 0: they stay as they are."""
+        return []
+
     def after_backward(self) -> None:
         """Between the backward passes and the optimizer, on unscaled gradients."""
 
     def after_step(self) -> None:
-        """After the optimizer (a teacher's average, for example)."""
+        """After the optimizer (a moving average of the weights, for example)."""
 
     def begin(self) -> None:
         """Before the first step of this start."""
@@ -172,6 +182,7 @@ class Run(ABC, Generic[B, R]):
         folder: Path | None,
         device: torch.device,
         dtype: torch.dtype,
+        masters: Masters | None = None,
     ) -> None:
         """Takes what is trained, and goes to where the run folder's checkpoint stands.
 
@@ -182,12 +193,14 @@ class Run(ABC, Generic[B, R]):
             folder: for the checkpoint and the logs; None: nothing is kept.
             device: where it computes.
             dtype: of autocast; float32: none.
+            masters: float32 values of the network's working copies; None: it has none.
 
         Raises:
             CheckpointError: the folder's checkpoint is not of this run.
         """
         self.network, self.optimizer, self.pace = network, optimizer, pace
         self.folder, self.device, self.dtype = folder, device, dtype
+        self.masters, self.numbers = masters or Masters(network, torch.float32), Numbers(device)
         if distributed.world() > 1:
             synchronise_batch_norm(network, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.scales_loss and dtype == torch.float16)
@@ -228,7 +241,7 @@ class Run(ABC, Generic[B, R]):
     def _resume(self, saved: Checkpoint) -> None:
         saved.check(self.fingerprint(), self.folder_option)
         try:
-            self.network.load_state_dict(saved.network)
+            self.masters.load_state_dict(saved.network)
             self.optimizer.load_state_dict(saved.optimizer)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(
@@ -274,6 +287,7 @@ class Run(ABC, Generic[B, R]):
         """One optimizer step; asks the device nothing."""
         pace = self.pace
         self.rates = self.schedule()
+        self._write_numbers()
         ids, losses, metrics = [], [], []
         for micro in range(pace.accumulate):
             with section("data"), self.clock.waiting():
@@ -292,7 +306,7 @@ class Run(ABC, Generic[B, R]):
         with section("optimizer"):
             self.scaler.unscale_(self.optimizer)
             self.after_backward()
-            norm = clip_gradients(self.network, pace.clip_grad, pace.clip_each)
+            norm = self._clip()
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
@@ -300,8 +314,29 @@ class Run(ABC, Generic[B, R]):
             self.after_step()
         self.step += 1
         self.recent_ids[self.step] = ids
-        mean = {key: torch.stack([m[key] for m in metrics]).mean() for key in metrics[0]}
-        self.ring.add(self.step, {"loss": torch.stack(losses).mean(), "grad_norm": norm, **mean})
+        if len(losses) == 1:
+            scalars = {"loss": losses[0], "grad_norm": norm, **metrics[0]}
+        else:
+            mean = {key: torch.stack([m[key] for m in metrics]).mean() for key in metrics[0]}
+            scalars = {"loss": torch.stack(losses).mean(), "grad_norm": norm, **mean}
+        self.ring.add(self.step, scalars)
+
+    def _write_numbers(self) -> None:
+        """Sends the step's numbers to the device."""
+        values: dict[str, float | list[float]] = {**self.scheduled()}
+        if isinstance(self.optimizer, Optimizer):
+            values["optimizer"] = self.optimizer.host_numbers()
+        if values:
+            self.numbers.write(values)
+            if isinstance(self.optimizer, Optimizer):
+                self.optimizer.numbers = self.numbers["optimizer"]
+
+    def _clip(self) -> Tensor:
+        """Clips the gradients, now or in the optimizer's own pass; their norm before that."""
+        pace = self.pace
+        if isinstance(self.optimizer, Optimizer):
+            return self.optimizer.clip(pace.clip_grad, pace.clip_each, self.gradient_factors())
+        return clip_gradients(self.network, pace.clip_grad, pace.clip_each)
 
     def autocast(self) -> AbstractContextManager:
         """The run's arithmetic."""

@@ -1,4 +1,4 @@
-"""The teacher's moving average over all parameters in one launch, alone or inside the AdamW step."""
+"""The teacher's moving average over all parameters in one launch, alone or inside the step of AdamW or SGD."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from fastssl.kernels._check import FLOATS, check
 from fastssl.kernels._path import use_triton
 from fastssl.kernels.ema_update import reference
-from fastssl.kernels.ema_update.lists import ADAMW, NAME, check_adamw, check_array, check_ema
+from fastssl.kernels.ema_update.lists import ADAMW, NAME, SGD, check_adamw, check_array, check_ema, check_sgd
 
 
 @torch.no_grad()
@@ -144,4 +144,73 @@ def adamw_ema(
     reference.adamw_ema(
         params, grads, exp_avgs, exp_avg_sqs, numbers, betas=betas, eps=eps, scales=scales, teacher=teacher,
         copies=copies, teacher_copies=teacher_copies, grad_scale=grad_scale,
+    )  # fmt: skip
+
+
+def sgd_numbers(lr: float, weight_decay: float, momentum: float, teacher: float = 1.0) -> list[float]:
+    """What of a step's numbers `sgd_ema` takes, to be written into a tensor on the device.
+
+    Args:
+        lr: learning rate.
+        weight_decay: times the parameter, added to the gradient.
+        momentum: decay of the moving sum, in [0, 1).
+        teacher: momentum of the teacher, in [0, 1].
+
+    Raises:
+        KernelError: a number outside its range.
+    """
+    check(0 <= momentum < 1, SGD, "momentum", "in [0, 1)", momentum)
+    check(0 <= teacher <= 1, SGD, "teacher", "in [0, 1]", teacher)
+    return [lr, weight_decay, momentum, 1 - teacher]
+
+
+@torch.no_grad()
+def sgd_ema(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    sums: list[Tensor | None],
+    numbers: Tensor,
+    *,
+    scales: Tensor | None = None,
+    teacher: list[Tensor | None] | None = None,
+    copies: list[Tensor | None] | None = None,
+    teacher_copies: list[Tensor | None] | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:
+    """A step of SGD with momentum (as torch.optim.SGD without dampening) and the teacher's EMA, in place.
+
+        rate, decay, momentum, weight = numbers  # see `sgd_numbers`
+        for p, g, m, t, (a, b) in zip(params, grads, sums, teacher, scales):
+            if g is not None and grad_scale != 0:
+                m = momentum x m + (grad_scale x g + b x decay x p)
+                p = p - a x rate x m
+            t = lerp(t, p, weight)
+        copies = params and teacher_copies = teacher, rounded
+
+    All in one launch and one pass, as `adamw_ema`; torch.compile does not take it.
+
+    Args:
+        sums: m, moving sums of the gradients, from 0; of the parameters' type. May be None where the gradient is.
+        numbers: float64 [4] on the device, `sgd_numbers` of the step.
+        params, grads, scales, teacher, copies, teacher_copies, grad_scale: as for `adamw_ema`.
+
+    Raises:
+        KernelError: lengths, shapes, types or devices that do not fit.
+    """
+    count = len(params)
+    check_array(SGD, "numbers", numbers, params, (torch.float64,), (4,))
+    if scales is not None:
+        check_array(SGD, "scales", scales, params, FLOATS, (count, 2))
+    if grad_scale is not None:
+        check_array(SGD, "grad_scale", grad_scale, params, FLOATS, (), (count,))
+    lists = (params, grads, sums, (), teacher or [], copies or [], teacher_copies or [])
+    if params and isinstance(params[0], Tensor) and use_triton(SGD, params[0]):
+        from fastssl.kernels.ema_update import kernel
+
+        kernel.sgd_ema_eager(lists, numbers, scales, grad_scale)
+        return
+    check_sgd(*lists)
+    reference.sgd_ema(
+        params, grads, sums, numbers, scales=scales, teacher=teacher, copies=copies, teacher_copies=teacher_copies,
+        grad_scale=grad_scale,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastssl.kernels._spec import BF16, FP16, FP32, TOLERANCE, Case, Maker, Op, nbytes, tensors
-from fastssl.kernels.ema_update import adamw_ema, adamw_numbers, ema_update, reference
+from fastssl.kernels.ema_update import adamw_ema, adamw_numbers, ema_update, reference, sgd_ema, sgd_numbers
 
 Shape = tuple[int, ...]
 
@@ -167,6 +167,14 @@ def adamw_inputs(
     }
 
 
+def sgd_inputs(make: Maker, dtype: torch.dtype, **case: Any) -> dict[str, Any]:
+    """As `adamw_inputs`."""
+    inputs = adamw_inputs(make, dtype, **case)
+    del inputs["exp_avg_sqs"], inputs["betas"], inputs["eps"]
+    inputs["numbers"] = torch.tensor(sgd_numbers(0.1, 1e-4, 0.9, 0.996), dtype=torch.float64, device=make.device)
+    return inputs | {"sums": inputs.pop("exp_avgs")}
+
+
 def ema_bytes(inputs: dict[str, Any], outputs: list[Tensor], backward: bool) -> int:
     return nbytes(inputs["student"], inputs["teacher"], inputs["teacher"], inputs["copies"])
 
@@ -176,7 +184,8 @@ def adamw_bytes(inputs: dict[str, Any], outputs: list[Tensor], backward: bool) -
     for i, (param, grad) in enumerate(zip(inputs["params"], inputs["grads"], strict=True)):
         written = [inputs[name][i] for name in ("teacher", "copies", "teacher_copies") if inputs[name]]
         if grad is not None:
-            total += 2 * nbytes(param, inputs["exp_avgs"][i], inputs["exp_avg_sqs"][i]) + nbytes(grad)
+            state = [inputs[name][i] for name in ("exp_avgs", "exp_avg_sqs", "sums") if name in inputs]
+            total += 2 * nbytes(param, state) + nbytes(grad)
         elif tensors(written):
             total += nbytes(param)
         total += nbytes(written) + (nbytes(inputs["teacher"][i]) if inputs["teacher"] else 0)
@@ -230,6 +239,32 @@ def fused_adamw(
         torch._foreach_copy_([target for target, _ in copied], [source for _, source in copied])
 
 
+@torch.no_grad()
+def foreach_sgd(
+    params: list[Tensor], grads: list[Any], sums: list[Any], numbers: Tensor, *, scales: Tensor | None,
+    teacher: list[Any] | None, copies: list[Any] | None, teacher_copies: list[Any] | None, grad_scale: Tensor | None,
+) -> None:  # fmt: skip
+    """What torch.optim.SGD(fused=True) calls, and then the EMA; for the numbers that `sgd_inputs` gives."""
+    pairs = [(1.0, 1.0)] * len(params) if scales is None else [tuple(pair) for pair in scales.tolist()]
+    groups: dict[tuple[float, ...], list[int]] = {}
+    for i, grad in enumerate(grads):
+        if grad is not None:
+            groups.setdefault(pairs[i], []).append(i)
+    for (rate, decay), members in groups.items():
+        p, g, m = ([items[i] for i in members] for items in (params, grads, sums))
+        g = [grad.to(param.dtype) for param, grad in zip(p, g, strict=True)]
+        torch._fused_sgd_(
+            p, g, m, weight_decay=1e-4 * decay, momentum=0.9, lr=0.1 * rate, dampening=0.0, nesterov=False,
+            maximize=False, is_first_step=False, grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
+        )  # fmt: skip
+    moved = [(t, p) for t, p in zip(teacher or [], params, strict=False) if t is not None]
+    foreach_lerp([t for t, _ in moved], [p for _, p in moved], 0.996)
+    written = [*zip(copies or [], params, strict=False), *zip(teacher_copies or [], teacher or [], strict=False)]
+    copied = [(target, source) for target, source in written if target is not None and source is not None]
+    if copied:
+        torch._foreach_copy_([target for target, _ in copied], [source for _, source in copied])
+
+
 EMA_PROOF: dict[str, Case] = {
     "ragged": {"network": "ragged"},
     "whole blocks": {"network": "whole"},
@@ -273,6 +308,7 @@ ADAMW_COPIES_PROOF: dict[str, Case] = {
     "all types": {"network": "ragged", "teacher": MIXED, "copies": (*MIXED, FP16), "no_grad": 3, "no_teacher": 5},
     "strided": {"network": "ragged", "copies": FP16, "layout": "strided", "groups": True, "no_grad": 4},
 }
+SGD_PROOF = {key: case for key, case in ADAMW_PROOF.items() if key not in ("first step", "one value")}
 TRAINING = ("ViT-S/16 DINO", "ViT-B/16", "ResNet-50")
 ODD = "ViT-S/16, 21843 classes"
 EXACT = {dtype: TOLERANCE[FP32] for dtype in (FP16, BF16)}  # all outputs are float32, whatever the inputs
@@ -306,5 +342,17 @@ OPS = [
         },
         adamw_bytes, mutates=("params", "exp_avgs", "exp_avg_sqs", "teacher", "copies", "teacher_copies"),
         library={"_fused_adamw_, _foreach_lerp_, _foreach_copy_": fused_adamw}, dtypes=(FP32, BF16), tolerance=ROUNDED,
+    ),
+    Op(
+        "sgd_ema", sgd_ema, reference.sgd_ema, sgd_inputs, SGD_PROOF,
+        {"ResNet-50": {"network": "ResNet-50", "grad_scale": "one"}},
+        adamw_bytes, mutates=("params", "sums", "teacher"),
+        library={"_fused_sgd_, _foreach_lerp_": foreach_sgd}, tolerance=EXACT,
+    ),
+    Op(
+        "sgd_ema with copies", sgd_ema, reference.sgd_ema, sgd_inputs, ADAMW_COPIES_PROOF,
+        {"ResNet-50, bf16 copies": {"network": "ResNet-50", "copies": BF16, "grad_scale": "one"}},
+        adamw_bytes, mutates=("params", "sums", "teacher", "copies", "teacher_copies"),
+        library={"_fused_sgd_, _foreach_lerp_, _foreach_copy_": foreach_sgd}, dtypes=(FP32, BF16), tolerance=ROUNDED,
     ),
 ]  # fmt: skip

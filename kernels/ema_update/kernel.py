@@ -1,10 +1,12 @@
 """EMA and AdamW with EMA in Triton: one launch over all tensors, each read once and written once.
 
-    m = m + (1 - b1) (g - m)     v = b2 v + (1 - b2) g^2
-    p = p - shrink p - rate m / (sqrt(v) root + eps)
-    t = t + weight (p - t)     the EMA alone: p is the student, only read
+    AdamW    m = m + (1 - b1) (g - m)     v = b2 v + (1 - b2) g^2
+             p = p - shrink p - rate m / (sqrt(v) root + eps)
+    SGD      m = root m + (g + shrink p)     p = p - rate m
+    EMA      t = t + weight (p - t)     the EMA alone: p is the student, only read
 
-with rate = lr / (1 - b1^k), shrink = lr x weight decay, root = 1 / sqrt(1 - b2^k), weight = 1 - momentum.
+with, for AdamW, rate = lr / (1 - b1^k), shrink = lr x weight decay, root = 1 / sqrt(1 - b2^k); for SGD the learning
+rate, the weight decay and the momentum of m; weight = 1 - momentum of the teacher.
 
 The launch gets no tensors but a table with a row of addresses per parameter. A program looks up its tensor and its
 block within it. What tensors there are of each type is known when the kernel is compiled ("kinds"): with one kind, the
@@ -27,7 +29,7 @@ from torch import Tensor
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._launch import launch
 from fastssl.kernels.ema_update import reference
-from fastssl.kernels.ema_update.lists import check_adamw, check_ema
+from fastssl.kernels.ema_update.lists import check_adamw, check_ema, check_sgd
 
 # A row of the table: addresses of param, grad, exp_avg, exp_avg_sq, teacher, copy and teacher_copy (0: none), number of
 # values, index of the kind, and whether accesses of the kind's full width are aligned.
@@ -84,6 +86,7 @@ def _block(
     TEACHER_COPY: tl.constexpr,
     WIDTH: tl.constexpr,
     SCALE: tl.constexpr,
+    ADAM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One block of one tensor: all reads first, so that they are in flight together."""
@@ -94,29 +97,34 @@ def _block(
     if GRAD:
         grad = _pointer(row, start, 1, GRAD, WIDTH) + lane
         exp_avg = _pointer(row, start, 2, 1, WIDTH) + lane
-        exp_avg_sq = _pointer(row, start, 3, 1, WIDTH) + lane
         g = tl.load(grad, mask=inside, other=0.0).to(tl.float32)
         m = tl.load(exp_avg, mask=inside, other=0.0)
-        v = tl.load(exp_avg_sq, mask=inside, other=0.0)
+        if ADAM:
+            exp_avg_sq = _pointer(row, start, 3, 1, WIDTH) + lane
+            v = tl.load(exp_avg_sq, mask=inside, other=0.0)
     if TEACHER:
         teacher = _pointer(row, start, 4, TEACHER, WIDTH) + lane
         t = tl.load(teacher, mask=inside, other=0.0).to(tl.float32)
     if GRAD:
         if SCALE:
             g *= factor
-        new_m = _lerp(m, g, weight1)
-        new_v = beta2 * v + weight2 * g * g
-        new_p = p - shrink * p
-        new_p -= rate * new_m / (tl.sqrt_rn(new_v) * root + eps)
-        if SCALE:
-            m = tl.where(factor == 0, m, new_m)
-            v = tl.where(factor == 0, v, new_v)
-            p = tl.where(factor == 0, p, new_p)
+        if ADAM:
+            new_m = _lerp(m, g, weight1)
+            new_v = beta2 * v + weight2 * g * g
+            if SCALE:
+                new_v = tl.where(factor == 0, v, new_v)
+            tl.store(exp_avg_sq, new_v, mask=inside)
+            new_p = p - shrink * p
+            new_p -= rate * new_m / (tl.sqrt_rn(new_v) * root + eps)
         else:
-            m, v, p = new_m, new_v, new_p
+            new_m = root * m + (g + shrink * p)
+            new_p = p - rate * new_m
+        if SCALE:
+            new_m = tl.where(factor == 0, m, new_m)
+            new_p = tl.where(factor == 0, p, new_p)
+        p = new_p
         tl.store(param, p, mask=inside)
-        tl.store(exp_avg, m, mask=inside)
-        tl.store(exp_avg_sq, v, mask=inside)
+        tl.store(exp_avg, new_m, mask=inside)
     if COPY:
         copy = _pointer(row, start, 5, COPY, WIDTH) + lane
         tl.store(copy, p.to(copy.dtype.element_ty), mask=inside)
@@ -145,6 +153,7 @@ def _step(
     NUMBERS: tl.constexpr,  # 4, 1 or 0 of them
     SCALES: tl.constexpr,
     SCALE: tl.constexpr,  # 0: nothing, 1: a scalar, 2: one per tensor
+    ADAM: tl.constexpr,  # AdamW, or SGD with momentum
     NUMEL: tl.constexpr,  # columns of the table
     KIND: tl.constexpr,
     WIDE: tl.constexpr,
@@ -181,12 +190,12 @@ def _step(
             if not RAGGED or (wide > 0 and size % KINDS[k][5] == 0):
                 _block(
                     row, start, size, factor, rate, shrink, weight1, beta2, weight2, root, eps, weight,
-                    KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], KINDS[k][5], SCALE, BLOCK,
+                    KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], KINDS[k][5], SCALE, ADAM, BLOCK,
                 )  # fmt: skip
             else:
                 _block(
                     row, start, size, factor, rate, shrink, weight1, beta2, weight2, root, eps, weight,
-                    KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], 1, SCALE, BLOCK,
+                    KINDS[k][0], KINDS[k][1], KINDS[k][2], KINDS[k][3], KINDS[k][4], 1, SCALE, ADAM, BLOCK,
                 )  # fmt: skip
 
 
@@ -351,13 +360,14 @@ def plans() -> list[Any]:
 
 
 def _launch(
-    plan: _Plan, numbers: Tensor | None, scales: Tensor | None, grad_scale: Tensor | None, *rest: float
-) -> None:
+    plan: _Plan, numbers: Tensor | None, scales: Tensor | None, grad_scale: Tensor | None, *rest: float,
+    adam: bool = True,
+) -> None:  # fmt: skip
     layout = plan.layout
     launch(
         _step, (layout.blocks.shape[0],), plan.table, layout.blocks, numbers, scales, grad_scale, *rest,
         KINDS=layout.kinds, RAGGED=plan.ragged, NUMBERS=0 if numbers is None else numbers.numel(),
-        SCALES=scales is not None, SCALE=0 if grad_scale is None else 1 + grad_scale.ndim,
+        SCALES=scales is not None, SCALE=0 if grad_scale is None else 1 + grad_scale.ndim, ADAM=adam,
         NUMEL=NUMEL, KIND=KIND, WIDE=WIDE, COLUMNS=COLUMNS, BLOCK=layout.values, num_warps=WARPS,
     )  # fmt: skip
 
@@ -415,6 +425,19 @@ def _adamw_ema(
             teacher=t, copies=c, teacher_copies=tc,
             grad_scale=grad_scale[i] if grad_scale is not None and grad_scale.ndim else grad_scale,
         )  # fmt: skip
+
+
+def sgd_ema_eager(lists: Lists, numbers: Tensor, scales: Tensor | None, grad_scale: Tensor | None) -> None:
+    """See the public op; `lists` as for `adamw_ema_eager`, without second moments."""
+    plan = _plan(lists, lambda: check_sgd(*lists))
+    _launch(plan, numbers, scales, grad_scale, *[0.0] * 5, adam=False)
+    for i in plan.layout.left:
+        (p, g, m), (t, c, tc) = ([x[i]] for x in lists[:3]), ([x[i]] if x else None for x in lists[4:])
+        reference.sgd_ema(
+            p, g, m, numbers, scales=None if scales is None else scales[i : i + 1], teacher=t, copies=c,
+            teacher_copies=tc, grad_scale=grad_scale[i] if grad_scale is not None and grad_scale.ndim else grad_scale,
+        )  # fmt: skip
+    torch.autograd.graph.increment_version([x for x in chain(*lists[:1], *lists[2:]) if x is not None])
 
 
 def adamw_ema(lists: Lists, *rest: Any) -> None:

@@ -12,6 +12,7 @@ from fastssl.kernels._check import FLOATS, KernelError, check
 
 NAME = "ema_update"
 ADAMW = "adamw_ema"
+SGD = "sgd_ema"
 Items = Sequence[Tensor | None]
 Lists = dict[str, Sequence[Any]]  # by the argument's name
 
@@ -27,20 +28,36 @@ def check_adamw(
     teacher_copies: Items,
 ) -> None:  # fmt: skip
     """Likewise; [] stands for no teacher and no copies."""
-    lists: Lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _check_step(ADAMW, params, grads, {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}, teacher, copies,
+                teacher_copies)  # fmt: skip
+
+
+def check_sgd(
+    params: Sequence[Tensor], grads: Items, sums: Items, _: Items, teacher: Items, copies: Items,
+    teacher_copies: Items,
+) -> None:  # fmt: skip
+    """Likewise."""
+    _check_step(SGD, params, grads, {"sums": sums}, teacher, copies, teacher_copies)
+
+
+def _check_step(
+    op: str, params: Sequence[Tensor], grads: Items, state: dict[str, Items], teacher: Items, copies: Items,
+    teacher_copies: Items,
+) -> None:  # fmt: skip
+    lists: Lists = {"params": params, "grads": grads, **state}
     extra = {"teacher": teacher, "copies": copies, "teacher_copies": teacher_copies}
-    _check_lists(ADAMW, lists | {name: items for name, items in extra.items() if items}, tuple(lists | extra)[1:])
-    check(bool(teacher) or not teacher_copies, ADAMW, "teacher_copies", "None without a teacher", "a list")
+    _check_lists(op, lists | {name: items for name, items in extra.items() if items}, tuple(lists | extra)[1:])
+    check(bool(teacher) or not teacher_copies, op, "teacher_copies", "None without a teacher", "a list")
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         exact = param.dtype in (torch.float32, torch.float64)
-        check(exact, ADAMW, f"params[{i}]", "float32 or float64", name_of(param.dtype))
-        for name in ("exp_avgs", "exp_avg_sqs"):
+        check(exact, op, f"params[{i}]", "float32 or float64", name_of(param.dtype))
+        for name in state:
             moment = lists[name][i]
-            check(grad is None or moment is not None, ADAMW, f"{name}[{i}]", "a tensor where a gradient is", None)
+            check(grad is None or moment is not None, op, f"{name}[{i}]", "a tensor where a gradient is", None)
             same = moment is None or moment.dtype == param.dtype
-            check(same, ADAMW, f"{name}[{i}]", f"{name_of(param.dtype)} as params[{i}]", kind(moment))
+            check(same, op, f"{name}[{i}]", f"{name_of(param.dtype)} as params[{i}]", kind(moment))
         if teacher_copies and teacher_copies[i] is not None:
-            check(teacher[i] is not None, ADAMW, f"teacher_copies[{i}]", f"None as teacher[{i}]", "a tensor")
+            check(teacher[i] is not None, op, f"teacher_copies[{i}]", f"None as teacher[{i}]", "a tensor")
 
 
 def _check_lists(op: str, lists: Lists, may_miss: tuple[str, ...] = ()) -> None:

@@ -53,6 +53,31 @@ def adamw_ema(
             _average(t, p, weight, teacher_copies[i] if teacher_copies else None)
 
 
+@torch.no_grad()
+def sgd_ema(
+    params: list[Tensor], grads: Items, sums: Items, numbers: Tensor, *, scales: Tensor | None = None,
+    teacher: Items | None = None, copies: Items | None = None, teacher_copies: Items | None = None,
+    grad_scale: Tensor | None = None,
+) -> None:  # fmt: skip
+    """See `fastssl.kernels.ema_update.sgd_ema`."""
+    rate, decay, momentum, weight = numbers.unbind()
+    for i, (p, g, m) in enumerate(zip(params, grads, sums, strict=True)):
+        factor = None if grad_scale is None else grad_scale[i] if grad_scale.ndim else grad_scale
+        if g is not None:
+            assert m is not None  # see check_sgd
+            of_rate, of_decay = (1.0, 1.0) if scales is None else scales[i].unbind()
+            g = g.to(p.dtype) if factor is None else g.to(p.dtype) * factor.to(p.dtype)
+            new = m * momentum + (g + p * (decay * of_decay))
+            moved = p - new * (rate * of_rate)
+            for x, value in ((m, new), (p, moved)):
+                x.copy_(value if factor is None else torch.where(factor == 0, x, value))
+        copy, t = (items[i] if items else None for items in (copies, teacher))
+        if copy is not None:
+            copy.copy_(p)
+        if t is not None:
+            _average(t, p, weight, teacher_copies[i] if teacher_copies else None)
+
+
 def _average(teacher: Tensor, student: Tensor, weight: float | Tensor, copy: Tensor | None) -> None:
     exact = reduce(torch.promote_types, (teacher.dtype, student.dtype), torch.float32)
     if isinstance(weight, Tensor):

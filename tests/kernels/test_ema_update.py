@@ -12,11 +12,10 @@ from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._spec import Maker, map_tensors, tensors
 from fastssl.kernels._verify import verify
-from fastssl.kernels.ema_update import adamw_ema, adamw_numbers, cases, ema_update
+from fastssl.kernels.ema_update import adamw_ema, adamw_numbers, cases, ema_update, sgd_ema, sgd_numbers
 
 PATHS = ["reference", "triton"]
 CPU_PATHS = PATHS[:1] if torch.cuda.is_available() else PATHS  # "triton" is refused for CPU tensors there
-EMA, _, ADAMW, _ = cases.OPS
 SHAPES = [(3, 5), (2050,), (1,), (4, 8)]
 STEP = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -531,6 +530,27 @@ def test_a_factor_of_0_is_no_gradient(path, device):
         assert torch.equal(items[3], others[3])
     expected = [torch.lerp(a, p, 0.25) for a, p in zip(average, params, strict=True)]
     torch.testing.assert_close(teacher, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sgd_equals_torch_over_several_steps(path, dtype, device):
+    params, _, sums, _ = state(device)
+    params, sums = ([x.to(dtype) for x in items] for items in (params, sums))
+    mirror = [p.clone().requires_grad_() for p in params]
+    optimizer = torch.optim.SGD(mirror, lr=1.0, momentum=0.8, foreach=False)
+    for step in range(1, 5):
+        grads = normal(device, dtype=dtype, seed=step)
+        grads[step % 4] = None
+        optimizer.param_groups[0] |= {"lr": 0.1 / step, "weight_decay": 0.01 * step}
+        for p, g in zip(mirror, grads, strict=True):
+            p.grad = g if g is None else g.clone()
+        optimizer.step()
+        numbers = sgd_numbers(0.1 / step, 0.01 * step, 0.8)
+        with forced(path):
+            sgd_ema(params, grads, sums, torch.tensor(numbers, dtype=torch.float64, device=device))
+    exact = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 5e-7}
+    torch.testing.assert_close(params, [p.detach() for p in mirror], **exact)
 
 
 @pytest.mark.parametrize("path", PATHS)

@@ -14,6 +14,7 @@ from tiny import recipe
 from fastssl.cli import main
 from fastssl.config import ConfigError
 from fastssl.loaders.convert import ConvertOptions, convert
+from fastssl.loaders.masks import draw
 from fastssl.loaders.synthetic import draw_images
 from fastssl.methods import METHODS
 from fastssl.parse import parse_pretrain
@@ -82,6 +83,25 @@ def test_ten_steps_resumed_for_ten_more_are_twenty_bitwise(images, tmp_path, met
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     steps = [json.loads(line)["step"] for line in (tmp_path / "parts/metrics.jsonl").read_text().splitlines()]
     assert steps == [5, 10, 15, 20]
+
+
+@pytest.mark.parametrize("method", ["dino", "scfs"])
+def test_bfloat16_runs_keep_float32_weights_and_continue_bitwise(images, tmp_path, method):
+    more = {"run__precision": "bf16", "model__drop_path": 0.2}
+    pretrain(config(images, tmp_path / "whole", method, run__steps=8, **more))
+    pretrain(config(images, tmp_path / "parts", method, run__steps=4, **more))
+    trainer = Trainer(config(images, tmp_path / "parts", method, run__steps=8, **more))
+    assert len(trainer.masters) > 10
+    linear = trainer.method.student.head.mlp[0].weight
+    assert linear.dtype == torch.bfloat16
+    saved = checkpoint.read(tmp_path / "parts/last.pt").network
+    assert {value.dtype for value in saved.values() if value.is_floating_point()} == {torch.float32}
+    exact = saved["student.head.mlp.0.weight"]
+    assert not torch.equal(exact, exact.bfloat16().float())  # more than the copy knows
+    assert torch.equal(linear, exact.bfloat16())
+    trainer.train()
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    pretrain(config(images, tmp_path / "parts", method, run__steps=9))  # float32 may go on from there
 
 
 def test_resume_inside_an_epoch_with_accumulation_is_exact(images, tmp_path):
@@ -285,3 +305,16 @@ def test_a_run_folder_is_not_continued_with_another_batch_or_model_or_against_on
         Trainer(config(images, tmp_path, model__width=64))
     with pytest.raises(checkpoint.CheckpointError, match=r"method \(was 'dino', now 'mae'\)"):
         Trainer(config(images, tmp_path, "mae"))
+
+
+def test_pictures_show_masks_of_epoch_0_with_schedules_as_they_stand(images, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(METHODS["semmae"], "pictures", lambda self, batch, values: seen.append(batch) or {})
+    settings = config(images, tmp_path, "semmae", run__steps=9, run__seed=3, monitor__pictures=2)
+    pretrain(settings)
+    (batch,) = seen
+    (mask,) = METHODS["semmae"].masks(settings)
+    parts = batch.parts["main"][:, 0].flatten(1).numpy()
+    expected = draw(mask, batch.id.numpy(), seed=3, epoch=0, parts=parts, schedule_epoch=2)  # 4 steps per epoch
+    for a, b in zip(batch.masks["main"], expected, strict=True):
+        assert torch.equal(a, torch.from_numpy(b))

@@ -11,7 +11,8 @@ from torch import nn
 from fastssl.config import Model, Optim
 from fastssl.models import build_backbone
 from fastssl.models.heads import DINOHead
-from fastssl.training.optim import LARS, build_optimizer, clip_gradients, param_groups, set_hyperparameters
+from fastssl.training.masters import Masters
+from fastssl.training.optim import build_optimizer, clip_gradients, param_groups, set_hyperparameters
 
 
 def make_module() -> nn.Module:
@@ -144,9 +145,10 @@ def test_a_parameter_without_gradient_stays():
         assert torch.equal(module[0].weight, before)
 
 
-def test_lars_calls_its_closure():
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_closures_are_called(name):
     module = make_module()
-    optimizer = LARS(param_groups(module), lr=0.1)
+    optimizer = build_optimizer(module, Optim(name=name, lr=0.1))
 
     def closure() -> float:
         fill_gradients(module, 0)
@@ -179,3 +181,107 @@ def test_clipping_against_pytorch(each, max_norm):
 
 def test_clipping_without_gradients():
     assert clip_gradients(make_module(), 1.0).item() == 0
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_clipping_inside_the_step_is_clipping_before_it(name, max_norm, each):
+    module, twin = make_module(), make_module()
+    ours, plain = (build_optimizer(one, Optim(name=name, lr=0.1)) for one in (module, twin))
+    for seed in range(3):
+        fill_gradients(module, seed)
+        fill_gradients(twin, seed)
+        module[1].bias.grad = twin[1].bias.grad = None
+        norm = clip_gradients(twin, max_norm, each)
+        torch.testing.assert_close(ours.clip(max_norm, each), norm)
+        ours.step()
+        plain.step()
+    for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_factor_of_0_leaves_a_parameter_and_its_norm_out(name):
+    module, twin = make_module(), make_module()
+    ours, plain = (build_optimizer(one, Optim(name=name, lr=0.1, weight_decay=0.5)) for one in (module, twin))
+    for seed in range(3):
+        fill_gradients(module, seed)
+        fill_gradients(twin, seed)
+        twin[2].weight.grad = twin[2].bias.grad = None
+        norm = ours.clip(0.5, False, [(list(module[2].parameters()), torch.zeros((), dtype=torch.float64))])
+        torch.testing.assert_close(norm, clip_gradients(twin, 0.5))
+        ours.step()
+        plain.step()
+    for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_the_teacher_follows_what_is_trained_and_what_is_not(name):
+    student, teacher = make_module(), make_module()
+    student[0].requires_grad_(False)
+    teacher.requires_grad_(False)
+    student[0].weight.data.add_(1.0)
+    optimizer = build_optimizer(student, Optim(name=name, lr=0.1), averages=[(teacher, student)])
+    expected = [p.clone() for p in teacher.parameters()]
+    for step, momentum in enumerate((0.5, 0.9)):
+        fill_gradients(student, step)
+        optimizer.teacher_momentum = momentum
+        optimizer.step()
+        expected = [t.lerp(s, 1 - momentum) for t, s in zip(expected, student.parameters(), strict=True)]
+    for found, wanted in zip(teacher.parameters(), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_working_copies_are_the_rounded_masters():
+    """The masters move as float32 weights do; network and teacher see them rounded once."""
+    network = nn.ModuleDict({"student": make_module().float(), "teacher": make_module().float().requires_grad_(False)})
+    plain = make_module().float()
+    masters = Masters(network, torch.bfloat16)
+    student, teacher = network["student"], network["teacher"]
+    assert [p.dtype for p in student.parameters()] == [torch.bfloat16] * 2 + [torch.float32] * 2 + [torch.bfloat16] * 2
+    optim = Optim(lr=0.1, weight_decay=0.1)
+    optimizer = build_optimizer(network, optim, masters, [(teacher, student)])
+    other = build_optimizer(plain, optim)
+    average = [p.detach().clone() for p in plain.parameters()]
+    for seed in range(3):
+        fill_gradients(student, seed)
+        for p, q in zip(plain.parameters(), student.parameters(), strict=True):
+            p.grad = q.grad.float()
+        norm = other.clip(1.0, True)
+        torch.testing.assert_close(optimizer.clip(1.0, True), norm)
+        optimizer.teacher_momentum = 0.75
+        optimizer.step()
+        other.step()
+        average = [a.lerp(p.detach(), 0.25) for a, p in zip(average, plain.parameters(), strict=True)]
+    state = masters.state_dict()
+    for (key, p), a in zip(plain.named_parameters(), average, strict=True):
+        torch.testing.assert_close(state[f"student.{key}"], p.detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(state[f"teacher.{key}"], a, rtol=1e-6, atol=1e-7)
+    for name, module in network.items():
+        for key, p in module.named_parameters():
+            assert torch.equal(p, state[f"{name}.{key}"].to(p.dtype)), key
+    fresh = nn.ModuleDict({"student": make_module().float(), "teacher": make_module().float()})
+    again = Masters(fresh, torch.bfloat16)
+    again.load_state_dict(state)
+    assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
+    assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(), network.parameters(), strict=True))
+
+
+def test_a_state_of_gradients_that_are_not_finite_is_left_out():
+    """What GradScaler asks of an optimizer that need not wait for the device."""
+    for name in ("adamw", "sgd"):
+        module = make_module().float()
+        optimizer = build_optimizer(module, Optim(name=name, lr=0.1))
+        fill_gradients(module, 0)
+        module[0].weight.grad[0, 0] = torch.inf
+        before = [p.detach().clone() for p in module.parameters()]
+        optimizer.found_inf = torch.ones(())
+        optimizer.clip(1.0)
+        optimizer.step()
+        assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
+        del optimizer.found_inf
+        fill_gradients(module, 0)
+        optimizer.step()
+        assert not any(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
