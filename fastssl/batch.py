@@ -52,6 +52,8 @@ class Batch:
         flip: per group bool [B, n].
         photometric: per group, the drawn parameters; a group that draws none is left out.
         parts: per group [B, n, g, g] part labels cut and flipped like the image; empty where the data has no part maps.
+        masks: per masked group the patches of its first crop that are kept and that are hidden, int64 [B, K] and
+            [B, M], ascending; `fastssl.loaders.masks` draws them.
     """
 
     id: Tensor
@@ -62,9 +64,23 @@ class Batch:
     flip: dict[str, Tensor] = field(default_factory=dict)
     photometric: dict[str, Photometric] = field(default_factory=dict)
     parts: dict[str, Tensor] = field(default_factory=dict)
+    masks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.id)
+
+    def mask(self, name: str) -> tuple[Tensor, Tensor]:
+        """Kept and hidden patches of a group; see `masks`.
+
+        Raises:
+            ValueError: none were drawn.
+        """
+        if name not in self.masks:
+            raise ValueError(
+                f"the batch has no mask of the views '{name}'; give what makes the batches the method's masks: "
+                "masks=method.masks(config)"
+            )
+        return self.masks[name]
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         """The same batch with `f` applied to every tensor."""
@@ -80,6 +96,7 @@ class Batch:
             box=each(self.box),
             flip=each(self.flip),
             parts=each(self.parts),
+            masks={name: (f(kept), f(masked)) for name, (kept, masked) in self.masks.items()},
             photometric={name: p.map(f) for name, p in self.photometric.items()},
         )
 

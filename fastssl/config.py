@@ -197,6 +197,10 @@ class Run(Checked):
     """Micro-batches per optimizer step."""
     compile: bool = False
     """Compile the backbone with torch.compile."""
+    graph: Literal["never", "auto", "check"] = "never"
+    """Capture forward and backward pass in a CUDA graph (one process, on a GPU), which frees the host of a thousand
+    launches per step. auto: from the fourth step on; a step that cannot be captured goes on without, and says so.
+    check: also compare its first step with the eager one."""
     threads: NonNegativeInt = 0
     """CPU threads of PyTorch. 0: PyTorch's own choice, divided among the processes on this machine."""
     log_every: PositiveInt = 10

@@ -27,6 +27,11 @@ class Values:
     numbers: Mapping[str, Tensor] = field(default_factory=dict, compare=False)
 
     @property
+    def clock(self) -> Tensor | int:
+        """The step, on the device in training: what draws are keyed by, so that a captured step can be repeated."""
+        return self.numbers["step"] if "step" in self.numbers else self.step
+
+    @property
     def epoch(self) -> int:
         """The epoch that this step belongs to, from 0."""
         return self.step // self.steps_per_epoch

@@ -37,6 +37,8 @@ FOLDERS = (
     "uncrop",
     "feature_search",
     "corrupt",
+    "residual_norm",
+    "drop_path",
 )
 PATHS = ("triton", "eager", "compile", "library")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+LIMIT = 256  # signatures of an op that are remembered
 
 
 class KernelError(ValueError):
@@ -74,3 +78,31 @@ class Shapes:
             if not letter.isdigit():
                 self.sizes[letter] = size
         return tuple(tensor.shape)
+
+
+def once(checks: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates the checks of an op's arguments: a second call with the same signature only gets the first's result.
+
+    The signature is the type, shape and device of each tensor, and every other argument as it is; nothing else may
+    decide what the checks find. Errors are not remembered, nor calls whose options cannot be the key of a dict.
+    """
+    known: dict[Any, Any] = {}  # by signature; itself stands for what is missing
+
+    def remembered(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return checks(*arguments)
+        key: Any = tuple([(x.dtype, x.shape, x.device) if isinstance(x, Tensor) else x for x in arguments])
+        try:
+            found = known.get(key, known)
+        except TypeError:
+            key, found = None, known
+        if found is not known:
+            return found
+        found = checks(*arguments)
+        if key is not None:
+            if len(known) >= LIMIT:
+                known.clear()
+            known[key] = found
+        return found
+
+    return remembered

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, constants and options
 _recorded: list[Launch] | None = None
+_listener: Callable[[Launch], None] | None = None
 
 
 # No fused multiply-add: fma(a, b, -c) with c = a x b rounded is the rounding error of c, not 0, so differences that
@@ -29,6 +30,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
     if 0 in grid:
         return
     options.setdefault("enable_fp_fusion", True)
+    if _listener is not None:
+        _listener((kernel, arguments, options))
     if _recorded is not None:
         _recorded.append((kernel, arguments, options))
         return
@@ -37,15 +40,28 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
         kernel[grid](*arguments, **options)
 
 
+def listen(listener: Callable[[Launch], None] | None) -> Callable[[Launch], None] | None:
+    """From now on `listener` hears of every launch (None: nobody); returns who heard of them before."""
+    global _listener
+    before, _listener = _listener, listener
+    return before
+
+
 @contextmanager
-def record() -> Iterator[list[Launch]]:
-    """Within the context `launch` runs nothing and lists what it would have run."""
+def record(keep: bool = True) -> Iterator[list[Launch]]:
+    """Within the context `launch` runs nothing and lists what it would have run; not `keep`: nothing is listed, so that
+    no tensor lives longer than it would."""
     global _recorded
-    before, _recorded = _recorded, []
+    before, _recorded = _recorded, [] if keep else _Nothing()
     try:
         yield _recorded
     finally:
         _recorded = before
+
+
+class _Nothing(list[Launch]):
+    def append(self, launch: Launch) -> None:
+        """Forgets it."""
 
 
 def recording() -> bool:

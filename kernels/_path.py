@@ -2,7 +2,8 @@
 
 The environment variable FASTSSL_KERNELS decides: `auto` (default; the kernel for CUDA tensors where Triton is
 installed), `reference` (never the kernel), `triton` (always the kernel; on the CPU only under TRITON_INTERPRET=1). An
-op may have a compiled twin for the CPU (numba); `auto` takes it where numba is installed.
+op may have a compiled twin for the CPU (numba); `auto` takes it where numba is installed. The variable is read once,
+when this module is imported; `forced` sets it afterwards.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fastssl.kernels._check import KernelError
 
 VARIABLE = "FASTSSL_KERNELS"
 MODES = ("auto", "reference", "triton")
+_mode = os.environ.get(VARIABLE) or "auto"
 
 
 def use_triton(op: str, *tensors: Tensor) -> bool:
@@ -29,13 +31,14 @@ def use_triton(op: str, *tensors: Tensor) -> bool:
     Raises:
         KernelError: the variable has another value, or demands a kernel that cannot run.
     """
-    mode = _mode()
-    if mode not in MODES:
-        raise KernelError(f"{VARIABLE} is '{mode}'; it must be one of {', '.join(MODES)}")
-    if mode == "reference":
+    if _mode not in MODES:
+        raise KernelError(f"{VARIABLE} is '{_mode}'; it must be one of {', '.join(MODES)}")
+    if _mode == "reference":
         return False
-    on_gpu = all(tensor.is_cuda for tensor in tensors)
-    if mode == "auto":
+    on_gpu = True
+    for tensor in tensors:
+        on_gpu = on_gpu and tensor.is_cuda
+    if _mode == "auto":
         return on_gpu and has_triton()
     if not has_triton():
         raise KernelError(f"{op}: {VARIABLE}=triton, but the package triton is not installed")
@@ -47,12 +50,7 @@ def use_triton(op: str, *tensors: Tensor) -> bool:
 def use_numba(*tensors: Tensor) -> bool:
     """Whether a call with these tensors goes to the op's compiled CPU twin."""
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    return on_cpu and _mode() == "auto" and not torch.compiler.is_compiling() and _find("numba")
-
-
-@torch.compiler.assume_constant_result
-def _mode() -> str:
-    return os.environ.get(VARIABLE) or "auto"
+    return on_cpu and _mode == "auto" and not torch.compiler.is_compiling() and _find("numba")
 
 
 @torch.compiler.assume_constant_result
@@ -72,13 +70,15 @@ def _find(package: str) -> bool:
 
 @contextmanager
 def forced(mode: str) -> Iterator[None]:
-    """Within the context every op takes the path `mode`, one of MODES."""
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = mode
+    """Within the context every op takes the path `mode`, one of MODES, here and in processes started meanwhile."""
+    global _mode
+    before, variable = _mode, os.environ.get(VARIABLE)
+    _mode = os.environ[VARIABLE] = mode
     try:
         yield
     finally:
-        if before is None:
+        _mode = before
+        if variable is None:
             del os.environ[VARIABLE]
         else:
-            os.environ[VARIABLE] = before
+            os.environ[VARIABLE] = variable

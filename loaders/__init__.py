@@ -8,6 +8,7 @@ decode.py             the one way to open an image: bytes -> upright RGB; jpeg.p
 sources.py            a .beton, its shards or a folder, as encoded samples numbered from 0
 index.py              the order of the samples: a function of seed and epoch
 draw.py               boxes, flips, colour numbers: functions of seed, epoch, sample and view, by philox.py
+masks.py              what a method hides, drawn likewise, by masks_compiled.py
 loader.py             what all engines share: batches, threads (ahead.py), bad samples, part labels
 engine.py             which engine works here, and its loader: one of the next three
 ffcv_loader.py        compiled code: window_decoder.py (on _window.c) decodes, resample.py cuts

@@ -41,13 +41,14 @@ class Feed:
 
     Attributes:
         batch: everything but the pixels.
+        schedule_epoch: the epoch at which the masks' schedules stand.
         data: the encoded images, as DALI takes them.
         box: per group int32 [B, n, 4], (top, left, bottom, right).
         flip: per group int32 [B, n].
     """
 
-    def __init__(self, batch: Batch) -> None:
-        self.batch = batch
+    def __init__(self, batch: Batch, schedule_epoch: int) -> None:
+        self.batch, self.schedule_epoch = batch, schedule_epoch
         self.data: list[np.ndarray] = [np.empty(0, np.uint8)] * len(batch)
         self.box = {name: np.zeros(box.shape, np.int32) for name, box in batch.box.items()}
         self.flip = {name: np.zeros(flip.shape, np.int32) for name, flip in batch.flip.items()}
@@ -79,12 +80,12 @@ class DALILoader(Loader):
         """Nothing: DALI's stages cannot be told apart from outside."""
         return {}
 
-    def _epoch(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+    def _epoch(self, epoch: int, start: int, schedule_epoch: int) -> Generator[Batch, None, None]:
         ids = order(len(self._source), self._seed, epoch, self._pages, self._page_window)
 
         def prepare(position: int) -> tuple[Feed, list[Callable[[], None]]]:
             mine = batch_ids(ids, position, self._batch_size, self._rank, self._world)
-            return self._feed(mine, epoch), []
+            return self._feed(mine, epoch, schedule_epoch), []
 
         stream = Ahead(1, self._prefetch)  # reads and draws; DALI has threads of its own
         self._streams.add(stream)
@@ -104,12 +105,13 @@ class DALILoader(Loader):
             stream.close()
             self._streams.discard(stream)
 
-    def _feed(self, ids: np.ndarray, epoch: int) -> Feed:
+    def _feed(self, ids: np.ndarray, epoch: int, schedule_epoch: int) -> Feed:
         heights, widths = (np.maximum(sides, 1) for sides in self._source.sizes(ids))
         drawn, batch = self._draw(ids, heights, widths, epoch)
-        feed = Feed(batch)
+        feed = Feed(batch, schedule_epoch)
         for row, size in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
             self._fill(batch, drawn, row, size, partial(_put, feed, row))
+        self._add_masks(batch, schedule_epoch)
         return feed
 
     def _pop(self, pipe: Pipe, queue: deque[Feed]) -> tuple[Batch, Pipe]:
@@ -142,6 +144,7 @@ class DALILoader(Loader):
         drawn, _ = self._draw(batch.id.numpy(), heights, widths, batch.epoch)
         for row, size in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
             self._fill(batch, drawn, row, size, partial(_put, feed, row, by_pil=True))
+        self._add_masks(batch, feed.schedule_epoch)
 
     def _build(self, depth: int) -> Pipe:
         return Pipe(self._views, self._batch_size, max(1, self._workers), self._device, depth)

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastssl.config import ConfigError, Data, View
 from fastssl.loaders.loader import Loader
+from fastssl.loaders.masks import Mask
 from fastssl.loaders.pool import cores
 from fastssl.loaders.sources import Source
 
@@ -74,6 +75,7 @@ def open_loader(
     threads: int,
     pin_memory: bool,
     part_grid: dict[str, int] | None = None,
+    masks: Sequence[Mask] = (),
 ) -> Loader:
     """The training loader that `data` asks for; see `fastssl.loaders.loader.Loader`."""
     engine, _ = choose_engine(data.engine)
@@ -92,4 +94,5 @@ def open_loader(
         max_bad=data.max_bad,
         pin_memory=pin_memory,
         part_grid=part_grid,
+        masks=masks,
     )

@@ -25,6 +25,7 @@ from fastssl.config import View
 from fastssl.loaders.ahead import Ahead
 from fastssl.loaders.draw import Drawn, check_views, draw_all
 from fastssl.loaders.index import batch_ids, batches_per_epoch, order, replacement
+from fastssl.loaders.masks import Mask, add_masks
 from fastssl.loaders.sources import DecodeError, Encoded, Source
 from fastssl.memory import Memory
 
@@ -74,6 +75,7 @@ class Loader(ABC):
         max_bad: with skip, more different bad samples than this end the epoch with a BadSampleError.
         pin_memory: deliver batches in page-locked memory, for asynchronous copies to a CUDA device.
         part_grid: side of the part-label grid per group; None delivers no part labels.
+        masks: what to hide of the groups' first crops; drawn by the loader's threads.
 
     Attributes:
         batches_per_epoch: whole batches per epoch; images left over are not used in that epoch.
@@ -99,6 +101,7 @@ class Loader(ABC):
         max_bad: int = 100,
         pin_memory: bool = False,
         part_grid: dict[str, int] | None = None,
+        masks: Sequence[Mask] = (),
     ) -> None:
         check_views(views)
         if not 0 <= seed < 2**32:
@@ -119,6 +122,7 @@ class Loader(ABC):
         self._on_bad, self._max_bad = on_bad, max_bad
         self._memory = Memory(pin_memory)
         self._part_grid = part_grid or {}
+        self._masks = masks
         self._bad: dict[int, tuple[int, str, str]] = {}
         self._lock = threading.Lock()
         self._streams: set[Ahead] = set()
@@ -163,8 +167,11 @@ class Loader(ABC):
         with self._lock:
             return sorted(self._bad.values())
 
-    def epoch(self, epoch: int, start: int = 0) -> Generator[Batch, None, None]:
+    def epoch(self, epoch: int, start: int = 0, schedule_epoch: int | None = None) -> Generator[Batch, None, None]:
         """The batches of one epoch, from position `start` on (to resume inside an epoch).
+
+        Args:
+            schedule_epoch: the epoch at which the masks' schedules stand; None: `epoch`.
 
         Raises:
             ValueError: `start` lies behind the epoch's end.
@@ -172,16 +179,16 @@ class Loader(ABC):
         """
         if not 0 <= start <= self.batches_per_epoch:
             raise ValueError(f"batch {start} of the epoch does not exist; there are {self.batches_per_epoch}")
-        return self._epoch(epoch, start)
+        return self._epoch(epoch, start, epoch if schedule_epoch is None else schedule_epoch)
 
-    def _epoch(self, epoch: int, start: int) -> Generator[Batch, None, None]:
+    def _epoch(self, epoch: int, start: int, schedule_epoch: int) -> Generator[Batch, None, None]:
         stream = Ahead(self._workers, self._prefetch)
         self._streams.add(stream)
         ids = order(len(self._source), self._seed, epoch, self._pages, self._page_window)
 
         def prepare(position: int) -> tuple[Batch, list[Callable[[], None]]]:
             mine = batch_ids(ids, position, self._batch_size, self._rank, self._world)
-            return self._prepare(mine, epoch)
+            return self._prepare(mine, epoch, schedule_epoch)
 
         try:
             for batch in stream.run(prepare, range(start, self.batches_per_epoch)):
@@ -190,8 +197,8 @@ class Loader(ABC):
             stream.close()
             self._streams.discard(stream)
 
-    def _prepare(self, ids: np.ndarray, epoch: int) -> tuple[Batch, list[Callable[[], None]]]:
-        """A batch with everything but its pixels and part labels, and the work that fills those in, some rows each."""
+    def _prepare(self, ids: np.ndarray, epoch: int, schedule_epoch: int) -> tuple[Batch, list[Callable[[], None]]]:
+        """A batch with its draws alone, and the work that fills in pixels, part labels and masks, some rows each."""
         heights, widths = (np.maximum(sides, 1) for sides in self._source.sizes(ids))  # 0: no readable header
         drawn, batch = self._draw(ids, heights, widths, epoch)
         for view in self._views:
@@ -200,7 +207,18 @@ class Loader(ABC):
         sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
         rows = -(-len(ids) // (PIECES * max(1, self._workers)))
         pieces = [range(begin, min(begin + rows, len(ids))) for begin in range(0, len(ids), rows)]
-        return batch, [partial(self._fill_rows, batch, drawn, piece, sizes) for piece in pieces]
+        left = list(range(len(pieces)))  # each piece takes one off when it is done
+
+        def fill(piece: range) -> None:
+            for row in piece:
+                self._fill(batch, drawn, row, sizes[row], self._cut)
+            if left.pop() == 0:  # the last one: ids and part labels are final
+                self._add_masks(batch, schedule_epoch)
+
+        return batch, [partial(fill, piece) for piece in pieces]
+
+    def _add_masks(self, batch: Batch, schedule_epoch: int) -> None:
+        add_masks(batch, self._masks, seed=self._seed, schedule_epoch=schedule_epoch, take=self._memory.take)
 
     def _draw(
         self, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, epoch: int
@@ -219,10 +237,6 @@ class Loader(ABC):
         for name, grid in self._part_grid.items():
             batch.parts[name] = torch.empty((*batch.box[name].shape[:2], grid, grid), dtype=torch.int64)
         return drawn, batch
-
-    def _fill_rows(self, batch: Batch, drawn: dict[str, Drawn], rows: range, sizes: list[tuple[int, int]]) -> None:
-        for row in rows:
-            self._fill(batch, drawn, row, sizes[row], self._cut)
 
     def _fill(
         self,

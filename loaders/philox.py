@@ -7,13 +7,14 @@ function of a key and a counter, used here as
     counter  (sample id, epoch, crop number, block number)
 
 The purpose is a name: "order", "pages", "replacement", "mask", "mask/block", "mask/semantic", or "view/<group>". Hence
-no draw depends on another draw, on the other groups, on the batch, on workers or on ranks. `fastssl.masks` has the same
-generator on the device.
+no draw depends on another draw, on the other groups, on the batch, on workers or on ranks. `masks_compiled.py` compiles
+`rounds`, and `fastssl.kernels._philox` has the same generator on the device.
 """
 
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -21,7 +22,7 @@ from numpy.typing import ArrayLike
 LOW = np.uint64(0xFFFFFFFF)
 HALF = np.uint64(32)
 MULTIPLIERS = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
-KEY_STEPS = 0x9E3779B9, 0xBB67AE85
+KEY_STEPS = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
 
 
 def philox(
@@ -34,12 +35,16 @@ def philox(
         key: two 32-bit numbers.
     """
     c0, c1, c2, c3 = np.broadcast_arrays(*(np.asarray(c, np.uint64) for c in counter))
-    k0, k1 = key
+    return rounds(c0, c1, c2, c3, np.uint64(key[0]), np.uint64(key[1]))
+
+
+def rounds(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> tuple[Any, Any, Any, Any]:
+    """The ten rounds of `philox` on counters and keys of type uint64: arrays, or numbers where it is compiled."""
     for _ in range(10):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0, c1 = (p1 >> HALF) ^ c1 ^ np.uint64(k0), p1 & LOW
-        c2, c3 = (p0 >> HALF) ^ c3 ^ np.uint64(k1), p0 & LOW
-        k0, k1 = (k0 + KEY_STEPS[0]) & 0xFFFFFFFF, (k1 + KEY_STEPS[1]) & 0xFFFFFFFF
+        c0, c1 = (p1 >> HALF) ^ c1 ^ k0, p1 & LOW
+        c2, c3 = (p0 >> HALF) ^ c3 ^ k1, p0 & LOW
+        k0, k1 = (k0 + KEY_STEPS[0]) & LOW, (k1 + KEY_STEPS[1]) & LOW
     return c0, c1, c2, c3
 
 

@@ -19,6 +19,7 @@ from fastssl.config import View
 from fastssl.loaders import resample, window_decoder
 from fastssl.loaders.ahead import Ahead
 from fastssl.loaders.loader import BadSampleError, part_labels
+from fastssl.loaders.masks import Mask, add_masks
 from fastssl.loaders.sources import DecodeError, Encoded, Source, decode
 from fastssl.loaders.window_decoder import Decoded, Window
 
@@ -69,6 +70,9 @@ def central_batches(
     prefetch: int = 4,
     ids: Sequence[int] | np.ndarray | None = None,
     part_grid: Mapping[str, int] | None = None,
+    masks: Sequence[Mask] = (),
+    seed: int = 0,
+    schedule_epoch: int = 0,
 ) -> Generator[Batch, None, None]:
     """All view groups of every image, in order: each crop shows the central view, not flipped.
 
@@ -79,10 +83,12 @@ def central_batches(
         views: the groups; what they say about draws is ignored.
         resize: shorter side before cropping by group, in pixels, at least the group's size; not read for squashed ones.
         part_grid: side of the part-label grid by group; None delivers no part labels.
+        masks: what to hide of the groups; drawn as in epoch 0.
+        seed, schedule_epoch: of the masks; the epoch at which their schedules stand.
         source, batch_size, workers, prefetch, ids: as for `evaluation_batches`.
 
     Yields:
-        Batches with ids, labels, uint8 views [B, n, 3, S, S], boxes, flips (none is) and part labels.
+        Batches with ids, labels, uint8 views [B, n, 3, S, S], boxes, flips (none is), part labels and masks.
 
     Raises:
         ValueError: part labels are asked for, but the data has no part maps.
@@ -103,9 +109,10 @@ def central_batches(
             batch.flip[view.name] = torch.zeros(shape, dtype=torch.bool)
             if grid := grids.get(view.name):
                 batch.parts[view.name] = torch.empty(*shape, grid, grid, dtype=torch.int64)
-        return batch, [partial(fill, batch, row) for row in range(len(mine))]
+        left = list(range(len(mine)))  # each row takes one off when it is done
+        return batch, [partial(fill, batch, row, left) for row in range(len(mine))]
 
-    def fill(batch: Batch, row: int) -> None:
+    def fill(batch: Batch, row: int, left: list[int]) -> None:
         sample = int(batch.id[row])
         try:
             encoded = source.read(sample)
@@ -122,6 +129,8 @@ def central_batches(
                 assert maps is not None
                 labels = part_labels(maps, box[None], np.zeros(1, bool), (1, 1), grid)
                 batch.parts[view.name].numpy()[row] = labels
+        if left.pop() == 0:  # the last one: part labels are final
+            add_masks(batch, masks, seed=seed, schedule_epoch=schedule_epoch)
 
     return Ahead(workers, prefetch).run(prepare, range(-(-len(order) // batch_size)))
 

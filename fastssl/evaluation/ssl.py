@@ -117,6 +117,9 @@ def evaluate_ssl(options: SSLOptions) -> SSLEvaluation:
         batch_size=options.batch_size,
         workers=decoding_threads(options.workers, 1),
         part_grid=part_grid,
+        masks=method.masks(config),
+        seed=options.seed,
+        schedule_epoch=values.epoch,
     )
     sums: dict[str, Tensor] = {}
     bar = tqdm(total=len(source), desc="losses", unit="img", leave=False)

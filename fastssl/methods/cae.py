@@ -13,12 +13,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
@@ -33,13 +33,25 @@ from fastssl.config import (
     View,
     check,
 )
+from fastssl.kernels.residual_norm import residual_add, residual_norm
 from fastssl.kernels.token_cross_entropy import token_cross_entropy
-from fastssl.masks import block_mask
+from fastssl.loaders.masks import BlockMask, Mask
 from fastssl.methods import names
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
+from fastssl.models.blocks import (
+    WHOLE,
+    Drop,
+    Keep,
+    Mlp,
+    add_norm,
+    branch_factors,
+    run_blocks,
+    transformer_blocks,
+    working_type,
+)
 from fastssl.models.dvae import PUBLISHED, Tokenizer, load_tokenizer
-from fastssl.models.vit import ViT, sincos_positions, transformer_blocks
+from fastssl.models.vit import ViT, sincos_positions
 from fastssl.pictures import cover, tint, to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training.timing import section
@@ -142,13 +154,11 @@ class CAE(Method):
         for name, view in (("main", main), ("tokenizer", second)):
             check(view.count == 1, f"views.{name}.count", view.count, "1 with method cae")
         check(second.same_crop_as == "main", "views.tokenizer.same_crop_as", second.same_crop_as, "'main'")
-        check_image_size(config.model, "views.main.size", main.size)
         self.encoder = build_backbone(config.model)
         if not isinstance(self.encoder, ViT):
             raise ConfigError(f"model.name is '{config.model.name}'; method cae needs a ViT")
+        self.masks(config)  # for its checks
         self.side = main.size // self.encoder.patch_size
-        check(s.num_masked < self.side**2, "cae.num_masked", s.num_masked,
-              f"below the image's {self.side**2} patches")  # fmt: skip
         self.tokenizer_side = second.size
 
         drop_path = config.model.drop_path
@@ -167,15 +177,15 @@ class CAE(Method):
     def forward(self, batch: Batch, values: Values) -> Step:
         s = self.settings
         images = batch.views["main"][:, 0]  # [B, 3, S, S]
-        with section("masks"):
-            visible, masked = self.masks(batch, values)  # [B, V], [B, M]
+        visible, masked = batch.mask("main")  # [B, V], [B, M]
         with section("tokenizer"):
             labels = self.tokenizer(images.device)(self.pixels(batch), masked)  # [B, M]
         with section("encoder"):
-            seen = self.encoder.tokens(images, visible)[:, 1:]  # [B, V, C]
-        latent, tokens = self.complete(seen, visible, masked)  # [B, M, D] both
+            drop = Drop(batch.id, values.seed, values.clock, "encoder")
+            seen = self.encode(images, visible, drop)  # [B, V, C]
+        latent, tokens = self.complete(seen, visible, masked, drop)  # [B, M, D] both
         with section("alignment"):  # last: autocast keeps the weights that it has cast; these have no gradient
-            target = self.target(images, masked)  # [B, M, D]
+            target = self.target(images, masked, replace(drop, purpose="target"))  # [B, M, D]
 
         with section("loss"):
             head = self.decoder.head
@@ -191,24 +201,25 @@ class CAE(Method):
         }
         return Step(named.loss + alignment, metrics)
 
-    def masks(self, batch: Batch, values: Values) -> tuple[Tensor, Tensor]:
-        """Visible and masked patches of each image, int64 [B, V] and [B, M], ascending."""
-        s = self.settings
-        return block_mask(
-            batch.id,
-            (self.side, self.side),
-            num_masked=s.num_masked,
-            min_patches=s.min_block,
-            max_patches=s.max_block or None,
-            seed=values.seed,
-            epoch=batch.epoch,
-        )
+    @staticmethod
+    def masks(config: Config) -> list[Mask]:
+        """Visible and masked patches, in blocks."""
+        s, size = config.settings, config.views.main.size
+        check_image_size(config.model, "views.main.size", size)
+        side = size // config.model.patch_size
+        check(s.num_masked < side**2, "cae.num_masked", s.num_masked, f"below the image's {side**2} patches")
+        return [BlockMask("main", (side, side), s.num_masked, s.min_block, s.max_block or None)]
+
+    def encode(self, images: Tensor, patches: Tensor, drop: Drop | None = None) -> Tensor:
+        """The encoder's output for some patches, int64 [B, V] -> [B, V, C]; not rounded, for positions are added to it
+        and it is compared."""
+        return self.encoder.tokens(images, patches, drop, self.encoder.cls_token.dtype)[:, 1:]
 
     @torch.no_grad()
-    def target(self, images: Tensor, masked: Tensor) -> Tensor:
+    def target(self, images: Tensor, masked: Tensor, drop: Drop | None = None) -> Tensor:
         """What the encoder itself makes of the masked patches, [B, M, D]."""
         with self.whole_depth(not self.settings.target_drop_path):
-            return self.project(self.encoder.tokens(images, masked)[:, 1:])
+            return self.project(self.encode(images, masked, drop))
 
     @contextmanager
     def whole_depth(self, on: bool) -> Iterator[None]:
@@ -222,12 +233,15 @@ class CAE(Method):
             if on:
                 self.encoder.train(training)
 
-    def complete(self, seen: Tensor, visible: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    def complete(
+        self, seen: Tensor, visible: Tensor, masked: Tensor, drop: Drop | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The masked patches from the visible ones.
 
         Args:
             seen: the encoder's output for the visible patches, [B, V, C].
             visible, masked: int64 [B, V] and [B, M].
+            drop: what stochastic depth is drawn from; regressor and decoder draw for themselves.
 
         Returns:
             The regressor's estimate of the encoder's output, and the decoder's tokens, [B, M, D] both.
@@ -236,9 +250,10 @@ class CAE(Method):
             table = self.pos_embed[0, 1:]
             place = F.embedding(masked, table)  # [B, M, D]
             query = self.mask_token.expand(*masked.shape, -1)
-            latent = self.regressor(query, place, self.project(seen), F.embedding(visible, table))
+            own = drop and replace(drop, purpose="regressor")
+            latent = self.regressor(query, place, self.project(seen), F.embedding(visible, table), own)
         with section("decoder"):
-            return latent, self.decoder(latent + place)
+            return latent, self.decoder(latent + place, drop and replace(drop, purpose="decoder"))
 
     def pixels(self, batch: Batch) -> Tensor:
         """What the tokenizer sees, no longer normalised: [B, 3, S', S'] from 0 to 1."""
@@ -274,10 +289,10 @@ class CAE(Method):
         """Per image: the image, what the encoder sees, its codes, and with those of masked patches predicted; then,
         if the tokenizer can paint, both kinds of codes painted."""
         images = batch.views["main"][:, 0]
-        visible, masked = self.masks(batch, values)
+        visible, masked = batch.mask("main")
         tokenizer = self.tokenizer(images.device)
         codes = tokenizer(self.pixels(batch))  # [B, N]
-        _, tokens = self.complete(self.encoder.tokens(images, visible)[:, 1:], visible, masked)
+        _, tokens = self.complete(self.encode(images, visible), visible, masked)
         predicted = codes.scatter(1, masked, self.decoder.head(tokens).argmax(dim=-1))
         hidden = torch.zeros_like(codes, dtype=torch.bool).scatter(1, masked, True)
 
@@ -301,9 +316,6 @@ class Regressor(nn.Module):
             u = y + gamma2 * mlp(y)                                   # the normalised y is carried on
         return norm(u)
 
-    The norms of the visible tokens are the same in all blocks but for their gains, and queries and keys share those of
-    the masked ones: each is taken once, and the gains are multiplied into the projections' weights.
-
     Args:
         width: channels (D).
         depth, heads: blocks, attention heads.
@@ -318,12 +330,17 @@ class Regressor(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
-    def forward(self, u: Tensor, place: Tensor, visible: Tensor, visible_place: Tensor) -> Tensor:
+    def forward(
+        self, u: Tensor, place: Tensor, visible: Tensor, visible_place: Tensor, drop: Drop | None = None
+    ) -> Tensor:
         """Masked queries [B, M, D] and visible tokens [B, V, D], each with its positions -> estimates [B, M, D]."""
-        visible_key, visible_value = _normalise(visible + visible_place), _normalise(visible)
-        for block in self.blocks:
-            u = block(u, place, visible_key, visible_value)
-        return self.norm(u)
+        last = cast(RegressorBlock, self.blocks[-1])
+        keeps = branch_factors(last.drop_path.drop_prob if self.training else 0.0, u, len(self.blocks), drop)
+        places = torch.cat([visible_place, place], dim=1)
+        visible = visible.to(u.dtype)
+        for block, keep in zip(self.blocks, keeps, strict=True):
+            u = block(u, place, visible, places, keep, self.norm if block is last else None)
+        return u
 
 
 class RegressorBlock(nn.Module):
@@ -336,39 +353,45 @@ class RegressorBlock(nn.Module):
         self.query, self.value, self.proj = (nn.Linear(width, width) for _ in range(3))
         self.key = nn.Linear(width, width, bias=False)
         self.mlp = Mlp(width, 4 * width)
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path)  # holds the share alone
         start = torch.full((width,), layer_scale or 1.0)
         self.gamma1, self.gamma2 = (nn.Parameter(start.clone(), requires_grad=layer_scale > 0) for _ in range(2))
 
-    def forward(self, u: Tensor, place: Tensor, visible_key: Tensor, visible_value: Tensor) -> Tensor:
+    def forward(
+        self,
+        u: Tensor,
+        place: Tensor,
+        visible: Tensor,
+        places: Tensor,
+        keep: Keep = WHOLE,
+        norm: nn.LayerNorm | None = None,
+    ) -> Tensor:
         """One block.
 
         Args:
             u: the estimates so far, [B, M, D].
             place: their positions, [B, M, D].
-            visible_key, visible_value: visible tokens with and without positions, normalised, [B, V, D].
+            visible: visible tokens, [B, V, D].
+            places: positions of visible tokens and estimates, [B, V+M, D].
+            keep: what the branches are multiplied with (stochastic depth).
+            norm: of the result. None: none.
 
         Returns:
-            [B, M, D].
+            [B, M, D], of the type of u.
         """
-        here, bare = _normalise(u + place), _normalise(u)
-        q = _project(here, self.norm_q, self.query)
-        k = torch.cat([_project(x, self.norm_k, self.key) for x in (visible_key, here)], dim=1)  # [B, V+M, D]
-        v = torch.cat([_project(x, self.norm_v, self.value) for x in (visible_value, bare)], dim=1)
+        both = torch.cat([visible, u], dim=1)
+        working = working_type(u, self.query.weight)
+        q = self.query(add_norm(u, self.norm_q, working, place)[1])
+        k = self.key(add_norm(both, self.norm_k, working, places)[1])  # [B, V+M, D]
+        v = self.value(add_norm(both, self.norm_v, working)[1])
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        answer = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        y = self.norm2(u + self.drop_path(self.gamma1 * self.proj(answer)))
-        return y + self.drop_path(self.gamma2 * self.mlp(y))
-
-
-def _normalise(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6)
-
-
-def _project(x: Tensor, norm: nn.LayerNorm, linear: nn.Linear) -> Tensor:
-    """linear(gain x + shift) for the norm's gain and shift, as one product."""
-    bias = (linear.weight * norm.bias).sum(dim=1)
-    return F.linear(x, linear.weight * norm.weight, bias if linear.bias is None else bias + linear.bias)
+        answer = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        n = self.norm2
+        _, y = residual_norm(u, answer, self.gamma1, keep[0], n.weight, n.bias, n.eps, u.dtype)
+        answer = self.mlp(y.to(working))
+        if norm is None:
+            return residual_add(y, answer, self.gamma2, keep[1])
+        return residual_norm(y, answer, self.gamma2, keep[1], norm.weight, norm.bias, norm.eps, u.dtype)[1]
 
 
 class Decoder(nn.Module):
@@ -386,11 +409,9 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, codes)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, drop: Drop | None = None) -> Tensor:
         """[B, M, D] -> the tokens that `head` takes, [B, M, D]."""
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return run_blocks(self.blocks, x, self.norm, drop)
 
 
 @torch.no_grad()

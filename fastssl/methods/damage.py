@@ -1,17 +1,16 @@
-"""What both versions of SiT share: their views, whose blocks another image's show, the loss of the painted pixels, and
-its pictures.
+"""What both versions of SiT share: their views, the loss of the painted pixels, and its pictures.
 
 Letters: B images per process, S side of a view in pixels.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
+from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, View, check
+from fastssl.kernels.corrupt import Corrupted
 from fastssl.models import RESNETS, check_image_size
 from fastssl.pictures import to_picture
 from fastssl.training import distributed
@@ -41,27 +40,9 @@ def check_group(key: str, group: int) -> None:
     check(group == 0 or group >= 2, key, group, "0 (the whole batch) or 2 or more")
 
 
-class Damaged(NamedTuple):
-    """Damaged views [.., 3, S, S], and where they are damaged, bool [.., S, S]."""
-
-    views: Tensor
-    mask: Tensor
-
-
-def alien_source(words: Tensor, group: int) -> Tensor:
-    """The image that another one's alien blocks show, int64 [B], as an index into the batch.
-
-    Args:
-        words: int64 [B], one random 32-bit number per image.
-        group: another image of so many consecutive ones; 0: any image of the batch, itself included.
-    """
-    count = len(words)
-    here = torch.arange(count, device=words.device)
-    if group == 0:
-        return words * count >> 32
-    begin = here // group * group
-    size = (count - begin).clamp_max(group)
-    return begin + (here - begin + 1 + (words * (size - 1) >> 32)) % size
+def both_views(batch: Batch) -> Tensor:
+    """First views, then second views, [2B, 3, S, S]."""
+    return torch.cat([batch.views[name][:, 0] for name in NAMES])
 
 
 def pixel_loss(painted: Tensor, clean: Tensor, mask: Tensor | None) -> Tensor:
@@ -81,7 +62,7 @@ def pixel_loss(painted: Tensor, clean: Tensor, mask: Tensor | None) -> Tensor:
     return (error * mask).sum() / count.clamp_min(1)
 
 
-def picture_rows(clean: Tensor, damaged: Damaged, painted: Tensor) -> Tensor:
+def picture_rows(clean: Tensor, damaged: Corrupted, painted: Tensor) -> Tensor:
     """For both views: clean, damaged, painted, and painted where it was damaged (clean elsewhere).
 
     Args:

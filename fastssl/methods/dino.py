@@ -10,14 +10,12 @@ Letters: B images, V crops per image, T of them seen by the teacher (they come f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fastssl.batch import Batch
@@ -26,13 +24,13 @@ from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 from fastssl.methods import names
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
+from fastssl.models.blocks import Block, Drop, add_norm, working_type
 from fastssl.models.heads import DINOHead
 from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT, patch_grid
 from fastssl.pictures import heat, to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
-from fastssl.training.ema import ema_update
 from fastssl.training.schedule import cosine, linear_ramp
 from fastssl.training.timing import section
 
@@ -143,7 +141,8 @@ class DINO(Method):
         large = [batch.views["global1"], batch.views["global2"]]  # each [B, n, 3, S, S]
         small = [batch.views["local"]] if "local" in batch.views else []
         with section("student"):
-            _, student = self.student([*large, *small])  # [V, B, K]
+            drop = Drop(batch.id, values.seed, values.clock, "student")
+            _, student = self.student([*large, *small], drop)  # [V, B, K]
         with section("teacher"), torch.no_grad():
             features, teacher = self.teacher(large)  # [T, B, D], [T, B, K]
         with section("loss"):
@@ -159,15 +158,17 @@ class DINO(Method):
         }
         return Step(result.loss, metrics)
 
-    def after_backward(self, values: Values) -> None:
-        """Drops the gradient of the prototypes in the first epochs."""
-        if values.epoch < self.settings.freeze_last_layer:
-            for parameter in self.student.head.last_layer.parameters():
-                parameter.grad = None
+    def scheduled(self, values: Values) -> dict[str, float]:
+        """Temperature and momentum of the teacher; 0 while the prototypes do not learn yet, then 1."""
+        learn = float(values.epoch >= self.settings.freeze_last_layer)
+        return {"teacher_temp": self.teacher_temp(values), "momentum": self.momentum(values), "prototypes": learn}
 
-    def after_step(self, values: Values) -> None:
-        """Moves the teacher towards the student."""
-        ema_update(self.teacher, self.student, self.momentum(values))
+    def averages(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.teacher, self.student)]
+
+    def factors(self) -> dict[str, list[nn.Parameter]]:
+        learned = [p for p in self.student.head.last_layer.parameters() if p.requires_grad]
+        return {"prototypes": learned} if self.settings.freeze_last_layer else {}
 
     def momentum(self, values: Values) -> float:
         """Decay of the teacher's weights at this step."""
@@ -206,15 +207,20 @@ class Network(nn.Module):
             norm_last_layer=s.norm_last_layer,
         )
 
-    def forward(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(self, views: list[Tensor], drop: Drop | None = None) -> tuple[Tensor, Tensor]:
         """View groups, each [B, n, 3, S, S] -> features [V, B, D] and logits [V, B, K] of all crops in order.
 
-        Neighbouring groups of one size pass the backbone together; the head sees all crops at once.
+        Neighbouring groups of one size pass the backbone together; the head sees all crops at once. `drop` is what
+        stochastic depth is drawn from for the first crop of each image.
         """
-        features = []
+        features: list[Tensor] = []
         for _, group in groupby(views, key=lambda view: view.shape[-1]):
             crops = torch.cat(list(group), dim=1)  # [B, n, 3, S, S]
-            features.append(self.backbone(crops.flatten(0, 1)).unflatten(0, crops.shape[:2]).transpose(0, 1))
+            how: dict[str, Any] = {}
+            if drop is not None and isinstance(self.backbone, ViT):
+                how["drop"] = replace(drop, together=crops.shape[1], first=drop.first + sum(map(len, features)))
+            made = self.backbone(crops.flatten(0, 1), **how)
+            features.append(made.unflatten(0, crops.shape[:2]).transpose(0, 1))
         joined = torch.cat(features)
         return joined, self.head(joined)
 
@@ -245,7 +251,8 @@ def attention(backbone: ViT | ResNet, images: Tensor) -> Tensor:
     for block in backbone.blocks[:-1]:
         x = block(x)
     last = cast(Block, backbone.blocks[-1])
-    layer = cast(Attention, last.attn)
-    q, k, _ = layer.qkv(last.norm1(x)).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    layer = last.attn
+    _, normed = add_norm(x, last.norm1, working_type(x, layer.qkv.weight))
+    q, k, _ = layer.qkv(normed).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
     weights = (layer.scale * q[:, :, :1] @ k.transpose(-2, -1)).softmax(-1)[:, :, 0, 1:]  # [B, heads, N]
     return weights.mean(dim=1).unflatten(1, patch_grid(images, backbone.patch_size))

@@ -17,10 +17,11 @@ from torch import Tensor
 from fastssl.batch import Batch
 from fastssl.config import Checked, Config, ConfigError, PositiveInt, Range, View, check
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
-from fastssl.masks import random_mask
+from fastssl.loaders.masks import Mask, RandomMask
 from fastssl.methods import names
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
+from fastssl.models.blocks import Drop
 from fastssl.models.decoders import MAEDecoder
 from fastssl.models.vit import ViT, cut_patches, patch_grid, xavier_init_
 from fastssl.pictures import cover, to_picture
@@ -90,14 +91,12 @@ class MAE(Method):
         view: View = config.views.main
         self.settings: Settings = s
         check(view.count == 1, "views.main.count", view.count, f"1 with method {config.method}")
-        check_image_size(config.model, "views.main.size", view.size)
         self.encoder = build_backbone(config.model)
         if not isinstance(self.encoder, ViT):
             raise ConfigError(f"model.name is '{config.model.name}'; method {config.method} needs a ViT")
+        self.masks(config)  # for its checks
         p = self.encoder.patch_size
         side = view.size // p
-        check(side * side * (1 - s.mask_ratio) + 1e-6 >= 1, f"{s.section}.mask_ratio", s.mask_ratio,
-              f"low enough to keep one of the image's {side * side} patches")  # fmt: skip
         self.decoder = MAEDecoder(
             self.encoder.width,
             (side, side),
@@ -111,10 +110,10 @@ class MAE(Method):
     def forward(self, batch: Batch, values: Values) -> Step:
         s = self.settings
         images = batch.views["main"][:, 0]  # [B, 3, S, S]
-        with section("masks"):
-            keep, masked = self.masks(batch, values)  # [B, K], [B, M]
+        keep, masked = batch.mask("main")  # [B, K], [B, M]
         with section("encoder"):
-            tokens = self.encoder.tokens(images, keep)  # [B, 1+K, D]
+            drop = Drop(batch.id, values.seed, values.clock, "encoder")
+            tokens = self.encoder.tokens(images, keep, drop)  # [B, 1+K, D]
         with section("decoder"):
             prediction = self.decoder(tokens, keep, masked)  # [B, M, 3 p p]
         with section("loss"):
@@ -123,10 +122,10 @@ class MAE(Method):
             )
         return Step(loss, {"feature_std": feature_spread(tokens[:, 0])})
 
-    def masks(self, batch: Batch, values: Values) -> tuple[Tensor, Tensor]:
-        """Visible and masked patches of each image, int64 [B, K] and [B, M], ascending."""
-        rows, columns = patch_grid(batch.views["main"], self.encoder.patch_size)
-        return random_mask(batch.id, rows * columns, self.settings.mask_ratio, seed=values.seed, epoch=batch.epoch)
+    @staticmethod
+    def masks(config: Config) -> list[Mask]:
+        """Visible and masked patches, drawn at random."""
+        return [RandomMask("main", check_patches(config), config.settings.mask_ratio)]
 
     def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
         """Per image: the crop, what the encoder sees of it, and the visible patches among the painted ones.
@@ -136,13 +135,27 @@ class MAE(Method):
         """
         images = batch.views["main"][:, 0]
         rows, columns = patch_grid(images, self.encoder.patch_size)
-        keep, masked = self.masks(batch, values)
+        keep, masked = batch.mask("main")
         prediction = self.decoder(self.encoder.tokens(images, keep), keep, masked)
         painted = paste_patches(images, prediction, masked, self.encoder.patch_size, self.settings.norm_pixel_loss)
         hidden = torch.zeros(len(images), rows * columns, dtype=torch.bool, device=images.device)
         hidden = hidden.scatter(1, masked, True).unflatten(1, (rows, columns))
         picture = to_picture(images)
         return {"reconstruction": torch.stack([picture, cover(picture, hidden), to_picture(painted)], dim=1)}
+
+
+def check_patches(config: Config) -> int:
+    """Patches of an image.
+
+    Raises:
+        ConfigError: the image cannot be cut into patches, or the mask ratio keeps none of them.
+    """
+    s, size = config.settings, config.views.main.size
+    check_image_size(config.model, "views.main.size", size)
+    patches = (size // config.model.patch_size) ** 2
+    check(patches * (1 - s.mask_ratio) + 1e-6 >= 1, f"{s.section}.mask_ratio", s.mask_ratio,
+          f"low enough to keep one of the image's {patches} patches")  # fmt: skip
+    return patches
 
 
 def paste_patches(images: Tensor, prediction: Tensor, masked: Tensor, patch_size: int, norm_pixels: bool) -> Tensor:

@@ -41,11 +41,11 @@ from fastssl.methods import names
 from fastssl.methods.contrast import nt_xent
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
-from fastssl.models.vit import ViT, sincos_positions, transformer_blocks
+from fastssl.models.blocks import Drop, add_norm, run_blocks, transformer_blocks, working_type
+from fastssl.models.vit import ViT, sincos_positions
 from fastssl.pictures import cover, to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
-from fastssl.training.ema import ema_update
 from fastssl.training.schedule import cosine
 from fastssl.training.timing import section
 
@@ -158,7 +158,8 @@ class SAAE(Method):
         s = self.settings
         target = batch.views["reference"][:, 0]  # [B, 3, S, S]
         box, flip = self.place(batch)
-        tokens, cls, canvas = self.encode(batch, box, flip)  # [V, 1+N, D], [V, C], [V, N, C]
+        drop = Drop(batch.id, values.seed, values.clock, "encoder")
+        tokens, cls, canvas = self.encode(batch, box, flip, drop)  # [V, 1+N, D], [V, C], [V, N, C]
 
         hidden = unseen(box, grid=self.grid)  # [V, N]
         ids, count = hidden_first(hidden)  # [V, N], [V]
@@ -197,12 +198,14 @@ class SAAE(Method):
         box, flip = (torch.cat([of[name][:, 0] for name in ("crop1", "crop2")]) for of in (batch.box, batch.flip))
         return cells((box * self.squash).round().long(), self.squash // self.grid), flip
 
-    def encode(self, batch: Batch, box: Tensor, flip: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def encode(
+        self, batch: Batch, box: Tensor, flip: Tensor, drop: Drop | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [V, 1+N, D], class codes [V, C] and canvases [V, N, C]: patch codes where the crops lie, mask code
         elsewhere."""
         images = torch.cat([batch.views[name][:, 0] for name in ("crop1", "crop2")])  # [V, 3, S, S]
         with section("encoder"):
-            tokens = self.encoder.tokens(images)
+            tokens = self.encoder.tokens(images, drop=drop)
         with section("projector"):
             codes = self.projector(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])  # [V, 1+N, C]
         with section("uncrop"):
@@ -222,11 +225,13 @@ class SAAE(Method):
             channels_last=False,
         )  # fmt: skip
 
-    def after_step(self, values: Values) -> None:
-        """Moves the teacher, if there is one, towards the encoder."""
-        if self.settings.teacher:
-            momentum = cosine(values.step, values.total_steps, self.settings.momentum_teacher, 1.0)
-            ema_update(self.teacher, self.encoder, momentum)
+    def scheduled(self, values: Values) -> dict[str, float]:
+        """The momentum of the teacher, if there is one."""
+        start = self.settings.momentum_teacher
+        return {"momentum": cosine(values.step, values.total_steps, start, 1.0)} if self.settings.teacher else {}
+
+    def averages(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.teacher, self.encoder)] if self.settings.teacher else []
 
     def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
         """Per crop: what goes in, which cells of the image it saw, and the image with the others painted; last the
@@ -313,10 +318,9 @@ class Decoder(nn.Module):
 
     def forward(self, codes: Tensor) -> Tensor:
         """Class code and canvas [V, 1+N, C] -> cells [V, N, C], ready to be painted."""
-        x = codes + self.pos_embed
-        for block in self.blocks:
-            x = block(x)
-        return self.last_norm(self.linear(self.norm(x[:, 1:])))
+        x = run_blocks(self.blocks, codes + self.pos_embed, self.norm)
+        x = self.linear(x[:, 1:].flatten(0, 1)).unflatten(0, (len(x), -1))
+        return add_norm(x, self.last_norm, working_type(x, self.unconv.weight))[1]
 
     def paint(self, x: Tensor) -> Tensor:
         """Cells [.., C] -> their pixels [.., 3 p p], in the order channel, row, column."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastssl.batch import Batch
 from fastssl.config import Config, NonNegativeInt, PositiveFloat
-from fastssl.masks import semantic_mask, semantic_schedule
+from fastssl.loaders.masks import Mask, SemanticMask, semantic_schedule
 from fastssl.methods import mae
 from fastssl.pictures import tint
 from fastssl.step import Step, Values
@@ -64,24 +64,23 @@ class SemMAE(mae.MAE):
 
     def forward(self, batch: Batch, values: Values) -> Step:
         step = super().forward(batch, values)
-        step.metrics["whole_parts"] = torch.full_like(step.loss.detach(), self.whole_parts(values))
+        step.metrics["whole_parts"] = torch.zeros_like(step.loss.detach()) + self.number("whole_parts", values)
         return step
+
+    def scheduled(self, values: Values) -> dict[str, float]:
+        """The share of whole parts among what is masked."""
+        return {"whole_parts": self.whole_parts(values)}
 
     def whole_parts(self, values: Values) -> float:
         """The share of whole-part masking in the present epoch: the paper's alpha."""
         return semantic_schedule(values.epoch, self.curriculum_epochs, self.settings.gamma)
 
-    def masks(self, batch: Batch, values: Values) -> tuple[Tensor, Tensor]:
-        """Visible and masked patches of each image, int64 [B, K] and [B, M], ascending."""
-        return semantic_mask(
-            batch.parts["main"][:, 0].flatten(1),
-            batch.id,
-            ratio=self.settings.mask_ratio,
-            inter=self.whole_parts(values),
-            num_parts=MAX_PARTS,
-            seed=values.seed,
-            epoch=batch.epoch,
-        )
+    @staticmethod
+    def masks(config: Config) -> list[Mask]:
+        """Visible and masked patches, by parts."""
+        s, patches = config.settings, mae.check_patches(config)
+        epochs = s.curriculum_epochs or config.schedule.epochs
+        return [SemanticMask("main", patches, s.mask_ratio, MAX_PARTS, epochs, s.gamma)]
 
     def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
         """As MAE's, with the parts tinted beside the crop."""

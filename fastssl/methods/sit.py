@@ -11,12 +11,10 @@ Letters: B images per process, N = B x processes, S side of a view in pixels, D 
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastssl.batch import Batch
@@ -34,18 +32,17 @@ from fastssl.config import (
     ZeroToOne,
     check,
 )
-from fastssl.kernels.corrupt import ALIEN, NOISE, ZERO, corrupt, draw_blocks
-from fastssl.masks import philox
+from fastssl.kernels.corrupt import Corrupted, corrupt, draw_blocks
 from fastssl.methods import names
 from fastssl.methods.contrast import teacher_contrast
-from fastssl.methods.damage import NAMES, Damaged, alien_source, check_group, check_views, picture_rows, pixel_loss
+from fastssl.methods.damage import both_views, check_group, check_views, picture_rows, pixel_loss
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone
+from fastssl.models.blocks import Drop
 from fastssl.models.decoders import PixelDecoder
 from fastssl.models.vit import patch_grid
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
-from fastssl.training.ema import ema_update
 from fastssl.training.schedule import cosine
 from fastssl.training.timing import section
 
@@ -141,14 +138,14 @@ class SiT(Method):
 
     def forward(self, batch: Batch, values: Values) -> Step:
         s = self.settings
-        clean = torch.cat([batch.views[name][:, 0] for name in NAMES])  # [2B, 3, S, S]
+        clean = both_views(batch)  # [2B, 3, S, S]
         with section("damage"):
-            damaged, mask = self.damage(batch, values.seed)  # [2B, 3, S, S], [2B, S, S]
+            damaged, mask = self.damage(clean, batch, values.seed)  # [2B, 3, S, S], [2B, S, S]
         with section("teacher"), torch.no_grad():
             tokens = self.teacher.backbone.tokens(clean)  # [2B, 1+patches, D]
             keys = self.teacher.head(tokens[:, 0]).unflatten(0, (2, -1))  # [2, B, K]
         with section("student"):
-            seen = self.student.backbone.tokens(damaged)
+            seen = self.student.backbone.tokens(damaged, drop=Drop(batch.id, values.seed, values.clock, "student"))
             codes = self.student.head(seen[:, 0]).unflatten(0, (2, -1))
         with section("decoder"):
             painted = self.student.reconstruct(seen, damaged)
@@ -166,42 +163,28 @@ class SiT(Method):
             metrics["contrastive_chance"] = torch.full_like(contrastive.detach(), chance)
         return Step(contrastive + s.rec_weight * reconstruction, metrics)
 
-    def damage(self, batch: Batch, seed: int) -> Damaged:
-        """Both views, blanked or mixed with another image; a function of (seed, epoch, id, view) and the other image.
-
-        Returns:
-            Views [2B, 3, S, S] (first views first), and where they are damaged, bool [2B, S, S].
-        """
-        s, both = self.settings, []
-        for view, name in enumerate(NAMES):
-            images = batch.views[name][:, 0]
-            side = images.shape[-1]
-            draw: dict[str, Any] = {"height": side, "width": side, "seed": seed, "epoch": batch.epoch}
-            draw |= {"view": view, "max_side": s.max_side, "align": s.align, "uniform_rate": s.uniform_rate}
-            blank, mixed = (
-                draw_blocks(batch.id, fraction=share, kind=kind, max_blocks=self.most_blocks(share, side), **draw)
-                for share, kind in ((s.drop, ZERO), (s.replace, ALIEN))
-            )  # [B, R, 4] each
-            most = max(blank.shape[1], mixed.shape[1])
-            blank, mixed = (F.pad(boxes, (0, 0, 0, most - boxes.shape[1])) for boxes in (blank, mixed))
-            path, fill, other, _ = philox((batch.id, batch.epoch, view, 0), (seed, zlib.crc32(b"sit/damage")))
-            alien = path < int(s.alien * 2**32)  # [B]
-            noisy = fill < {"zero": 0, "zero-noise": 2**31, "noise": 2**32}[s.fill]
-            kind = torch.where(alien, ALIEN, torch.where(noisy, NOISE, ZERO)).int()
-            boxes = torch.where(alien[:, None, None], mixed, blank)
-            both.append(
-                corrupt(
-                    images,
-                    boxes,
-                    kind[:, None].expand(-1, most).contiguous(),
-                    alien_source(other, s.alien_group),
-                    ids=batch.id,
-                    seed=seed,
-                    epoch=batch.epoch,
-                    view=view,
-                )
-            )
-        return Damaged(*(torch.cat(pair) for pair in zip(*both, strict=True)))
+    def damage(self, clean: Tensor, batch: Batch, seed: int) -> Corrupted:
+        """Views [2B, 3, S, S] (first views first), blanked or mixed with another image, and where they are damaged; a
+        function of (seed, epoch, id, view) and the other image."""
+        s, side = self.settings, clean.shape[-1]
+        blocks = draw_blocks(
+            batch.id,
+            views=2,
+            height=side,
+            width=side,
+            drop=s.drop,
+            replace=s.replace,
+            alien=s.alien,
+            noise={"zero": 0.0, "zero-noise": 0.5, "noise": 1.0}[s.fill],
+            group=s.alien_group,
+            max_side=s.max_side,
+            align=s.align,
+            uniform_rate=s.uniform_rate,
+            max_blocks=(self.most_blocks(s.drop, side), self.most_blocks(s.replace, side)),
+            seed=seed,
+            epoch=batch.epoch,
+        )
+        return corrupt(clean, *blocks, ids=batch.id, seed=seed, epoch=batch.epoch)
 
     def most_blocks(self, share: float, side: int) -> int:
         """A number of blocks that suffices to cover `share` of a view but once in thousands of views: 1.75 times the
@@ -209,9 +192,12 @@ class SiT(Method):
         middling = (self.settings.align + int(self.settings.max_side * side) - 1) / 2
         return 8 + math.ceil(1.75 * -math.log(1 - share) * ((side + middling) / middling) ** 2)
 
-    def after_step(self, values: Values) -> None:
-        """Moves the teacher towards the student."""
-        ema_update(self.teacher, self.student, self.momentum(values))
+    def scheduled(self, values: Values) -> dict[str, float]:
+        """The teacher's momentum."""
+        return {"momentum": self.momentum(values)}
+
+    def averages(self) -> list[tuple[nn.Module, nn.Module]]:
+        return [(self.teacher, self.student)]
 
     def momentum(self, values: Values) -> float:
         """Decay of the teacher's weights at this step."""
@@ -219,9 +205,9 @@ class SiT(Method):
 
     def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
         """One row per image and, for each view, the columns of `picture_rows`."""
-        damaged = self.damage(batch, values.seed)
+        clean = both_views(batch)
+        damaged = self.damage(clean, batch, values.seed)
         painted = self.student.reconstruct(self.student.backbone.tokens(damaged.views), damaged.views)
-        clean = torch.cat([batch.views[name][:, 0] for name in NAMES])
         return {"reconstruction": picture_rows(clean, damaged, painted)}
 
 

@@ -10,7 +10,6 @@ Letters: B images per process, N = B x processes, S side of a view in pixels, D 
 from __future__ import annotations
 
 import math
-import zlib
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -20,30 +19,19 @@ from torch import Tensor, nn
 
 from fastssl.batch import Batch
 from fastssl.config import BelowOne, Checked, Config, NonNegativeInt, PositiveFloat, PositiveInt, View
-from fastssl.kernels.corrupt import ALIEN, NOISE, corrupt
-from fastssl.masks import philox
+from fastssl.kernels.corrupt import ALIEN, Corrupted, FirstBlocks, corrupt, draw_first
 from fastssl.methods import names
 from fastssl.methods.contrast import nt_xent
-from fastssl.methods.damage import (
-    NAMES,
-    Damaged,
-    alien_source,
-    check_group,
-    check_views,
-    picture_rows,
-    pixel_loss,
-    wide,
-)
+from fastssl.methods.damage import both_views, check_group, check_views, picture_rows, pixel_loss, wide
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone
+from fastssl.models.blocks import Drop, run_blocks
 from fastssl.models.decoders import PixelDecoder
 from fastssl.models.vit import patch_grid
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
 from fastssl.training.timing import section
 
-BLOCKS = 48  # candidates for a view's noise (alien) blocks; about 8 are used, and 16 where the budget is largest
-BLUR = 7  # pixels to each side of the widest blur
 KAPPA = {"rotation": 1.0, "contrastive": 1.0, "reconstruction": 0.5}
 _CROP: dict[str, Any] = {"size": 224, "scale": (0.08, 1.0), "jitter": (0.4, 0.4, 0.4, 0.0), "jitter_p": 1.0}
 
@@ -133,10 +121,10 @@ class SiTv1(Method):
     def forward(self, batch: Batch, values: Values) -> Step:
         s = self.settings
         with section("damage"):
-            clean, turns = rotated_views(batch, values.seed)  # [2B, 3, S, S], [2B]
-            damaged, mask = self.damage(clean, batch, values.seed)
+            clean, damaged, mask, turns = self.damage(batch, values.seed)  # [2B, 3, S, S] twice, [2B, S, S], [2B]
         with section("encoder"):
-            tokens = self.tokens(damaged)  # [2B, 2+patches, D]
+            drop = Drop(batch.id, values.seed, values.clock, "encoder")
+            tokens = self.tokens(damaged, drop)  # [2B, 2+patches, D]
         with section("decoder"):
             painted = self.reconstruct(tokens, damaged)
         with section("loss"):
@@ -158,34 +146,37 @@ class SiTv1(Method):
             metrics["rotation_chance"] = torch.full_like(loss.detach(), math.log(4))
         return Step(loss, metrics)
 
-    def tokens(self, images: Tensor) -> Tensor:
+    def tokens(self, images: Tensor, drop: Drop | None = None) -> Tensor:
         """[B, 3, S, S] -> output tokens [B, 2+patches, D]: rotation, contrastive, patches."""
         x = self.encoder.embed(images)
         first = (self.rotation_token + self.rotation_position).to(x.dtype).expand(len(x), -1, -1)
         x = torch.cat([first, x], dim=1)
-        for block in self.encoder.blocks:
-            x = block(x)
-        return self.encoder.norm(x)
+        return run_blocks(self.encoder.blocks, x, self.encoder.norm, drop)
 
     def reconstruct(self, tokens: Tensor, images: Tensor) -> Tensor:
         """Output tokens of `images` -> painted images [B, 3, S, S]."""
         return self.decoder(tokens[:, 2:], patch_grid(images, self.encoder.patch_size))
 
-    def damage(self, clean: Tensor, batch: Batch, seed: int) -> Damaged:
-        """Damages both views, [2B, 3, S, S] (first views first); see `damage`."""
-        s = self.settings
-        both = [
-            damage(images, batch.id, s.share, s.alien_group, s.alien_clean, seed=seed, epoch=batch.epoch, view=view)
-            for view, images in enumerate(clean.chunk(2))
-        ]
-        return Damaged(*(torch.cat(pair) for pair in zip(*both, strict=True)))
+    def damage(self, batch: Batch, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Turns each view by its own random multiple of 90 degrees, and damages it; a function of (seed, epoch, id,
+        view) and the other image.
+
+        Returns:
+            Turned views and damaged ones, [2B, 3, S, S] (first views first), where they are damaged, bool [2B, S, S],
+            and quarter turns clockwise, int64 [2B].
+        """
+        s, clean = self.settings, both_views(batch)
+        where: dict[str, Any] = {"seed": seed, "epoch": batch.epoch}
+        drawn = draw_first(batch.id, views=2, side=clean.shape[-1], share=s.share, group=s.alien_group, **where)
+        clean = rotate(clean, drawn.turns)
+        damaged = damage(clean, drawn, s.alien_clean, ids=batch.id, **where)
+        return clean, *damaged, drawn.turns
 
     def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
         """One row per image and, for each (rotated) view, the columns of `picture_rows`."""
-        clean, _ = rotated_views(batch, values.seed)
-        damaged = self.damage(clean, batch, values.seed)
-        painted = self.reconstruct(self.tokens(damaged.views), damaged.views)
-        return {"reconstruction": picture_rows(clean, damaged, painted)}
+        clean, damaged, mask, _ = self.damage(batch, values.seed)
+        painted = self.reconstruct(self.tokens(damaged), damaged)
+        return {"reconstruction": picture_rows(clean, Corrupted(damaged, mask), painted)}
 
 
 # -- the losses --------------------------------------------------------------------------------------------------------
@@ -201,17 +192,6 @@ def weighted_sum(losses: dict[str, Tensor], scalars: dict[str, Tensor]) -> Tenso
 # -- rotation and damage, on the device --------------------------------------------------------------------------------
 
 
-def rotated_views(batch: Batch, seed: int) -> tuple[Tensor, Tensor]:
-    """Each view turned by its own random multiple of 90 degrees, a function of (seed, epoch, id, view).
-
-    Returns:
-        Views [2B, 3, S, S] (first views first), and quarter turns clockwise, int64 [2B] in 0 .. 3.
-    """
-    purpose = zlib.crc32(b"sit/rotation")
-    turns = torch.cat([philox((batch.id, batch.epoch, view, 0), (seed, purpose))[0] >> 30 for view in (0, 1)])
-    return rotate(torch.cat([batch.views[name][:, 0] for name in NAMES]), turns), turns
-
-
 def rotate(images: Tensor, turns: Tensor) -> Tensor:
     """Images [B, 3, S, S], each turned clockwise by int64 [B] quarter turns."""
     turns = turns[:, None, None, None]
@@ -220,116 +200,23 @@ def rotate(images: Tensor, turns: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def damage(
-    images: Tensor,
-    ids: Tensor,
-    share: float,
-    group: int,
-    alien_clean: bool,
-    *,
-    seed: int,
-    epoch: int,
-    view: int,
-) -> Damaged:
+def damage(clean: Tensor, drawn: FirstBlocks, alien_clean: bool, **where: Any) -> Corrupted:
     """A block in gray, a blurred block, noise blocks, and blocks of another image, painted over one another in this
-    order (the authors' `distortImages`). Sizes are those of the authors at S = 224, and in proportion else; the blur's
-    are in pixels. A function of (seed, epoch, id, view) and the other image.
+    order (the authors' `distortImages`).
 
     Args:
-        images: [B, 3, S, S], normalised.
-        ids: int64 [B].
-        share, group, alien_clean: `Settings`.
-        seed, epoch, view: 32-bit numbers.
+        clean: [2B, 3, S, S], normalised.
+        drawn: blocks of `draw_first`.
+        alien_clean: `Settings`.
+        **where: ids, seed, epoch as of `corrupt`.
     """
-    side = images.shape[-1]
-    where = {"seed": seed, "epoch": epoch, "view": view}
-    source, noise_budget, alien_budget, _ = (word[:, 0] for word in _words(ids, "damage", 1, **where))
-    kernel, spread, _, _ = (word[:, 0] for word in _words(ids, "blur/kernel", 1, **where))
-    source = alien_source(source, group)
-    unlike = source != torch.arange(len(ids), device=ids.device)
-
-    gray, blur = (draw(ids, name, 1, side, side, **where)[:, 0] for name in ("gray", "blur"))  # [B, 4]
-    noise, alien = (
-        within_budget(draw(ids, name, BLOCKS, side, side // 4, **where), budget, share * side * side)
-        for name, budget in (("noise", noise_budget), ("alien", alien_budget))
-    )
-    alien = alien * unlike[:, None, None]
-    kind = torch.where(torch.arange(2 * BLOCKS, device=ids.device) < BLOCKS, NOISE, ALIEN).int()
-    kind = kind.expand(len(ids), -1).contiguous()
-    painted, covered = corrupt(images, torch.cat([noise, alien], dim=1), kind, source, ids=ids, **where)
-
-    in_gray, in_blur = (inside(box, side)[:, None] for box in (gray, blur))  # [B, 1, S, S]
-    beneath = torch.where(in_gray, images.mean(dim=1, keepdim=True), images)
-    beneath = torch.where(in_blur, blurred(beneath, blur, kernel, spread), beneath)
-    damaged = torch.where(covered[:, None], painted, beneath)
+    boxes, kind, source, soft, weights, _ = drawn
+    damaged, mask = corrupt(clean, boxes, kind, source, soft=soft, weights=weights, **where)
     if not alien_clean:
-        shown = corrupt(images, alien, kind[:, BLOCKS:].contiguous(), source, ids=ids, **where).mask[:, None]
-        pool = images.clone()
-        for i in range(len(ids)):
+        alien = boxes * (kind == ALIEN)[..., None]
+        shown = corrupt(clean, alien, kind, source, **where).mask[:, None]
+        pool = clean.clone()
+        for i in range(len(pool)):
             pool[i] = torch.where(shown[i], pool[source[i]], damaged[i])
         damaged = pool
-    return Damaged(damaged, covered | (in_gray | in_blur)[:, 0])
-
-
-def draw(ids: Tensor, purpose: str, count: int, side: int, limit: int, *, seed: int, epoch: int, view: int) -> Tensor:
-    """Random blocks, int32 [B, R, 4]: top, left, height, width.
-
-    Height and width are uniform in {least, .., limit - 1} with least = 11 of 224 pixels, top and left uniform in
-    {0, .., side - least - 1}; what lies outside is cut off.
-    """
-    least = max(1, round(side * 11 / 224))
-    words = torch.stack(_words(ids, purpose, count, seed=seed, epoch=epoch, view=view), dim=-1)  # [B, R, 4]
-    start = words[..., :2] * (side - least) >> 32
-    size = least + (words[..., 2:] * max(limit - least, 1) >> 32)
-    return torch.cat([start, size.minimum(side - start)], dim=-1).int()
-
-
-def within_budget(boxes: Tensor, word: Tensor, most: float) -> Tensor:
-    """The first of the blocks [B, R, 4], until their areas add up to a budget uniform in [0, most] pixels; 0 behind."""
-    budget = word.double() * (most * 2.0**-32)
-    area = boxes[..., 2] * boxes[..., 3]
-    return boxes * (area.cumsum(1) - area < budget[:, None])[..., None]
-
-
-def blurred(images: Tensor, box: Tensor, kernel: Tensor, spread: Tensor) -> Tensor:
-    """Images [B, 3, S, S] whose block is blurred by itself, reflected at its borders; other pixels are of no use.
-
-    As two products with matrices [B, S, S] that hold the weights of the neighbours.
-
-    Args:
-        box: int32 [B, 4].
-        kernel, spread: int64 [B], 32-bit words: the kernel has 2 (u div 2) + 1 pixels with u uniform in {3, .., 15}
-            and a standard deviation uniform in [0.1, 5.1).
-    """
-    half = (3 + (kernel * 13 >> 32)) // 2
-    sigma = 0.1 + 5 * spread.double() * 2.0**-32
-    tap = torch.arange(-BLUR, BLUR + 1, device=box.device)
-    weight = (-0.5 * (tap / sigma[:, None]).square()).exp() * (tap.abs() <= half[:, None])  # [B, taps]
-    weight = (weight / weight.sum(1, keepdim=True)).to(torch.promote_types(images.dtype, torch.float32))
-    pixel = torch.arange(images.shape[-1], device=box.device)
-    matrices = []
-    for begin, length in ((box[:, 0:1], box[:, 2:3]), (box[:, 1:2], box[:, 3:4])):
-        period = (2 * length - 2).clamp_min(1)
-        matrix = torch.zeros(len(box), len(pixel), len(pixel), dtype=weight.dtype, device=box.device)
-        for k in range(2 * BLUR + 1):
-            offset = (pixel - begin + (k - BLUR)) % period
-            neighbour = begin + offset.minimum(period - offset)  # [B, S]
-            matrix += weight[:, k, None, None] * (neighbour[:, :, None] == pixel)
-        matrices.append(matrix[:, None])
-    down, across = matrices
-    with torch.autocast(images.device.type, enabled=False):
-        return (down @ images.to(weight.dtype) @ across.transpose(-2, -1)).to(images.dtype)
-
-
-def inside(box: Tensor, side: int) -> Tensor:
-    """Which pixels lie in one block per image: [B, 4] -> bool [B, S, S]."""
-    pixel = torch.arange(side, device=box.device)
-    top, left, height, width = box[:, :, None].unbind(1)  # [B, 1]
-    rows, columns = (pixel >= top) & (pixel < top + height), (pixel >= left) & (pixel < left + width)
-    return rows[:, :, None] & columns[:, None, :]
-
-
-def _words(ids: Tensor, purpose: str, count: int, *, seed: int, epoch: int, view: int) -> tuple[Tensor, ...]:
-    """Four tensors of 32-bit words, int64 [B, count]."""
-    block = torch.arange(count, device=ids.device)
-    return philox((ids[:, None], epoch, view, block), (seed, zlib.crc32(f"sit/{purpose}".encode())))
+    return Corrupted(damaged, mask)

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastssl.models.vit import sincos_positions, transformer_blocks
+from fastssl.models.blocks import run_blocks, transformer_blocks
+from fastssl.models.vit import sincos_positions
 
 
 class MAEDecoder(nn.Module):
@@ -52,9 +53,8 @@ class MAEDecoder(nn.Module):
         visible = x[:, 1:] + F.embedding(keep, place)
         hidden = self.mask_token + F.embedding(masked, place)
         x = torch.cat([x[:, :1], visible, hidden], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.pred(self.norm(x[:, -masked.shape[1] :]))
+        x = run_blocks(self.blocks, x, self.norm)
+        return self.pred(x[:, -masked.shape[1] :].flatten(0, 1)).unflatten(0, masked.shape)
 
 
 class PixelDecoder(nn.Module):

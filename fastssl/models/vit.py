@@ -1,4 +1,4 @@
-"""One vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) for every method, built from timm's blocks.
+"""One vision transformer (Dosovitskiy et al. 2021, arXiv 2010.11929) for every method.
 
 It takes images of any size that the patch divides, and can be told which patches to look at. Its state dict has timm's
 keys, so weights move between the two as they are.
@@ -8,16 +8,15 @@ Letters: B images, N patches of the image, K kept patches, D width, G side of th
 
 from __future__ import annotations
 
-from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from fastssl.config import ConfigError
 from fastssl.kernels.masked_attention_gather import gather_tokens
+from fastssl.models.blocks import Drop, last_norms, run_blocks, transformer_blocks, working_type
 
 
 class ViT(nn.Module):
@@ -32,7 +31,7 @@ class ViT(nn.Module):
         positions: "learned" (trained table), "sincos" or "sincos_rows" (fixed 2-D sine-cosine table,
             `sincos_positions`, with the column or the row in the first half of the channels).
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
-        layer_scale: start value of the layer scale (`transformer_blocks`). 0: none.
+        layer_scale: start value of the layer scale (`Block`). 0: none.
 
     Attributes:
         width, patch_size, num_blocks: as above.
@@ -97,46 +96,46 @@ class ViT(nn.Module):
         rows, columns = patch_grid(images, self.patch_size)
         table = self.positions(rows, columns)
         patches = cut_patches(images, self.patch_size)  # [B, N, 3 p p]
-        if keep is None:
-            place = table[:, 1:]
-        else:
+        if keep is not None:
             patches = gather_tokens(patches, keep)  # [B, K, 3 p p]
-            place = F.embedding(keep, table[0, 1:])
         projection = cast(nn.Conv2d, self.patch_embed["proj"])
-        tokens = F.linear(patches, projection.weight.flatten(1), projection.bias) + place
+        weight = projection.weight.flatten(1)
+        tokens = F.linear(patches.to(working_type(patches, weight)), weight, projection.bias)
+        if keep is None:
+            return torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], dim=1) + table
         first = (self.cls_token + table[:, :1]).expand(len(images), -1, -1)
-        return torch.cat([first, tokens], dim=1)
+        return torch.cat([first, tokens + F.embedding(keep, table[0, 1:])], dim=1)
 
-    def tokens(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
+    def tokens(
+        self,
+        images: Tensor,
+        keep: Tensor | None = None,
+        drop: Drop | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
         """All output tokens, after the final norm.
 
         Args:
             images: float [B, 3, H, W], H and W multiples of the patch side.
             keep: int64 [B, K], the patches to look at (row-major ids 0..N-1), in any order. None: all.
+            drop: what stochastic depth is drawn from in training. None: PyTorch's generator.
+            dtype: of the result, see `run_blocks`.
 
         Returns:
             [B, 1+N, D], or [B, 1+K, D] in the order of `keep`; the class token first.
         """
-        x = self.embed(images, keep)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+        return run_blocks(self.blocks, self.embed(images, keep), self.norm, drop, dtype)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The class token after the final norm, [B, D]."""
-        return self.tokens(images)[:, 0]
+    def forward(self, images: Tensor, drop: Drop | None = None) -> Tensor:
+        """The class token after the final norm, [B, D]; see `tokens`."""
+        return self.tokens(images, drop=drop)[:, 0]
 
     def intermediate(self, images: Tensor, n: int) -> list[Tensor]:
         """Tokens after each of the last `n` blocks, every one passed through the final norm: n times [B, 1+N, D]."""
         if not 1 <= n <= self.num_blocks:
             raise ConfigError(f"features of the last {n} blocks were asked for; this model has {self.num_blocks}")
         x = self.embed(images)
-        outputs = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
-            if i >= self.num_blocks - n:
-                outputs.append(self.norm(x))
-        return outputs
+        return last_norms(self.blocks, x, self.norm, n, dtype=x.dtype)
 
     def represent(self, images: Tensor, blocks: int = 1, mean_patch: bool = False) -> Tensor:
         """The image's feature for evaluation (Caron et al. 2021, appendix F.2).
@@ -154,28 +153,6 @@ class ViT(nn.Module):
         if mean_patch:
             parts.append(outputs[-1][:, 1:].mean(dim=1))
         return torch.cat(parts, dim=-1)
-
-
-def transformer_blocks(
-    width: int, depth: int, heads: int, drop_path: float = 0.0, layer_scale: float = 0.0
-) -> nn.ModuleList:
-    """Pre-norm blocks: exact GELU, MLP ratio 4, biases everywhere, stochastic depth growing linearly to `drop_path`.
-
-    Args:
-        layer_scale: start value of a learned gain per channel on each of a block's two branches (Touvron et al. 2021,
-            arXiv 2103.17239). 0: none.
-    """
-    return nn.ModuleList(
-        Block(
-            width,
-            heads,
-            qkv_bias=True,
-            init_values=layer_scale or None,
-            drop_path=drop_path * i / max(depth - 1, 1),
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]  # timm takes any callable
-        )
-        for i in range(depth)
-    )
 
 
 def sincos_positions(width: int, rows: int, columns: int, rows_first: bool = False) -> Tensor:

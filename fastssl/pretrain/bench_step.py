@@ -7,6 +7,7 @@ import platform
 import resource
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
@@ -21,6 +22,7 @@ from fastssl.kernels._path import MODES, forced
 from fastssl.kernels._rate import matrix_rate
 from fastssl.pretrain.trainer import Trainer
 from fastssl.training import distributed
+from fastssl.training.launches import count_step
 from fastssl.training.timing import Stopwatch
 
 OTHER = "other"  # what no part covers: Python between the parts, the log's ring
@@ -65,6 +67,9 @@ class StepTime:
         parts: milliseconds of the step by part, in the order in which they come; they add up to the step.
         mfu: floating-point operations done, as a share of what this device's matrix products reach.
         memory: peak bytes: of the device on a GPU, of the process (so far) on a CPU.
+        launches: operations and kernels that one step queues (`fastssl.training.launches`).
+        host: milliseconds that the host takes to queue a step, the device idle at its start; on a CPU the step itself.
+        operations: the most frequent of the launches, by name.
     """
 
     kernels: str
@@ -73,6 +78,9 @@ class StepTime:
     parts: dict[str, float]
     mfu: float
     memory: int
+    launches: int
+    host: float
+    operations: dict[str, int]
 
 
 @dataclass
@@ -101,6 +109,8 @@ class StepBench:
             ("images/s", lambda row: f"{row.images_per_s:.1f}"),
             ("MFU", lambda row: f"{row.mfu:.1%}"),
             ("peak memory", lambda row: f"{row.memory / 1e9:.2f} GB"),
+            ("launches", lambda row: f"{row.launches}"),
+            ("host ms", lambda row: f"{row.host:.1f}"),
         ):
             lines.append(f"{name:<16}" + "".join(f"{text(row):>12}        " for row in self.rows))
         return "\n".join(line.rstrip() for line in lines)
@@ -143,6 +153,7 @@ def _bench(trainer: Trainer, options: StepBenchOptions) -> StepBench:
     watch = Stopwatch(device)
     rounds: dict[str, list[dict[str, float]]] = {mode: [] for mode in options.modes}
     memory = dict.fromkeys(options.modes, 0)
+    queued = {}
     for turn in range(options.rounds):
         for mode in options.modes:
             with forced(mode):
@@ -159,8 +170,11 @@ def _bench(trainer: Trainer, options: StepBenchOptions) -> StepBench:
             parts[OTHER] = max(seconds - sum(parts.values()), 0.0)
             rounds[mode].append({"step": seconds, **parts})
             memory[mode] = max(memory[mode], torch.cuda.max_memory_allocated() if cuda else _resident())
+    for mode in options.modes:
+        with forced(mode):
+            queued[mode] = _queue(trainer, batches)
     rate = matrix_rate(device, trainer.dtype)
-    rows = [_row(trainer, mode, rounds[mode], options.steps, rate, memory[mode]) for mode in options.modes]
+    rows = [_row(trainer, mode, rounds[mode], options.steps, rate, memory[mode], *queued[mode]) for mode in rounds]
     return StepBench(_facts(trainer), rows)
 
 
@@ -169,14 +183,32 @@ def _resident() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _steps(trainer: Trainer, batches: Iterator[Batch], count: int) -> None:
+def _steps(trainer: Trainer, batches: Iterator[Batch], count: int, drain: bool = True) -> None:
     for _ in range(count):
         trainer.train_step(batches)
-    trainer.ring.drain()
+    if drain:
+        trainer.ring.drain()
     trainer.recent_ids.clear()
 
 
-def _row(trainer: Trainer, mode: str, rounds: list[dict[str, float]], steps: int, rate: float, memory: int) -> StepTime:
+def _queue(trainer: Trainer, batches: Iterator[Batch]) -> tuple[Counter[str], float]:
+    """What one step queues, and the seconds that the host takes for it: the middle of five."""
+    times = []
+    for _ in range(5):
+        if trainer.device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        _steps(trainer, batches, 1, drain=False)
+        times.append(time.perf_counter() - begin)
+    counted = count_step(lambda: _steps(trainer, batches, 1, drain=False))
+    trainer.ring.drain()
+    return counted, sorted(times)[2]
+
+
+def _row(
+    trainer: Trainer, mode: str, rounds: list[dict[str, float]], steps: int, rate: float, memory: int,
+    counted: Counter[str], host: float,
+) -> StepTime:  # fmt: skip
     middle = sorted(rounds, key=lambda parts: parts["step"])[(len(rounds) - 1) // 2]
     seconds = middle["step"] / steps
     images_per_s = trainer.pace.images_per_step / seconds
@@ -187,6 +219,9 @@ def _row(trainer: Trainer, mode: str, rounds: list[dict[str, float]], steps: int
         {name: value / steps * 1000 for name, value in middle.items() if name != "step"},
         trainer.estimate.flops * images_per_s / distributed.world() / rate,
         memory,
+        counted.total(),
+        host * 1000,
+        dict(counted.most_common(12)),
     )
 
 

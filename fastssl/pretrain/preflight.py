@@ -11,6 +11,7 @@ from fastssl.augment import augment
 from fastssl.batch import Batch, Photometric
 from fastssl.config import Config, View
 from fastssl.kernels._rate import matrix_rate
+from fastssl.loaders.masks import add_masks
 from fastssl.methods.method import Method
 from fastssl.step import Values
 
@@ -57,7 +58,9 @@ def preflight(
         dtype: arithmetic of the networks (autocast).
     """
     before = {key: value.clone() for key, value in method.state_dict().items()}
-    batch = augment(trial_batch(views, TRIAL, type(method).part_grid(config)).to(device))
+    trial = trial_batch(views, TRIAL, type(method).part_grid(config))
+    add_masks(trial, type(method).masks(config), seed=0)
+    batch = augment(trial.to(device))
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -78,14 +81,16 @@ def preflight(
     method.zero_grad(set_to_none=True)
     method.load_state_dict(before)
 
-    trainable = sum(p.nbytes for p in method.parameters() if p.requires_grad)
+    gradients = sum(p.nbytes for p in method.parameters() if p.requires_grad)
     state = sum(value.nbytes for value in before.values())
+    masters = sum(4 * p.numel() for p in method.parameters() if p.dtype == torch.bfloat16)
     moments = {"adamw": 2, "sgd": 1, "lars": 1}[config.optim.name]
+    moments *= sum(max(4, p.itemsize) * p.numel() for p in method.parameters() if p.requires_grad)
     crops = sum(view.count * 3 * view.size**2 for view in views) * config.data.batch_size
     return Preflight(
-        memory=state + trainable * (1 + moments) + activations + 5 * crops,
+        memory=state + masters + gradients + moments + activations + 5 * crops,
         host=crops * config.data.prefetch,
-        checkpoint=state + trainable * moments,
+        checkpoint=state + masters // 2 + moments,
         flops=flops,
         seconds=flops * images / (REACHED * matrix_rate(device, dtype)),
         epochs=config.schedule.epochs,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,9 +29,11 @@ from fastssl.step import Values
 from fastssl.training import distributed
 from fastssl.training.checkpoint import Checkpoint
 from fastssl.training.device import Transfer, choose_device, choose_dtype
+from fastssl.training.graph import StepGraph
 from fastssl.training.health import HealthWatch
 from fastssl.training.loop import Pace, Run, Stopped, TrainingError
-from fastssl.training.optim import build_optimizer, set_hyperparameters
+from fastssl.training.masters import Masters
+from fastssl.training.optim import Optimizer, build_optimizer, set_hyperparameters
 from fastssl.training.schedule import cosine, warmup_cosine
 
 
@@ -82,6 +84,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
             threads=self.threads,
             pin_memory=device.type == "cuda",
             part_grid=part_grid,
+            masks=METHODS[config.method].masks(config),
         )
         pace = self._pace()
         self.peak_lr = config.optim.lr * (pace.images_per_step / config.optim.lr_batch if config.optim.lr_batch else 1)
@@ -92,7 +95,9 @@ class Trainer(Run[Batch, dict[str, Any]]):
         if device.type == "cuda":
             backbone = cast(ViT | ResNet, self.method.backbone)
             self.method = self.method.to(memory_format=backbone.memory_format)
-        optimizer = build_optimizer(self.method, config.optim)
+        # Gradients of several micro-batches are added up in float32, so the copies are for one.
+        masters = Masters(self.method, dtype if dtype == torch.bfloat16 and pace.accumulate == 1 else torch.float32)
+        optimizer = build_optimizer(self.method, config.optim, masters, self.method.averages())
 
         # What watches it.
         self.watch = HealthWatch(config.health, self.method.chance_loss, first_step=pace.steps_per_epoch)
@@ -103,7 +108,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
         self.knn: float | None = None
 
         # Where it stands.
-        self.prepare(self.method, optimizer, pace, folder=folder, device=device, dtype=dtype)
+        self.prepare(self.method, optimizer, pace, folder=folder, device=device, dtype=dtype, masters=masters)
         self.begun = begin
         self.estimate = preflight(
             self.method,
@@ -115,6 +120,9 @@ class Trainer(Run[Batch, dict[str, Any]]):
         )
         if config.run.compile:
             _compile(self.method)
+        if config.run.graph != "never" and device.type == "cuda" and distributed.world() == 1:
+            check = config.run.graph == "check"
+            self.graph = StepGraph(self.method, self.one_pass, check=check, say=lambda line: self.log.say(line))
 
     def _pace(self) -> Pace:
         """The run's numbers, from the configuration and the size of the data."""
@@ -144,7 +152,8 @@ class Trainer(Run[Batch, dict[str, Any]]):
     @property
     def values(self) -> Values:
         """Where the run stands, as the method sees it."""
-        return Values(self.step, self.pace.total_steps, self.pace.steps_per_epoch, self.config.run.seed)
+        pace = self.pace
+        return Values(self.step, pace.total_steps, pace.steps_per_epoch, self.config.run.seed, self.numbers)
 
     def micro_batches(self) -> Generator[Batch, None, None]:
         """Micro-batches without end, from the present step on; only full optimizer steps of each epoch."""
@@ -176,11 +185,16 @@ class Trainer(Run[Batch, dict[str, Any]]):
         out = self.parallel(batch, self.values)
         return out.loss, out.metrics
 
+    def scheduled(self) -> dict[str, float]:
+        numbers = self.method.scheduled(self.values)
+        cast(Optimizer, self.optimizer).teacher_momentum = numbers.get("momentum", 1.0)
+        return {**numbers, "step": self.step}
+
+    def gradient_factors(self) -> list[tuple[Sequence[Tensor], Tensor]]:
+        return [(parameters, self.numbers[name]) for name, parameters in self.method.factors().items()]
+
     def after_backward(self) -> None:
         self.method.after_backward(self.values)
-
-    def after_step(self) -> None:
-        self.method.after_step(self.values)
 
     # -- the checkpoint ------------------------------------------------------------------------------------------------
 
@@ -197,7 +211,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
         return Checkpoint(
             self.kind,
             self.config.as_dict(),
-            self.method.state_dict(),
+            self.masters.state_dict(),
             self.method.backbone_prefix,
             extra={"health": self.watch.state_dict()},
         )
@@ -250,7 +264,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
         count = min(self.config.monitor.pictures, self.config.data.batch_size)
         if not count or self.folder is None:
             return
-        with contextlib.closing(self.loader.epoch(0)) as stream:
+        with contextlib.closing(self.loader.epoch(0, schedule_epoch=self.values.epoch)) as stream:
             batch = next(stream).map(lambda value: value[:count])
         gpus = [self.device] if self.device.type == "cuda" else []
         with frozen(self.method), torch.random.fork_rng(gpus), self.autocast():

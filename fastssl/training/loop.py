@@ -200,6 +200,7 @@ class Run(ABC, Generic[B, R]):
         """
         self.network, self.optimizer, self.pace = network, optimizer, pace
         self.folder, self.device, self.dtype = folder, device, dtype
+        self.graph: Callable[[B, bool], tuple[Tensor, dict[str, Tensor]]] | None = None  # takes the place of one_pass
         self.masters, self.numbers = masters or Masters(network, torch.float32), Numbers(device)
         if distributed.world() > 1:
             synchronise_batch_norm(network, device)
@@ -297,11 +298,8 @@ class Run(ABC, Generic[B, R]):
             with section("augment"):
                 batch = self.on_device(batch)
             with self.quiet(micro):
-                with section("forward"), self.autocast():
-                    loss, terms = self.losses(batch)
-                with section("backward"):
-                    self.scaler.scale(loss / pace.accumulate).backward()
-            losses.append(loss.detach())
+                loss, terms = self.one_pass(batch) if self.graph is None else self.graph(batch, micro == 0)
+            losses.append(loss)
             metrics.append(terms)
         with section("optimizer"):
             self.scaler.unscale_(self.optimizer)
@@ -320,6 +318,14 @@ class Run(ABC, Generic[B, R]):
             mean = {key: torch.stack([m[key] for m in metrics]).mean() for key in metrics[0]}
             scalars = {"loss": torch.stack(losses).mean(), "grad_norm": norm, **mean}
         self.ring.add(self.step, scalars)
+
+    def one_pass(self, batch: B) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward and backward pass of a micro-batch: its loss, detached, and scalars for the log."""
+        with section("forward"), self.autocast():
+            loss, terms = self.losses(batch)
+        with section("backward"):
+            self.scaler.scale(loss / self.pace.accumulate).backward()
+        return loss.detach(), terms
 
     def _write_numbers(self) -> None:
         """Sends the step's numbers to the device."""

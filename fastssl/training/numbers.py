@@ -6,14 +6,14 @@ they lie. So nothing that is launched depends on a number of the host, and a CUD
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 
 class Numbers(Mapping[str, Tensor]):
-    """A step's numbers by name, each a float64 scalar (or row) on the device: views of one buffer, which stay valid.
+    """A step's numbers by name: float64 scalars or rows, int64 where an int was given, all views of one buffer.
 
     Args:
         device: where they lie.
@@ -21,27 +21,44 @@ class Numbers(Mapping[str, Tensor]):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._sizes: dict[str, int] = {}
+        self._layout: dict[str, tuple[type, int]] = {}
         self._buffer = torch.empty(0, dtype=torch.float64, device=device)
         self._views: dict[str, Tensor] = {}
 
     def write(self, values: Mapping[str, float | Sequence[float]]) -> None:
-        """Sets all numbers, in one copy that nothing waits for; the same names and lengths at every step."""
+        """Sets all numbers, in one copy that nothing waits for. Views stay valid as long as names, types and lengths
+        are the same."""
         rows = {name: value if isinstance(value, Sequence) else [value] for name, value in values.items()}
-        sizes = {name: -len(row) if isinstance(values[name], Sequence) else 1 for name, row in rows.items()}
-        flat = [number for row in rows.values() for number in row]
-        host = torch.tensor(flat, dtype=torch.float64, pin_memory=self.device.type == "cuda")
-        if sizes != self._sizes:
-            self._sizes, self._buffer = sizes, torch.empty_like(host, device=self.device)
-            views = self._buffer.split([abs(size) for size in sizes.values()])
-            self._views = {name: view if sizes[name] < 0 else view[0] for name, view in zip(sizes, views, strict=True)}
+        layout = {name: (type(value), len(rows[name])) for name, value in values.items()}
+        host = torch.tensor(
+            [number for row in rows.values() for number in row],
+            dtype=torch.float64,
+            pin_memory=self.device.type == "cuda",
+        )
+        if layout != self._layout:
+            self._layout, self._buffer = layout, torch.empty_like(host, device=self.device)
+            self._views = dict(_views(self._buffer, layout))
+        for name, view in _views(host, layout):
+            if layout[name][0] is int:
+                view.fill_(values[name])
         self._buffer.copy_(host, non_blocking=True)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._views[name]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._views)
 
     def __len__(self) -> int:
         return len(self._views)
+
+
+def _views(buffer: Tensor, layout: dict[str, tuple[type, int]]) -> Iterator[tuple[str, Tensor]]:
+    """Each name's part of the buffer; an int's eight bytes are read as one."""
+    begin = 0
+    for name, (kind, length) in layout.items():
+        part = buffer[begin : begin + length]
+        begin += length
+        if kind is int:
+            part = part.view(torch.int64)
+        yield name, part if issubclass(kind, Sequence) else part[0]

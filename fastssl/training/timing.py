@@ -71,6 +71,8 @@ class Stopwatch:
         return total
 
     def _mark(self, name: str) -> None:
+        if self.cuda and torch.cuda.is_current_stream_capturing():
+            return  # an event of a graph has no time; the graph's replays are a section of their own
         if self.cuda:
             event = torch.cuda.Event(enable_timing=True)
             event.record()

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.kernels._check import Shapes, check
+from fastssl.kernels._check import Shapes, check, once
 from fastssl.kernels._path import use_triton
 from fastssl.kernels.centering_softmax_loss import reference
 
@@ -66,6 +66,22 @@ def centering_softmax_loss(
     Raises:
         KernelError: a shape, type or number that does not fit.
     """
+    _check(student, teacher, center, student_temp, teacher_temp, pairs)
+    if use_triton(NAME, student) and torch.float64 not in (student.dtype, teacher.dtype):
+        from fastssl.kernels.centering_softmax_loss import kernel
+
+        teacher = teacher.detach() if teacher.requires_grad else teacher
+        outputs = kernel.forward(student, teacher, center, student_temp, teacher_temp, pairs == "matching")
+        return CenteringSoftmaxLoss(*outputs[:4])
+    return CenteringSoftmaxLoss(
+        *reference.centering_softmax_loss(student, teacher, center, student_temp, teacher_temp, pairs)
+    )
+
+
+@once
+def _check(
+    student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: float, pairs: str
+) -> None:
     shapes = Shapes(NAME)
     crops, images, classes = shapes("student", student, "V B K")
     teachers, _, _ = shapes("teacher", teacher, "T B K")
@@ -78,13 +94,3 @@ def centering_softmax_loss(
         check(crops == teachers > 0, NAME, "teacher", f"as many crops as the student's {crops}", teachers)
     else:
         check(1 <= teachers <= crops > 1, NAME, "student", f"2 crops or more, at least the teacher's {teachers}", crops)
-    if use_triton(NAME, student) and torch.float64 not in (student.dtype, teacher.dtype):
-        from fastssl.kernels.centering_softmax_loss import kernel
-
-        loss, column_sum, entropy, *_ = kernel.forward(
-            student, teacher.detach(), center, student_temp, teacher_temp, pairs == "matching"
-        )
-        return CenteringSoftmaxLoss(loss, column_sum, entropy, loss.detach() - entropy)
-    return CenteringSoftmaxLoss(
-        *reference.centering_softmax_loss(student, teacher, center, student_temp, teacher_temp, pairs)
-    )

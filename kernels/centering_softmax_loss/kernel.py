@@ -4,8 +4,8 @@
     loss = sum_v [n_v lse(y_v) - <sum of the q_t paired with v, y_v>] / (B pairs)
     d student_v = (n_v softmax(y_v) - sum of the paired q_t) / (student_temp B pairs), times upstream
 
-Four launches forward: the teacher's rows and columns (partial sums over blocks of K), their combination, the students'
-rows (partial over stretches of K), their combination; one backward. No atomics, so every run gives the same bits.
+Four launches forward: the teacher's rows and columns (partial sums over blocks of K), the rows' combination, the
+students' rows (partial over stretches of K), the rest; one backward. No atomics, so every run gives the same bits.
 
 Letters: V student crops, T teacher crops, B images, K prototypes, n_v number of teacher crops paired with crop v.
 """
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels._launch import EXACT, cdiv, launch, power_of_2
+from fastssl.kernels._op import op
 
 FEW = 1024  # programs that keep the largest cards busy; not measured yet
 
@@ -143,18 +144,9 @@ def _target(
     return target
 
 
-@triton.jit(do_not_specialize=["parts", "rows"])
-def _combine(
-    partial,  # float32 [3, parts, rows]: maximum, sum of exponentials, third sum
-    lse,  # float32 [rows], out: log of the sum of all exponentials
-    third,  # float32 [rows], out: sum of the third sums, or their mean under the softmax
-    parts,
-    rows,
-    WEIGHTED: tl.constexpr,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+@triton.jit
+def _joined(partial, row, parts, rows, WEIGHTED: tl.constexpr, PARTS: tl.constexpr):
+    """Log of the sum of all exponentials per row, and the sum of the third sums, or their mean under the softmax."""
     part = tl.arange(0, PARTS)
     inside = (part < parts)[:, None] & (row < rows)[None, :]
     at = partial + part.to(tl.int64)[:, None] * rows + row[None, :]
@@ -166,8 +158,78 @@ def _combine(
     z = tl.sum(weight * tl.load(at + step, mask=inside, other=0.0), 0)
     s = tl.load(at + 2 * step, mask=inside, other=0.0)
     s = tl.sum(weight * s, 0) / z if WEIGHTED else tl.sum(s, 0)
-    tl.store(lse + row, top + tl.log(z), mask=row < rows)
-    tl.store(third + row, s, mask=row < rows)
+    return top + tl.log(z), s
+
+
+@triton.jit(do_not_specialize=["parts", "rows"])
+def _combine(
+    partial,  # float32 [3, parts, rows]: the teacher's maximum, sum of exponentials, third sum
+    lse,  # float32 [rows], out
+    entropies,  # float32 [rows], out
+    parts,
+    rows,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    level, mean = _joined(partial, row, parts, rows, True, PARTS)
+    tl.store(lse + row, level, mask=row < rows)
+    tl.store(entropies + row, level - mean, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["parts", "groups", "B", "K"])
+def _finish(
+    partial,  # float32 [3, parts, V B]: the students' maximum, sum of exponentials, sum of target y
+    entropies,  # float32 [T B]
+    column_sums,  # float32 [groups, K]
+    center,  # [K] or nothing
+    lse,  # float32 [V B], out
+    loss,  # float32 scalars, out; so the next two
+    entropy,
+    divergence,
+    column_sum,  # float32 [K], out
+    kept,  # float32 [K], out: the centre
+    parts,
+    groups,
+    B,
+    K,
+    V: tl.constexpr,
+    T: tl.constexpr,
+    CENTERED: tl.constexpr,
+    MATCHING: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The first program sums over rows, each of the others over the groups of a block of columns."""
+    program = tl.program_id(0)
+    if program > 0:
+        k = (program - 1) * BLOCK + tl.arange(0, BLOCK)
+        columns = tl.zeros([BLOCK], tl.float32)
+        for group in range(0, groups):
+            columns += tl.load(column_sums + group * K + k, mask=k < K, other=0.0)
+        tl.store(column_sum + k, columns, mask=k < K)
+        if CENTERED:
+            tl.store(kept + k, tl.load(center + k, mask=k < K, other=0.0).to(tl.float32), mask=k < K)
+        return
+    rows = V * B
+    total = tl.zeros([ROWS], tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS)
+        level, agreement = _joined(partial, row, parts, rows, False, PARTS)
+        tl.store(lse + row, level, mask=row < rows)
+        paired = 1.0 if MATCHING else tl.where(row < T * B, T - 1, T).to(tl.float32)
+        total += tl.where(row < rows, paired * level - agreement, 0.0)
+    spread = tl.zeros([ROWS], tl.float32)
+    for start in range(0, T * B, ROWS):
+        row = start + tl.arange(0, ROWS)
+        spread += tl.load(entropies + row, mask=row < T * B, other=0.0)
+    pairs = V if MATCHING else T * (V - 1)
+    mean_loss = tl.sum(total, 0) / (pairs * B).to(tl.float32)
+    mean_entropy = tl.sum(spread, 0) / (T * B).to(tl.float32)
+    tl.store(loss, mean_loss)
+    tl.store(entropy, mean_entropy)
+    tl.store(divergence, mean_loss - mean_entropy)
 
 
 @triton.jit
@@ -225,21 +287,18 @@ def _tile(crops: int, classes: int) -> dict[str, int]:
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(8, rows * block // 1024))}
 
 
-def _combined(partial: Tensor, weighted: bool) -> tuple[Tensor, Tensor]:
-    _, parts, rows = partial.shape
-    lse, third = torch.empty(2, rows, dtype=torch.float32, device=partial.device).unbind()
-    tile = power_of_2(parts)
-    block = max(1, 2048 // tile)
-    launch(_combine, (cdiv(rows, block),), partial, lse, third, parts, rows, WEIGHTED=weighted, ROWS=block, PARTS=tile)
-    return lse, third
+def _parts(partial: Tensor) -> dict[str, int]:
+    """All parts of about 2048 / parts rows at once."""
+    tile = power_of_2(partial.shape[1])
+    return {"ROWS": max(1, 2048 // tile), "PARTS": tile}
 
 
-@torch.library.custom_op("fastssl::centering_softmax_loss", mutates_args=())
+@op("fastssl::centering_softmax_loss")
 def forward(
     student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: float, matching: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss, column sums [K], mean entropy; saved for the backward pass: log-sum-exp of the students [V, B] and of the
-    teacher [T, B]."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, column sums [K], mean entropy, mean divergence; for the backward pass the centre as it is now (the method
+    moves its own before that; empty without one), and log-sum-exps of the students [V, B] and the teacher [T, B]."""
     student, teacher = _rows(student), _rows(teacher)
     (crops, images, classes), teachers = student.shape, len(teacher)
     rows = teachers * images
@@ -257,7 +316,9 @@ def forward(
         _teacher_forward, (blocks, len(column_sums)), teacher, center, partial, column_sums, images, classes, rows,
         *teacher.stride()[:2], 1 / teacher_temp, CENTERED=center is not None, GROUP=group, R=at_once, BLOCK=block,
     )  # fmt: skip
-    teacher_lse, mean_logit = _combined(partial, weighted=True)
+    teacher_lse, entropies = empty(teachers, images), empty(rows)
+    tile = _parts(partial)
+    launch(_combine, (cdiv(rows, tile["ROWS"]),), partial, teacher_lse, entropies, blocks, rows, **tile)
 
     tile = _tile(crops, classes)
     # At least 4 blocks per program: not measured yet.
@@ -269,17 +330,14 @@ def forward(
         *student.stride()[:2], *teacher.stride()[:2], stretch, 1 / student_temp, 1 / teacher_temp,
         V=crops, T=teachers, CENTERED=center is not None, MATCHING=matching, **EXACT, **tile,
     )  # fmt: skip
-    student_lse, agreement = _combined(partial, weighted=False)
-
-    number = _pairs(crops, teachers, matching) * images
-    student_lse = student_lse.view(crops, images)
-    if matching:
-        paired = student_lse.sum()
-    else:
-        paired = teachers * student_lse.sum() - student_lse[:teachers].sum()
-    loss = (paired - agreement.sum()) / number
-    entropy = (teacher_lse - mean_logit).mean()
-    return loss, column_sums.sum(0), entropy, student_lse, teacher_lse.view(teachers, images)
+    loss, entropy, divergence, column_sum, student_lse = empty(), empty(), empty(), empty(classes), empty(crops, images)
+    kept = empty(0 if center is None else classes)
+    launch(
+        _finish, (1 + cdiv(classes, 512),), partial, entropies, column_sums, center, student_lse, loss, entropy,
+        divergence, column_sum, kept, partial.shape[1], len(column_sums), images, classes,
+        V=crops, T=teachers, CENTERED=center is not None, MATCHING=matching, BLOCK=512, **EXACT, **_parts(partial),
+    )  # fmt: skip
+    return loss, column_sum, entropy, divergence, kept, student_lse, teacher_lse
 
 
 def _pairs(crops: int, teachers: int, matching: bool) -> int:
@@ -291,15 +349,17 @@ def _(student, teacher, center, student_temp, teacher_temp, matching):
     def empty(*shape):
         return student.new_empty(shape, dtype=torch.float32)
 
-    return empty(), empty(student.shape[2]), empty(), empty(*student.shape[:2]), empty(*teacher.shape[:2])
+    lse = empty(*student.shape[:2]), empty(*teacher.shape[:2])
+    kept = empty(0 if center is None else student.shape[2])
+    return empty(), empty(student.shape[2]), empty(), empty(), kept, *lse
 
 
-@torch.library.custom_op("fastssl::centering_softmax_loss_backward", mutates_args=())
+@op("fastssl::centering_softmax_loss_backward")
 def backward(
-    upstream: Tensor, student: Tensor, teacher: Tensor, center: Tensor | None, student_lse: Tensor,
-    teacher_lse: Tensor, student_temp: float, teacher_temp: float, matching: bool,
+    upstream: Tensor, student: Tensor, teacher: Tensor, center: Tensor, student_lse: Tensor, teacher_lse: Tensor,
+    student_temp: float, teacher_temp: float, matching: bool,
 ) -> Tensor:  # fmt: skip
-    """Gradient of the student's logits, contiguous."""
+    """Gradient of the student's logits, contiguous. An empty centre: none."""
     student, teacher = _rows(student), _rows(teacher)
     (crops, images, classes), teachers = student.shape, len(teacher)
     gradient = torch.empty(student.shape, dtype=student.dtype, device=student.device)
@@ -309,7 +369,7 @@ def backward(
         _student_backward, (cdiv(classes, tile["BLOCK"]), images), student, teacher, center, student_lse, teacher_lse,
         upstream, gradient, images, classes, *student.stride()[:2], *teacher.stride()[:2],
         1 / student_temp, 1 / teacher_temp, scale,
-        V=crops, T=teachers, CENTERED=center is not None, MATCHING=matching, **EXACT, **tile,
+        V=crops, T=teachers, CENTERED=len(center) > 0, MATCHING=matching, **EXACT, **tile,
     )  # fmt: skip
     return gradient
 
@@ -320,9 +380,8 @@ def _(upstream, student, *rest):
 
 
 def _save(ctx, inputs, output):
-    student, teacher, center, *ctx.options = inputs
-    center = None if center is None else center.clone()  # the method moves its centre before the backward pass
-    ctx.save_for_backward(student, teacher, center, *output[3:])
+    student, teacher, _, *ctx.options = inputs
+    ctx.save_for_backward(student, teacher, *output[4:])
     ctx.mark_non_differentiable(*output[1:])
 
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.kernels._check import FLOATS, Shapes, check
+from fastssl.kernels._check import FLOATS, Shapes, check, once
 from fastssl.kernels._path import use_triton
 from fastssl.kernels.feature_search import reference
 
@@ -76,9 +76,7 @@ def search_maps(queries: Tensor, feature: Tensor) -> Tensor:
         KernelError: a shape or type that does not fit.
     """
     name = "search_maps"
-    shapes = Shapes(name)
-    shapes("queries", queries, "M B C")
-    shapes("feature", feature, "B C H W")
+    _check(name, "queries: M B C, feature: B C H W", queries, feature)
     if use_triton(name, queries, feature) and feature.dtype in FLOATS[:3]:
         from fastssl.kernels.feature_search import kernel
 
@@ -109,14 +107,13 @@ def scaled_moments(y: Tensor, maps: Tensor) -> Moments:
         KernelError: a shape or type that does not fit.
     """
     name = "scaled_moments"
-    shapes = Shapes(name)
-    B, _, H, W = shapes("y", y, "B C H W")
-    M, *_ = shapes("maps", maps, "M B H W")
+    _check(name, "y: B C H W, maps: M B H W", y, maps)
+    count = maps.numel()
     if use_triton(name, y, maps) and y.dtype in FLOATS[:3]:
         from fastssl.kernels.feature_search import kernel
 
-        return Moments(M * B * H * W, *kernel.moments(y, maps))
-    return Moments(M * B * H * W, *reference.scaled_moments(y, maps))
+        return Moments(count, *kernel.moments(y, maps))
+    return Moments(count, *reference.scaled_moments(y, maps))
 
 
 @torch.no_grad()
@@ -150,18 +147,14 @@ def scale_norm_relu(
         KernelError: a shape or type that does not fit; only one of mean and var.
     """
     name = "scale_norm_relu"
-    shapes = Shapes(name)
-    shapes("y", y, "B C H W")
-    shapes("maps", maps, "M B H W")
-    shapes("weight", weight, "C")
-    shapes("bias", bias, "C")
+    what = "y: B C H W, maps: M B H W, weight: C, bias: C"
     check((mean is None) == (var is None), name, "mean", "given together with var", "one of them alone")
     if mean is None or var is None:
+        _check(name, what, y, maps, weight, bias)
         count, mean, m2 = scaled_moments(y, maps)
         var = m2 / max(count, 1)
     else:
-        shapes("mean", mean, "C")
-        shapes("var", var, "C")
+        _check(name, what + ", mean: C, var: C", y, maps, weight, bias, mean, var)
     if use_triton(name, y, maps) and y.dtype in FLOATS[:3]:
         from fastssl.kernels.feature_search import kernel
 
@@ -195,14 +188,19 @@ def residual_pool(z: Tensor, scale: Tensor, shift: Tensor, maps: Tensor, feature
         KernelError: a shape or type that does not fit.
     """
     name = "residual_pool"
-    shapes = Shapes(name)
-    M, B, *_ = shapes("maps", maps, "M B H W")
-    shapes("feature", feature, "B C H W")
-    shapes("z", z, f"{M * B} C H W")
-    shapes("scale", scale, "C")
-    shapes("shift", shift, "C")
+    _check(name, "maps: M B H W, feature: B C H W, z: MB C H W, scale: C, shift: C", maps, feature, z, scale, shift)
     if use_triton(name, z, maps, feature) and z.dtype in FLOATS[:3] and feature.dtype in FLOATS[:3]:
         from fastssl.kernels.feature_search import kernel
 
         return kernel.pool(z, scale, shift, maps, feature)
     return reference.residual_pool(z, scale, shift, maps, feature)
+
+
+@once
+def _check(op: str, what: str, *tensors: Tensor) -> None:
+    """The tensors against `what`, "name: shape" of each; MB stands for M times B."""
+    shapes = Shapes(op)
+    for item, tensor in zip(what.split(", "), tensors, strict=True):
+        argument, shape = item.split(": ")
+        sizes = shapes.sizes
+        shapes(argument, tensor, shape.replace("MB", str(sizes["M"] * sizes["B"])) if "MB" in shape else shape)

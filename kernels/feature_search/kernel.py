@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels._launch import EXACT, cdiv, launch, power_of_2, recording
+from fastssl.kernels._op import op
 
 EPS = 1e-12  # least norm, as in F.normalize
 # Not measured yet: these two, and the sizes of blocks below.
@@ -278,7 +279,7 @@ def _sizes(maps: Tensor, feature: Tensor) -> tuple[int, int, int, int]:
     return *maps.shape[:2], feature.shape[1], feature.shape[2] * feature.shape[3]
 
 
-@torch.library.custom_op("fastssl::search_maps", mutates_args=())
+@op("fastssl::search_maps")
 def search(queries: Tensor, feature: Tensor) -> Tensor:
     """Maps [M, B, H, W], float32."""
     crops, images, channels = queries.shape
@@ -310,7 +311,7 @@ def _(queries, feature):
     return feature.new_empty(*queries.shape[:2], *feature.shape[2:], dtype=torch.float32)
 
 
-@torch.library.custom_op("fastssl::scaled_moments", mutates_args=())
+@op("fastssl::scaled_moments")
 def moments(y: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and m2, float32 [C]."""
     y, strides, last = _dense(y)
@@ -339,7 +340,7 @@ def _(y, maps):
     return mean, torch.empty_like(mean)
 
 
-@torch.library.custom_op("fastssl::scale_norm_relu", mutates_args=())
+@op("fastssl::scale_norm_relu")
 def normalised(
     feature: Tensor, maps: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float
 ) -> Tensor:
@@ -362,7 +363,7 @@ def _(feature, maps, *rest):
     return _like(feature, maps)
 
 
-@torch.library.custom_op("fastssl::residual_pool", mutates_args=())
+@op("fastssl::residual_pool")
 def pool(z: Tensor, scale: Tensor, shift: Tensor, maps: Tensor, feature: Tensor) -> Tensor:
     """[M B, C], dtype of z."""
     z, z_strides, last = _dense(z)
@@ -375,14 +376,14 @@ def pool(z: Tensor, scale: Tensor, shift: Tensor, maps: Tensor, feature: Tensor)
     each = cdiv(cdiv(positions, splits), block_p) * block_p
     splits = max(1, cdiv(positions, each)) if each else 1
     dtype = z.dtype if splits == 1 else torch.float32
-    out = z.new_empty(splits, crops * images, channels, dtype=dtype)
+    out = z.new_empty((splits, crops * images, channels) if splits > 1 else (crops * images, channels), dtype=dtype)
     grid = (cdiv(channels, block_c), images, cdiv(crops, together) * splits)
     launch(
         _pool, grid, z, scale.contiguous(), shift.contiguous(), maps.contiguous(), feature, out,
         *sizes, *z_strides, *strides, splits, each,
         CROPS=together, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
-    return out[0] if splits == 1 else out.sum(0).to(z.dtype)
+    return out if splits == 1 else out.sum(0).to(z.dtype)
 
 
 @pool.register_fake

@@ -1,26 +1,28 @@
 """Taking out the kept tokens in Triton: each row of each output is written exactly once.
 
     out[b, k] = tokens[b, ids[b, k]]
-    d tokens[b, n] = upstream[b, inverse[b, n]], or 0 where inverse[b, n] = -1
+    d tokens[b, n] = upstream[b, k] where ids[b, k] = n, or 0 if there is no such k
 
-Letters: B samples, N patches, K kept ones, D width.
-`inverse` [B, N] holds for every patch its place among the sample's valid ids, -1 if it is not there.
+Letters: B samples, N patches, K kept ones, D width. Backward, a program looks for its patches among all ids of their
+sample: a few hundred bytes for some thousands that it writes.
 """
 
 from __future__ import annotations
 
-import torch
+from functools import cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels._launch import cdiv, launch, power_of_2
+from fastssl.kernels._op import op
 
 TILE = 2048  # values that a program moves at once; not measured yet
 
 
 @triton.jit
-def find(
+def _find(
     ids,  # int [B, K], strides ib, ik
     n,  # [ROWS] patches looked for
     b,
@@ -41,33 +43,12 @@ def find(
 
 
 @triton.jit
-def length_of(count, b, size, COUNT: tl.constexpr):
+def _length_of(count, b, size, COUNT: tl.constexpr):
     """How many of the `size` rows of sample b are valid."""
     length = size
     if COUNT:
         length = tl.minimum(tl.load(count + b).to(tl.int32), size)
     return length
-
-
-@triton.jit
-def _invert(
-    ids,
-    count,  # int [B] or nothing
-    inverse,  # int32 [B, N], out
-    N,
-    K,
-    blocks,  # programs per sample
-    ib,
-    ik,
-    ROWS: tl.constexpr,
-    CHUNK: tl.constexpr,
-    COUNT: tl.constexpr,
-):
-    program = tl.program_id(0)
-    b = (program // blocks).to(tl.int64)
-    n = program % blocks * ROWS + tl.arange(0, ROWS)
-    at = find(ids, n, b, length_of(count, b, K, COUNT), ib, ik, ROWS, CHUNK)
-    tl.store(inverse + b * N + n, at, mask=n < N)
 
 
 @triton.jit
@@ -94,7 +75,7 @@ def _gather(
     block = program // parts
     b = (block // blocks).to(tl.int64)
     k = block % blocks * ROWS + tl.arange(0, ROWS)
-    kept = k < length_of(count, b, K, COUNT)
+    kept = k < _length_of(count, b, K, COUNT)
     patch = tl.load(ids + b * ib + k * ik, mask=kept, other=0).to(tl.int64)
     mask = kept[:, None] & (lane < D)[None, :]
     x = tl.load(tokens + b * tb + patch[:, None] * tn + lane[None, :] * td, mask=mask, other=0.0)
@@ -105,54 +86,48 @@ def _gather(
 @triton.jit
 def _gather_backward(
     upstream,  # [B, K, D], strides ub, uk, ud
-    inverse,
+    ids,
+    count,
     gradient,  # [B, N, D], out
-    B,
     N,
+    K,
+    blocks,  # of patches per sample
     ub,
     uk,
     ud,
+    ib,
+    ik,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
-    parts: tl.constexpr = (D + BLOCK - 1) // BLOCK
     program = tl.program_id(0)
-    lane = program % parts * BLOCK + tl.arange(0, BLOCK)
-    n = (program // parts).to(tl.int64)
-    b = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    inside = (lane < D)[None, :]
-    k = tl.load(inverse + b * N + n, mask=b < B, other=-1).to(tl.int64)
-    at = upstream + b[:, None] * ub + k[:, None] * uk + lane[None, :] * ud
-    x = tl.load(at, mask=(k >= 0)[:, None] & inside, other=0.0)
-    at = gradient + (b[:, None] * N + n) * D + lane[None, :]
-    tl.store(at, x, mask=(b < B)[:, None] & inside)
+    b = (program // blocks).to(tl.int64)
+    n = program % blocks * ROWS + tl.arange(0, ROWS)
+    k = _find(ids, n, b, _length_of(count, b, K, COUNT), ib, ik, ROWS, 64).to(tl.int64)
+    for start in range(0, D, BLOCK):
+        lane = start + tl.arange(0, BLOCK)
+        inside = (lane < D)[None, :]
+        at = upstream + b * ub + k[:, None] * uk + lane[None, :] * ud
+        x = tl.load(at, mask=(k >= 0)[:, None] & inside, other=0.0)
+        tl.store(gradient + (b * N + n[:, None]) * D + lane[None, :], x, mask=(n < N)[:, None] & inside)
 
 
-def _invert_ids(ids: Tensor, count: Tensor | None, num_patches: int) -> Tensor:
-    B, K = ids.shape
-    inverse = torch.empty(B, num_patches, dtype=torch.int32, device=ids.device)
-    blocks = cdiv(num_patches, 64)  # 64 patches against 64 ids at a time: not measured yet
-    launch(
-        _invert, (B * blocks,), ids, count, inverse, num_patches, K, blocks, *ids.stride(),
-        ROWS=64, CHUNK=64, COUNT=count is not None, num_warps=4,
-    )  # fmt: skip
-    return inverse
-
-
+@cache
 def _blocks(width: int) -> dict[str, int]:
-    """Sizes of a tile: at most 256 values of a row, and as many rows as fill it. Not measured yet."""
+    """Sizes of a tile: at most 256 values of a row, and at most 64 rows that fill it. Not measured yet."""
     block = min(256, power_of_2(width))
-    return {"D": width, "ROWS": TILE // block, "BLOCK": block, "num_warps": 4}
+    return {"D": width, "ROWS": min(64, TILE // block), "BLOCK": block, "num_warps": 4}
 
 
-@torch.library.custom_op("fastssl::gather_tokens", mutates_args=())
+@op("fastssl::gather_tokens")
 def gather(tokens: Tensor, ids: Tensor, count: Tensor | None) -> Tensor:
     """The kept tokens [B, K, D]. Saved for the backward pass: ids and count."""
     B, K = ids.shape
     width = tokens.shape[2]
     constants = _blocks(width)
-    out = torch.empty(B, K, width, dtype=tokens.dtype, device=tokens.device)
+    out = tokens.new_empty(B, K, width)
     blocks = cdiv(K, constants["ROWS"])
     launch(
         _gather, (B * blocks * cdiv(width, constants["BLOCK"]),), tokens, ids, count, out, K, blocks,
@@ -166,16 +141,16 @@ def _(tokens, ids, count):
     return tokens.new_empty(*ids.shape, tokens.shape[2])
 
 
-@torch.library.custom_op("fastssl::gather_tokens_backward", mutates_args=())
+@op("fastssl::gather_tokens_backward")
 def gather_backward(upstream: Tensor, ids: Tensor, count: Tensor | None, num_patches: int) -> Tensor:
     """Gradient of the tokens [B, N, D]; zero in rows that were not taken."""
-    B, _, width = upstream.shape
+    B, K, width = upstream.shape
     constants = _blocks(width)
-    inverse = _invert_ids(ids, count, num_patches)
-    gradient = torch.empty(B, num_patches, width, dtype=upstream.dtype, device=upstream.device)
+    gradient = upstream.new_empty(B, num_patches, width)
+    blocks = cdiv(num_patches, constants["ROWS"])
     launch(
-        _gather_backward, (num_patches * cdiv(width, constants["BLOCK"]), cdiv(B, constants["ROWS"])),
-        upstream, inverse, gradient, B, num_patches, *upstream.stride(), **constants,
+        _gather_backward, (B * blocks,), upstream, ids, count, gradient, num_patches, K, blocks,
+        *upstream.stride(), *ids.stride(), COUNT=count is not None, **constants,
     )  # fmt: skip
     return gradient
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.kernels._check import FLOATS, Shapes, check
+from fastssl.kernels._check import FLOATS, Shapes, check, once
 from fastssl.kernels._path import use_triton
 from fastssl.kernels.patch_contrast import reference
 
@@ -53,14 +53,19 @@ def patch_contrast(a: Tensor, b: Tensor, valid: Tensor, temperature: float = 0.2
     Raises:
         KernelError: a shape or type that does not fit.
     """
+    _check(a, b, valid, temperature)
+    if use_triton(NAME, a) and a.dtype in FLOATS[:3]:
+        from fastssl.kernels.patch_contrast import kernel
+
+        return PatchContrast(*kernel.forward(a, b, valid, temperature)[:2])
+    return PatchContrast(*reference.patch_contrast(a, b, valid, temperature))
+
+
+@once
+def _check(a: Tensor, b: Tensor, valid: Tensor, temperature: float) -> None:
     shapes = Shapes(NAME)
     _, patches, width = shapes("a", a, "N P C")
     shapes("b", b, "N P C", (a.dtype,))
     shapes("valid", valid, "N P", (torch.bool,))
     check(1 <= patches <= 1024 and 1 <= width <= 512, NAME, "a", "[N, P to 1024, C to 512]", list(a.shape))
     check(temperature > 0, NAME, "temperature", "above 0", temperature)
-    if use_triton(NAME, a) and a.dtype in FLOATS[:3]:
-        from fastssl.kernels.patch_contrast import kernel
-
-        return PatchContrast(*kernel.forward(a, b, valid, temperature)[:2])
-    return PatchContrast(*reference.patch_contrast(a, b, valid, temperature))

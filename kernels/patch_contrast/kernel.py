@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels._launch import cdiv, launch, power_of_2, recording
+from fastssl.kernels._op import op
 
 
 @triton.jit
@@ -61,10 +62,10 @@ def _forward(
     a,  # [N, P, C], strides an, ap, 1
     b,  # [N, P, C], strides bn, bp, 1
     valid,  # bool [N, P]
-    lse,  # float32 [N, P], out: infinity where not valid
-    a_norm,  # float32 [N, P], out: of blocks with a valid patch
-    b_norm,  # float32 [N, P], out: of images with a valid patch
-    sums,  # float32 [N, blocks], out: sum of the block's losses
+    saved,  # float32 [3, N, P], out: log-sum-exp, infinity where not valid; norm of a, of blocks with a valid patch;
+    # norm of b, of images with a valid patch
+    sums,  # float32 [2, N, blocks], out: sum of the block's losses, and how many there are
+    plane,  # N P
     blocks,
     an,
     ap,
@@ -81,8 +82,11 @@ def _forward(
     n = (tl.program_id(0) // blocks).to(tl.int64)
     p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, WIDTH)
+    lse, a_norm, b_norm = saved, saved + plane, saved + 2 * plane
     counts = tl.load(valid + n * P + p, mask=p < P, other=0) != 0
-    if tl.sum(counts.to(tl.int32), 0) == 0:
+    number = tl.sum(counts.to(tl.int32), 0)
+    tl.store(sums + tl.num_programs(0) + tl.program_id(0), number.to(tl.float32))
+    if number == 0:
         tl.store(lse + n * P + p, float("inf"), mask=p < P)
         tl.store(sums + tl.program_id(0), 0.0)
         return
@@ -112,15 +116,33 @@ def _forward(
     tl.store(sums + tl.program_id(0), tl.sum(tl.where(counts, total - own, 0.0), 0))
 
 
+@triton.jit(do_not_specialize=["number"])
+def _total(
+    sums,  # float32 [2, number]
+    total,  # float32 scalar, out
+    count,  # float32 scalar, out
+    number,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK)
+    losses = tl.zeros([BLOCK], tl.float32)
+    counts = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, number, BLOCK):
+        inside = start + lane < number
+        losses += tl.load(sums + start + lane, mask=inside, other=0.0)
+        counts += tl.load(sums + number + start + lane, mask=inside, other=0.0)
+    tl.store(total, tl.sum(losses, 0))
+    tl.store(count, tl.sum(counts, 0))
+
+
 @triton.jit
 def _backward(
     own,  # [N, P, C], strides on, op, 1: a for its gradient, b for its own
     other,  # [N, P, C], strides tn, tp, 1: the other one
-    lse,
-    own_norm,
-    other_norm,
+    saved,  # float32 [3, N, P]
     upstream,  # float32 scalar
     gradient,  # [N, P, C], contiguous, out: of `own`
+    plane,
     blocks,
     on,
     op,
@@ -140,7 +162,12 @@ def _backward(
     p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     c = tl.arange(0, WIDTH)
     gradient += n * P * C
-    lse += n * P
+    lse = saved + n * P
+    own_norm, other_norm = saved + plane, saved + plane
+    if ROWS:
+        other_norm += plane
+    else:
+        own_norm += plane
     inside = (p < P)[:, None] & (c < C)[None, :]
     every = tl.arange(0, LENGTH)
     first = 0
@@ -209,7 +236,7 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-@torch.library.custom_op("fastssl::patch_contrast", mutates_args=())
+@op("fastssl::patch_contrast")
 def forward(a: Tensor, b: Tensor, valid: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Total and count, float32 scalars; for the backward pass log-sum-exps and norms of a and b, [3, N, P]."""
     a, b, valid = _rows(a), _rows(b), valid.contiguous()
@@ -217,12 +244,14 @@ def forward(a: Tensor, b: Tensor, valid: Tensor, temperature: float) -> tuple[Te
     tile = _tile(a)
     blocks = cdiv(patches, tile["BLOCK"])
     saved = torch.empty(3, images, patches, dtype=torch.float32, device=a.device)
-    sums = torch.empty(images, blocks, dtype=torch.float32, device=a.device)
+    sums = torch.empty(2, images * blocks, dtype=torch.float32, device=a.device)
     launch(
-        _forward, (sums.numel(),), a, b, valid, *saved.unbind(), sums, blocks, *a.stride()[:2], *b.stride()[:2],
-        1 / temperature, **tile,
+        _forward, (images * blocks,), a, b, valid, saved, sums, images * patches, blocks, *a.stride()[:2],
+        *b.stride()[:2], 1 / temperature, **tile,
     )  # fmt: skip
-    return sums.sum(), valid.sum().float(), saved
+    total, count = (torch.empty((), dtype=torch.float32, device=a.device) for _ in range(2))
+    launch(_total, (1,), sums, total, count, images * blocks, BLOCK=1024, num_warps=8)
+    return total, count, saved
 
 
 @forward.register_fake
@@ -233,7 +262,7 @@ def _(a, b, valid, temperature):
     return empty(), empty(), empty(3, *a.shape[:2])
 
 
-@torch.library.custom_op("fastssl::patch_contrast_backward", mutates_args=())
+@op("fastssl::patch_contrast_backward")
 def backward(
     upstream: Tensor, a: Tensor, b: Tensor, saved: Tensor, temperature: float, a_grad: bool, b_grad: bool
 ) -> tuple[Tensor, Tensor]:
@@ -243,14 +272,13 @@ def backward(
     tile = _tile(a)
     blocks = cdiv(patches, tile["BLOCK"])
     gradients = []
-    lse, a_norm, b_norm = saved.unbind()
-    for own, other, norms, wanted in ((a, b, (a_norm, b_norm), a_grad), (b, a, (b_norm, a_norm), b_grad)):
+    for own, other, wanted in ((a, b, a_grad), (b, a, b_grad)):
         gradients.append(torch.empty(own.shape if wanted else (0,), dtype=a.dtype, device=a.device))
         if wanted:
             launch(
-                _backward, (images * blocks,), own, other, lse, *norms, upstream, gradients[-1], blocks,
+                _backward, (images * blocks,), own, other, saved, upstream, gradients[-1], images * patches, blocks,
                 *own.stride()[:2], *other.stride()[:2], 1 / temperature,
-                ROWS=own is a, LENGTH=power_of_2(patches), **tile,
+                ROWS=len(gradients) == 1, LENGTH=power_of_2(patches), **tile,
             )  # fmt: skip
     return gradients[0], gradients[1]
 
@@ -264,12 +292,9 @@ def _save(ctx, inputs, output):
     a, b, _, ctx.temperature = inputs
     ctx.save_for_backward(a, b, output[2])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, upstream, *_):
-    if upstream is None:
-        return (None,) * 4
     wanted = ctx.needs_input_grad[:2]
     gradients = backward(upstream, *ctx.saved_tensors, ctx.temperature, *wanted)
     return *[gradient if wants else None for gradient, wants in zip(gradients, wanted, strict=True)], None, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastssl.kernels._check import FLOATS, INTEGERS, Shapes, check
+from fastssl.kernels._check import FLOATS, INTEGERS, Shapes, check, once
 from fastssl.kernels._path import use_triton
 from fastssl.kernels.patch_pixel_loss import reference
 
@@ -46,6 +46,16 @@ def patch_pixel_loss(
     Raises:
         KernelError: a shape or type that does not fit.
     """
+    _check(prediction, images, masked, count, patch_size)
+    if use_triton(NAME, prediction) and prediction.dtype in FLOATS[:3]:
+        from fastssl.kernels.patch_pixel_loss import kernel
+
+        return kernel.forward(prediction, images, masked, count, patch_size, norm_pixels, channels_last)[0]
+    return reference.patch_pixel_loss(prediction, images, masked, patch_size, norm_pixels, channels_last, count)
+
+
+@once
+def _check(prediction: Tensor, images: Tensor, masked: Tensor, count: Tensor | None, patch_size: int) -> None:
     shapes = Shapes(NAME)
     _, _, values = shapes("prediction", prediction, "B M P")
     _, _, height, width = shapes("images", images, "B 3 H W")
@@ -55,8 +65,3 @@ def patch_pixel_loss(
     check(fits, NAME, "images", f"[B, 3, H, W] with sides that are multiples of {patch_size}", list(images.shape))
     if count is not None:
         shapes("count", count, "B", INTEGERS)
-    if use_triton(NAME, prediction) and prediction.dtype in FLOATS[:3]:
-        from fastssl.kernels.patch_pixel_loss import kernel
-
-        return kernel.forward(prediction, images, masked, count, patch_size, norm_pixels, channels_last)[0]
-    return reference.patch_pixel_loss(prediction, images, masked, patch_size, norm_pixels, channels_last, count)

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels._launch import launch, power_of_2
+from fastssl.kernels._op import op
 
 
 @triton.jit
@@ -94,13 +95,43 @@ def _forward(
     tl.store(sums + row, tl.sum(error * error, 0))
 
 
+@triton.jit(do_not_specialize=["B", "M"])
+def _total(
+    sums,  # float32 [B, M]
+    count,  # int [B] or nothing
+    loss,  # float32 scalar, out
+    number,  # float32 scalar, out: values that count, at least 1
+    B,
+    M,
+    P: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, B * M, BLOCK):
+        total += tl.load(sums + start + lane, mask=start + lane < B * M, other=0.0)
+    rows = tl.zeros([BLOCK], tl.int32)
+    if COUNT:
+        for start in range(0, B, BLOCK):
+            here = tl.load(count + start + lane, mask=start + lane < B, other=0)
+            rows += tl.minimum(tl.maximum(here, 0), M).to(tl.int32)
+        values = tl.sum(rows.to(tl.int64), 0) * P
+    else:
+        values = B.to(tl.int64) * M * P
+    values = tl.maximum(values, 1).to(tl.float32)
+    tl.store(number, values)
+    tl.store(loss, tl.div_rn(tl.sum(total, 0), values))
+
+
 @triton.jit
 def _backward(
     prediction,
     images,
     masked,
     count,
-    scale,  # float32 scalar: upstream / number
+    upstream,  # float32 scalar
+    number,  # float32 scalar: values that count
     gradient,  # [B, M, P], out
     M,
     columns,
@@ -126,7 +157,8 @@ def _backward(
     error = _error(
         prediction, images, masked, row, M, columns, ib, ic, ih, iw, mb, mm, p, P, BLOCK, NORM, CHANNELS_LAST
     )
-    tl.store(out, (2 * error * tl.load(scale)).to(gradient.dtype.element_ty), mask=lane < P)
+    scale = tl.div_rn(tl.load(upstream), tl.load(number))
+    tl.store(out, (2 * error * scale).to(gradient.dtype.element_ty), mask=lane < P)
 
 
 def _arguments(
@@ -140,7 +172,7 @@ def _arguments(
     return numbers, {"p": patch_size, "P": values, "BLOCK": block, "num_warps": max(1, min(8, block // 256))}
 
 
-@torch.library.custom_op("fastssl::patch_pixel_loss", mutates_args=())
+@op("fastssl::patch_pixel_loss")
 def forward(
     prediction: Tensor, images: Tensor, masked: Tensor, count: Tensor | None, patch_size: int, norm_pixels: bool,
     channels_last: bool,
@@ -152,11 +184,12 @@ def forward(
         _forward, (masked.numel(),), prediction.contiguous(), images, masked, count, sums, *numbers,
         NORM=norm_pixels, CHANNELS_LAST=channels_last, COUNT=count is not None, **constants,
     )  # fmt: skip
-    if count is None:
-        number = sums.new_full((), max(prediction.numel(), 1))
-    else:
-        number = (count.clamp(0, masked.shape[1]).sum() * prediction.shape[2]).clamp_min(1).float()
-    return sums.sum() / number, number
+    loss, number = (torch.empty((), dtype=torch.float32, device=images.device) for _ in range(2))
+    launch(
+        _total, (1,), sums, count, loss, number, *masked.shape,
+        P=prediction.shape[2], COUNT=count is not None, BLOCK=4096, num_warps=16,
+    )  # fmt: skip
+    return loss, number
 
 
 @forward.register_fake
@@ -165,24 +198,24 @@ def _(prediction, *rest):
     return scalar, torch.empty_like(scalar)
 
 
-@torch.library.custom_op("fastssl::patch_pixel_loss_backward", mutates_args=())
+@op("fastssl::patch_pixel_loss_backward")
 def backward(
-    scale: Tensor, prediction: Tensor, images: Tensor, masked: Tensor, count: Tensor | None, patch_size: int,
-    norm_pixels: bool, channels_last: bool,
+    upstream: Tensor, number: Tensor, prediction: Tensor, images: Tensor, masked: Tensor, count: Tensor | None,
+    patch_size: int, norm_pixels: bool, channels_last: bool,
 ) -> Tensor:  # fmt: skip
-    """Gradient of the prediction; `scale` is the upstream gradient over the number of counted values."""
+    """Gradient of the prediction; `number` is that of the counted values."""
     prediction = prediction.contiguous()
     numbers, constants = _arguments(prediction, images, masked, patch_size)
     gradient = torch.empty_like(prediction)
     launch(
-        _backward, (masked.numel(),), prediction, images, masked, count, scale, gradient, *numbers,
+        _backward, (masked.numel(),), prediction, images, masked, count, upstream, number, gradient, *numbers,
         NORM=norm_pixels, CHANNELS_LAST=channels_last, COUNT=count is not None, **constants,
     )  # fmt: skip
     return gradient
 
 
 @backward.register_fake
-def _(scale, prediction, *rest):
+def _(upstream, number, prediction, *rest):
     return torch.empty_like(prediction, memory_format=torch.contiguous_format)
 
 
@@ -194,7 +227,7 @@ def _save(ctx, inputs, output):
 
 def _differentiate(ctx, upstream, _):
     *inputs, number = ctx.saved_tensors
-    return backward(upstream / number, *inputs, *ctx.options), *[None] * 6
+    return backward(upstream, number, *inputs, *ctx.options), *[None] * 6
 
 
 forward.register_autograd(_differentiate, setup_context=_save)

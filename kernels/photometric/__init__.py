@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastssl.kernels._check import FLOATS, INTEGERS, Shapes, check
+from fastssl.kernels._check import FLOATS, INTEGERS, Shapes, check, once
 from fastssl.kernels._path import use_numba, use_triton
 from fastssl.kernels.photometric import reference
 from fastssl.kernels.photometric.reference import BLUR_RADIUS as BLUR_RADIUS
@@ -73,6 +73,28 @@ def photometric(
     Raises:
         KernelError: a shape or type that does not fit, or only some of the drawn parameters.
     """
+    drawn = (jitter, order, factor, gray, blur_sigma, solarize)
+    _check(crops, *drawn, tuple(mean), tuple(std), dtype, out)
+    if out is not None:
+        check(out.device.type == "cpu" and out.is_contiguous(), NAME, "out", "contiguous and on the CPU", out.device)
+    exact = torch.float64 in (dtype, None if factor is None else factor.dtype)
+    if use_triton(NAME, crops) and not exact:
+        from fastssl.kernels.photometric import kernel
+
+        result = kernel.forward(crops, *drawn, [float(m) for m in mean], [float(s) for s in std], dtype)
+    elif dtype == torch.float32 and not exact and use_numba(crops):
+        return _on_cpu(crops, drawn, mean, std, out)
+    else:
+        result = reference.photometric(crops, *drawn, mean=mean, std=std, dtype=dtype)
+    return result if out is None else out.copy_(result)
+
+
+@once
+def _check(
+    crops: Tensor, jitter: Tensor | None, order: Tensor | None, factor: Tensor | None, gray: Tensor | None,
+    blur_sigma: Tensor | None, solarize: Tensor | None, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+    out: Tensor | None,
+) -> None:  # fmt: skip
     shapes = Shapes(NAME)
     shapes("crops", crops, "N 3 H W", (torch.uint8,))
     given: dict[str, tuple[Any, str, tuple[torch.dtype, ...]]] = {
@@ -94,18 +116,6 @@ def photometric(
     check(dtype in FLOATS, NAME, "dtype", "a floating-point type", dtype)
     if out is not None:
         shapes("out", out, "N 3 H W", (dtype,))
-        check(out.device.type == "cpu" and out.is_contiguous(), NAME, "out", "contiguous and on the CPU", out.device)
-    drawn = (jitter, order, factor, gray, blur_sigma, solarize)
-    exact = torch.float64 in (dtype, None if factor is None else factor.dtype)
-    if use_triton(NAME, crops) and not exact:
-        from fastssl.kernels.photometric import kernel
-
-        result = kernel.forward(crops, *drawn, [float(m) for m in mean], [float(s) for s in std], dtype)
-    elif dtype == torch.float32 and not exact and use_numba(crops):
-        return _on_cpu(crops, drawn, mean, std, out)
-    else:
-        result = reference.photometric(crops, *drawn, mean=mean, std=std, dtype=dtype)
-    return result if out is None else out.copy_(result)
 
 
 def _on_cpu(

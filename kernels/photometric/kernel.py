@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels._launch import cdiv, launch, power_of_2
+from fastssl.kernels._op import op
 from fastssl.kernels.photometric.reference import BLUR_RADIUS
 
 # Not measured against other sizes yet: the tiles and RUN.
@@ -336,7 +337,7 @@ def _blurred(
         blue_sum = _product(upper, upper_low, blue, blue_low, zero, EXACT)
 
 
-@torch.library.custom_op("fastssl::photometric", mutates_args=())
+@op("fastssl::photometric")
 def forward(
     crops: Tensor, jitter: Tensor | None, order: Tensor | None, factor: Tensor | None, gray: Tensor | None,
     blur_sigma: Tensor | None, solarize: Tensor | None, mean: list[float], std: list[float], dtype: torch.dtype,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastssl.kernels._check import FLOATS, INTEGERS, Shapes, check
+from fastssl.kernels._check import FLOATS, INTEGERS, Shapes, check, once
 from fastssl.kernels._path import use_triton
 from fastssl.kernels.token_cross_entropy import reference
 
@@ -58,6 +58,18 @@ def token_cross_entropy(tokens: Tensor, weight: Tensor, bias: Tensor | None, lab
     Raises:
         KernelError: a shape or type that does not fit.
     """
+    _check(tokens, weight, bias, labels)
+    if use_triton(NAME, tokens) and tokens.dtype in FLOATS[:3]:
+        from fastssl.kernels.token_cross_entropy import kernel
+
+        grad = torch.is_grad_enabled()
+        wanted = [grad and x is not None and x.requires_grad for x in (tokens, weight, bias)]
+        return TokenCrossEntropy(*kernel.forward(tokens, weight, bias, labels, *wanted)[:2])
+    return TokenCrossEntropy(*reference.token_cross_entropy(tokens, weight, bias, labels))
+
+
+@once
+def _check(tokens: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> None:
     shapes = Shapes(NAME)
     shapes("tokens", tokens, "T D")
     wide = (tokens.dtype,) if tokens.dtype in (torch.float32, torch.float64) else (tokens.dtype, torch.float32)
@@ -66,10 +78,3 @@ def token_cross_entropy(tokens: Tensor, weight: Tensor, bias: Tensor | None, lab
         shapes("bias", bias, "K", wide)
     shapes("labels", labels, "T", INTEGERS)
     check(weight.shape[0] > 0, NAME, "weight", "[K, D] with K of at least 1", list(weight.shape))
-    if use_triton(NAME, tokens) and tokens.dtype in FLOATS[:3]:
-        from fastssl.kernels.token_cross_entropy import kernel
-
-        grad = torch.is_grad_enabled()
-        wanted = [grad and x is not None and x.requires_grad for x in (tokens, weight, bias)]
-        return TokenCrossEntropy(*kernel.forward(tokens, weight, bias, labels, *wanted)[:2])
-    return TokenCrossEntropy(*reference.token_cross_entropy(tokens, weight, bias, labels))

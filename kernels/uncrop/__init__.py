@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastssl.kernels._check import INTEGERS, Shapes, check
+from fastssl.kernels._check import INTEGERS, Shapes, check, once
 from fastssl.kernels._path import use_triton
 from fastssl.kernels.uncrop import reference
 
@@ -46,6 +46,18 @@ def uncrop(
     Raises:
         KernelError: a shape or type that does not fit.
     """
+    rows, columns = _check(codes, mask_code, box, flip, grid, flip_axis)
+    if use_triton(NAME, codes) and torch.float64 not in (codes.dtype, mask_code.dtype):
+        from fastssl.kernels.uncrop import kernel
+
+        return kernel.forward(codes, mask_code, box, flip, rows, columns, flip_axis == "channel")
+    return reference.uncrop(codes, mask_code, box, flip, (rows, columns), flip_axis)
+
+
+@once
+def _check(
+    codes: Tensor, mask_code: Tensor, box: Tensor, flip: Tensor, grid: int | tuple[int, int], flip_axis: str
+) -> tuple[int, int]:
     rows, columns = _sides(NAME, grid)
     shapes = Shapes(NAME)
     _, number, _ = shapes("codes", codes, "V S C")
@@ -54,11 +66,7 @@ def uncrop(
     shapes("box", box, "V 4", INTEGERS)
     shapes("flip", flip, "V", (torch.bool,))
     check(flip_axis in ("width", "channel"), NAME, "flip_axis", "'width' or 'channel'", repr(flip_axis))
-    if use_triton(NAME, codes) and torch.float64 not in (codes.dtype, mask_code.dtype):
-        from fastssl.kernels.uncrop import kernel
-
-        return kernel.forward(codes, mask_code, box, flip, rows, columns, flip_axis == "channel")
-    return reference.uncrop(codes, mask_code, box, flip, (rows, columns), flip_axis)
+    return rows, columns
 
 
 def cells(box: Tensor, patch_size: int) -> Tensor:

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastssl.kernels._launch import cdiv, launch, power_of_2
+from fastssl.kernels._op import op
 
 
 @triton.jit
@@ -175,7 +176,7 @@ def _tiling(x: Tensor, rows: int, columns: int, channel: bool) -> tuple[tuple[in
     return grid, constants | options
 
 
-@torch.library.custom_op("fastssl::uncrop", mutates_args=())
+@op("fastssl::uncrop")
 def forward(
     codes: Tensor, mask_code: Tensor, box: Tensor, flip: Tensor, rows: int, columns: int, channel: bool
 ) -> Tensor:
@@ -193,7 +194,7 @@ def _(codes, mask_code, box, flip, rows, columns, channel):
     return torch.empty_like(codes, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastssl::uncrop_backward", mutates_args=())
+@op("fastssl::uncrop_backward")
 def backward(
     upstream: Tensor, box: Tensor, flip: Tensor, rows: int, columns: int, channel: bool
 ) -> tuple[Tensor, Tensor]:

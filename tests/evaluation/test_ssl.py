@@ -16,6 +16,7 @@ from fastssl.cli import main
 from fastssl.config import ConfigError
 from fastssl.evaluation.data import EvaluationError
 from fastssl.evaluation.ssl import SSLOptions, evaluate_ssl
+from fastssl.loaders.masks import add_masks
 from fastssl.methods import METHODS, view_list
 from fastssl.parse import parse_pretrain
 from fastssl.step import Values
@@ -66,7 +67,9 @@ def test_means_over_images_against_plain_batches(images, tmp_path, name):
             pixels = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
             views[view.name] = pixels[:, None].repeat(1, view.count, 1, 1, 1)
         with torch.no_grad():
-            out = method(augment(Batch(rows, torch.full_like(rows, -1), views=views)), Values(2, 8, 2, 4))
+            batch = Batch(rows, torch.full_like(rows, -1), views=views)
+            add_masks(batch, METHODS[name].masks(config), seed=4)
+            out = method(augment(batch), Values(2, 8, 2, 4))
         for key, value in {"loss": out.loss, **out.metrics}.items():
             sums[key] = sums.get(key, 0) + value.item() * len(rows)
     assert evaluation.values == pytest.approx({key: value / IMAGES for key, value in sums.items()}, rel=1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastssl.kernels._check import INTEGERS, KernelError, Shapes, check
+from fastssl.kernels._check import INTEGERS, LIMIT, KernelError, Shapes, check, once
 
 
 def test_letters_are_bound_by_the_first_tensor_and_hold_for_the_next():
@@ -37,3 +37,36 @@ def test_check():
     check(True, "op", "x", "y", "z")
     with pytest.raises(KernelError, match=r"^op: temperature must be positive, not -1$"):
         check(False, "op", "temperature", "positive", -1)
+
+
+def test_checks_run_once_per_signature():
+    calls = []
+
+    @once
+    def checks(x, option):
+        calls.append(option)
+        Shapes("op")("x", x, "B N")
+        return x.shape[0]
+
+    x = torch.zeros(2, 3)
+    assert checks(x, 1) == checks(x + 1, 1) == 2
+    assert calls == [1]
+    others = [(x, 2), (torch.zeros(3, 3), 1), (x.double(), 1), (x.to("meta"), 1)]
+    assert [checks(*other) for other in others] == [2, 3, 2, 2]
+    assert calls == [1, 2, 1, 1, 1]
+    for _ in range(2):  # a list cannot be remembered, an error must not be
+        assert checks(x, [1]) == 2
+        with pytest.raises(KernelError, match=r"op: x must be \[B, N\]"):
+            checks(x[0], 1)
+    assert calls[5:] == [[1], 1, [1], 1]
+
+
+def test_what_is_remembered_is_bounded():
+    calls = []
+    checks = once(calls.append)
+    for option in range(LIMIT + 1):
+        checks(option)
+    checks(LIMIT)
+    assert len(calls) == LIMIT + 1
+    checks(0)
+    assert len(calls) == LIMIT + 2

@@ -9,9 +9,9 @@ from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._philox import philox as on_tensors
 from fastssl.kernels._verify import verify
-from fastssl.kernels.corrupt import ALIEN, NOISE, ZERO, cases, corrupt, draw_blocks, reference
+from fastssl.kernels.corrupt import ALIEN, NOISE, ZERO, cases, corrupt, draw_blocks, draw_first, reference
 
-CORRUPT, DRAW = cases.OPS
+CORRUPT, DRAW, FIRST = cases.OPS
 BOTH = pytest.mark.parametrize("path", ["reference", "triton"])
 
 
@@ -24,6 +24,11 @@ def test_corrupt_equals_the_reference(case, dtype, device):
 @pytest.mark.parametrize("case", DRAW.proof)
 def test_draw_blocks_equals_the_reference(case, device):
     verify(DRAW, DRAW.proof[case], torch.float32, device)
+
+
+@pytest.mark.parametrize("case", FIRST.proof)
+def test_draw_first_equals_the_reference(case, device):
+    verify(FIRST, FIRST.proof[case], torch.float32, device)
 
 
 def philox(counter, key):
@@ -64,7 +69,8 @@ def damage_by_loop(views, boxes, kind, source, ids, seed, epoch, view):
                 for x in range(max(left, 0), min(left + wide, width)):
                     value = views[source[b], :, y, x] if k == ALIEN else torch.zeros(3)
                     if k == NOISE:
-                        words = philox((y * width + x, view, epoch, int(ids[b])), (seed, reference.NOISE_KEY))
+                        counter = (y * width + x, view + b // len(ids), epoch, int(ids[b % len(ids)]))
+                        words = philox(counter, (seed, reference.NOISE_KEY))
                         radius = [math.sqrt(-2 * math.log(((word >> 8) + 1) / 2**24)) for word in words[::2]]
                         angle = [(word >> 8) / 2**24 * 2 * math.pi for word in words[1::2]]
                         first, second = (radius[0] * f(angle[0]) for f in (math.cos, math.sin))
@@ -76,11 +82,13 @@ def damage_by_loop(views, boxes, kind, source, ids, seed, epoch, view):
 
 @BOTH
 def test_equals_the_loop(path, device):
-    inputs = cases.inputs(cases.Maker(seed=3), torch.float32, B=3, size=(11, 14), R=4, sides=(2, 9), seed=2**31 + 7)
+    inputs = cases.inputs(
+        cases.Maker(seed=3), torch.float32, B=4, size=(11, 14), R=4, sides=(2, 9), of=2, seed=2**31 + 7
+    )
     inputs |= {
         "epoch": 2**32 - 1,
-        "view": 2**31,
-        "kind": torch.tensor([[0, 1, 2, 1], [2, 1, 0, 2], [1, 2, 0, 0]]).int(),
+        "view": 2**31 - 1,  # and 2^31
+        "kind": torch.tensor([[0, 1, 2, 1], [2, 1, 0, 2], [1, 2, 0, 0], [0, 2, 1, 1]]).int(),
     }
     out, mask = damage_by_loop(**inputs)
     moved = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
@@ -124,22 +132,66 @@ def blocks_by_loop(identity, height, width, fraction, align, kind, seed, epoch, 
     "options",
     [
         {"fraction": 0.5, "align": 1, "uniform_rate": True},
-        {"fraction": 0.3, "align": 1, "uniform_rate": False, "kind": 2, "view": 1},
+        {"fraction": 0.3, "align": 1, "uniform_rate": False, "kind": 2},
         {"fraction": 0.6, "align": 4, "uniform_rate": True, "epoch": 2**32 - 2},
         {"fraction": 0.4, "align": 4, "uniform_rate": False, "seed": 2**32 - 1},
     ],
 )
 def test_blocks_equal_the_loop(path, options, device):
-    options = {"height": 43, "width": 34, "max_side": 0.5, "kind": 0, "seed": 1, "epoch": 0, "view": 0, **options}
+    options = {"height": 43, "width": 34, "max_side": 0.5, "kind": 0, "seed": 1, "epoch": 0, **options}
     ids = [0, 2**32 - 3]
+    given = {key: value for key, value in options.items() if key not in ("kind", "fraction")}
+    given |= {"alien": options["kind"] / 2, "drop": options["fraction"], "replace": options["fraction"], "views": 2}
     with forced(path):
-        boxes = draw_blocks(torch.tensor(ids, device=device), **options).cpu()
-    for identity, got in zip(ids, boxes, strict=True):
-        expected, mask = blocks_by_loop(identity, **options)
+        boxes, kind, _ = (x.cpu() for x in draw_blocks(torch.tensor(ids, device=device), **given))
+    assert kind.eq(options["kind"]).all()
+    for row, got in enumerate(boxes):
+        expected, mask = blocks_by_loop(ids[row % 2], view=row // 2, **options)
         n = len(expected)
         assert torch.equal(got[:n], expected)
         assert not got[n:].any()
         assert torch.equal(reference.topmost(got[None], torch.zeros(1, 128, dtype=torch.int32), 43, 34)[0] > 0, mask)
+
+
+@BOTH
+@pytest.mark.parametrize("group", [0, 4])
+def test_what_a_view_shows_equals_the_loop(path, group, device):
+    ids, key = [3, 2**32 - 1, 8, 0, 5, 7], (2**32 - 2, reference.DAMAGE_KEY)
+    shares = {"drop": 0.5, "replace": 0.0, "alien": 0.4, "noise": 0.6}
+    with forced(path):
+        boxes, kind, source = draw_blocks(
+            torch.tensor(ids, device=device), views=3, height=9, width=9, max_side=0.9, seed=2**32 - 2, epoch=9,
+            group=group, max_blocks=(2, 1), **shares,
+        )  # fmt: skip
+        assert boxes.shape == (18, 2, 4)
+        assert kind.shape == (18, 2)
+    for row in range(18):
+        view, b = divmod(row, 6)
+        mixed, fill, other, _ = philox((ids[b], 9, view, 0), key)
+        expected = ALIEN if mixed / 2**32 < 0.4 else NOISE if fill / 2**32 < 0.6 else ZERO
+        assert kind[row].tolist() == [expected] * 2
+        assert bool(boxes[row].any()) == (expected != ALIEN)  # none of a share of 0
+        first = b // 4 * 4
+        near = [*range(b + 1, min(first + 4, 6)), *range(first, b)] if group else range(6)
+        assert source[row] == 6 * view + near[other * len(near) >> 32]
+    assert {ZERO, NOISE, ALIEN} == set(kind.flatten().tolist())
+
+
+@BOTH
+def test_the_epoch_may_be_on_the_device(path, device):
+    ids, inputs = torch.arange(3, device=device), filled(NOISE, device)
+    blocks = {"views": 2, "height": 20, "width": 20, "drop": 0.2, "replace": 0.2, "max_side": 0.7, "seed": 5}
+
+    def everything(epoch):
+        drawn = (
+            draw_blocks(ids, epoch=epoch, **blocks),
+            draw_first(ids, views=2, side=20, share=0.2, seed=5, epoch=epoch),
+        )
+        return [*drawn[0], *drawn[1], *corrupt(**inputs | {"epoch": epoch})]
+
+    with forced(path):
+        pairs = zip(everything(2**32 - 9), everything(torch.tensor(2**32 - 9, device=device)), strict=True)
+    assert all(torch.equal(number, tensor) for number, tensor in pairs)
 
 
 def cover(boxes):
@@ -153,7 +205,9 @@ def test_upstreams_blocks_have_the_cards_statistics(fraction, budget, mean, imag
     """SiT card, oracle 7."""
     ids = torch.arange(images)
     with forced("reference"):
-        boxes = draw_blocks(ids, height=224, width=224, fraction=fraction, seed=0, epoch=0, uniform_rate=False)
+        boxes = draw_blocks(
+            ids, views=1, height=224, width=224, drop=fraction, replace=0, alien=0, seed=0, epoch=0, uniform_rate=False
+        ).boxes
     count = (boxes[:, :, 2] > 0).sum(dim=1)
     assert count.max() < 90
     assert count.float().mean().item() == pytest.approx({0.5: 40, 0.3: 20}[fraction], rel=0.1)
@@ -173,7 +227,8 @@ def test_upstreams_blocks_have_the_cards_statistics(fraction, budget, mean, imag
 
 def test_a_uniform_rate_covers_corners_and_centre_alike():
     with forced("reference"):
-        covered = cover(draw_blocks(torch.arange(48), height=224, width=224, fraction=0.5, seed=0, epoch=0)).float()
+        options = {"height": 224, "width": 224, "drop": 0.5, "replace": 0.0, "alien": 0.0, "seed": 0, "epoch": 0}
+        covered = cover(draw_blocks(torch.arange(24), views=2, **options).boxes).float()
     assert (covered.sum(dim=(1, 2)) >= 25_088).all()
     rate = covered.mean(dim=0)
     corners = torch.stack([rate[:16, :16], rate[:16, -16:], rate[-16:, :16], rate[-16:, -16:]]).mean().item()
@@ -184,13 +239,20 @@ def test_a_uniform_rate_covers_corners_and_centre_alike():
 
 @BOTH
 def test_blocks_belong_to_the_sample_not_to_the_batch(path, device):
-    options = {"height": 40, "width": 40, "fraction": 0.4, "max_side": 0.5, "seed": 1, "epoch": 2, "max_blocks": 30}
+    options = {"views": 2, "height": 40, "width": 40, "drop": 0.4, "replace": 0.4, "alien": 0, "max_side": 0.5}
+    options |= {"seed": 1, "epoch": 2, "max_blocks": (30, 30)}
+    first = {"views": 2, "side": 40, "share": 0.3, "seed": 1, "epoch": 2}
     with forced(path):
-        boxes = draw_blocks(torch.tensor([7, 3, 9], device=device), **options)
-        assert torch.equal(draw_blocks(torch.tensor([9, 7], device=device), **options), boxes[[2, 0]])
-        for change in ({"seed": 2}, {"epoch": 3}, {"view": 1}, {"kind": ALIEN}):
-            other = draw_blocks(torch.tensor([7], device=device), **options | change)
-            assert not torch.equal(other[:, 0], boxes[:1, 0]), change
+        boxes = draw_blocks(torch.tensor([7, 3, 9], device=device), **options).boxes
+        assert torch.equal(draw_blocks(torch.tensor([9, 7], device=device), **options).boxes, boxes[[2, 0, 5, 3]])
+        assert not torch.equal(boxes[3, 0], boxes[0, 0])  # the views differ
+        for change in ({"seed": 2}, {"epoch": 3}, {"alien": 1}):
+            other = draw_blocks(torch.tensor([7], device=device), **options | change).boxes
+            assert not torch.equal(other[0, 0], boxes[0, 0]), change
+        drawn = draw_first(torch.tensor([7, 3, 9], device=device), **first)
+        again = draw_first(torch.tensor([9, 7], device=device), **first)
+        for name in ("boxes", "soft", "weights", "turns"):
+            assert torch.equal(getattr(again, name), getattr(drawn, name)[[2, 0, 5, 3]])
 
 
 def filled(kind, device, B=4, size=(24, 40)):
@@ -273,10 +335,11 @@ def test_compiles_without_a_graph_break(device, compiles_whole):
     inputs = filled(NOISE, device, B=2)
 
     def step(leaf):
-        boxes = draw_blocks(
-            inputs["ids"], height=24, width=40, fraction=0.2, max_side=0.9, seed=1, epoch=1, max_blocks=1
-        )
-        views, mask = corrupt(**inputs | {"boxes": boxes})
+        options = {"drop": 0.2, "replace": 0.2, "max_side": 0.9, "max_blocks": (1, 1)}
+        blocks = draw_blocks(inputs["ids"], views=1, height=24, width=40, seed=1, epoch=1, **options)
+        drawn = draw_first(inputs["ids"], views=1, side=24, share=0.1, seed=1, epoch=1)
+        soft = {"soft": drawn.soft, "weights": drawn.weights}
+        views, mask = corrupt(**inputs | blocks._asdict() | soft)
         return leaf * views * mask[:, None]
 
     compiles_whole(step, torch.randn(2, 3, 24, 40, device=device, requires_grad=True))
@@ -285,10 +348,12 @@ def test_compiles_without_a_graph_break(device, compiles_whole):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"views": torch.zeros(4, 4, 8, 8)}, r"corrupt: views must be \[B, 3, H, W\], not \[4, 4, 8, 8\]"),
+        ({"views": torch.zeros(4, 4, 8, 8)}, r"corrupt: views must be \[N, 3, H, W\], not \[4, 4, 8, 8\]"),
         ({"boxes": torch.zeros(4, 1, 4)}, "corrupt: boxes must be int32, not float32"),
-        ({"kind": torch.zeros(4, 2, dtype=torch.int32)}, r"kind must be \[B, R\] with B = 4, R = 1, not \[4, 2\]"),
-        ({"source": torch.zeros(3, dtype=torch.int64)}, r"source must be \[B\] with B = 4, not \[3\]"),
+        ({"kind": torch.zeros(4, 2, dtype=torch.int32)}, r"kind must be \[N, R\] with N = 4, R = 1, not \[4, 2\]"),
+        ({"source": torch.zeros(3, dtype=torch.int64)}, r"source must be \[N\] with N = 4, not \[3\]"),
+        ({"ids": torch.zeros(3, dtype=torch.int64)}, "views must be a multiple of the 3 ids in number, not 4"),
+        ({"soft": torch.zeros(4, 2, 4).int()}, "weights must be given if and only if soft is, not NoneType"),
         ({"ids": torch.zeros(4, dtype=torch.int32)}, "ids must be int64, not int32"),
     ],
 )
@@ -301,13 +366,15 @@ def test_bad_arguments_of_corrupt_are_named(change, message):
     ("change", "message"),
     [
         ({"ids": torch.zeros(2, 1, dtype=torch.int64)}, r"draw_blocks: ids must be \[B\], not \[2, 1\]"),
-        ({"fraction": 1.0}, "fraction must be from 0 to less than 1, not 1.0"),
+        ({"drop": 1.0}, "drop must be from 0 to less than 1, not 1.0"),
+        ({"replace": -0.1}, "replace must be from 0 to less than 1, not -0.1"),
         ({"align": 0}, "align must be at least 1, not 0"),
         ({"align": 9}, r"max_side must be a share that leaves sides above align = 9, not 0.3 \(9\)"),
-        ({"max_blocks": -1}, "max_blocks must be at least 0, not -1"),
+        ({"max_blocks": (3, -1)}, r"max_blocks must be at least 0, not \(3, -1\)"),
     ],
 )
 def test_bad_arguments_of_draw_blocks_are_named(change, message):
-    inputs = {"ids": torch.arange(2), "height": 32, "width": 40, "fraction": 0.5, "seed": 0, "epoch": 0}
+    inputs = {"ids": torch.arange(2), "views": 2, "height": 32, "width": 40, "seed": 0, "epoch": 0}
+    inputs |= {"drop": 0.5, "replace": 0.3}
     with pytest.raises(KernelError, match=message):
         draw_blocks(**inputs | change)

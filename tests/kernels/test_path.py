@@ -1,5 +1,9 @@
 """Which path a call takes."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -11,12 +15,9 @@ CPU = torch.zeros(1)
 
 
 def test_the_reference_runs_on_the_cpu_unless_told_otherwise(monkeypatch):
-    monkeypatch.delenv(VARIABLE, raising=False)
-    assert not use_triton("op", CPU)
-    monkeypatch.setenv(VARIABLE, "")
-    assert not use_triton("op", CPU)
-    with forced("reference"):
-        assert not use_triton("op", CPU)
+    for mode in ("auto", "reference"):
+        with forced(mode):
+            assert not use_triton("op", CPU)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with forced("triton"):
         assert use_triton("op", CPU)
@@ -34,11 +35,23 @@ def test_a_kernel_that_cannot_run_is_refused(monkeypatch):
 
 
 def test_forced_puts_the_variable_back(monkeypatch):
+    """Also in the environment, which processes that are started meanwhile inherit."""
+    mode = _path._mode
     for before in ("reference", None):
         monkeypatch.setenv(VARIABLE, before) if before else monkeypatch.delenv(VARIABLE, raising=False)
+        with forced("triton"):
+            assert (_path._mode, os.environ[VARIABLE]) == ("triton", "triton")
         with pytest.raises(RuntimeError), forced("triton"):
             raise RuntimeError
-        assert _path.os.environ.get(VARIABLE) == before
+        assert (_path._mode, os.environ.get(VARIABLE)) == (mode, before)
+
+
+@pytest.mark.parametrize(("value", "mode"), [("reference", "reference"), ("", "auto"), (None, "auto")])
+def test_the_variable_is_read_at_import(value, mode):
+    environment = {key: text for key, text in os.environ.items() if key != VARIABLE}
+    environment |= {} if value is None else {VARIABLE: value}
+    command = [sys.executable, "-c", "from fastssl.kernels import _path; print(_path._mode)"]
+    assert subprocess.check_output(command, env=environment, text=True).strip() == mode
 
 
 def test_launches_are_recorded_instead_of_run():
@@ -59,7 +72,7 @@ def test_rounding():
 
 
 def test_the_compiled_twin_is_for_the_cpu_unless_told_otherwise(monkeypatch):
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(_path, "_mode", "auto")
     monkeypatch.setattr(_path, "_find", lambda package: package == "numba")
     assert _path.use_numba(CPU)
     assert not _path.use_numba(CPU, torch.zeros(1, device="meta"))

@@ -11,6 +11,7 @@ from PIL import Image
 
 from fastssl.config import View
 from fastssl.loaders.loader import BadSampleError
+from fastssl.loaders.masks import BlockMask, SemanticMask
 from fastssl.loaders.reference_loader import ReferenceLoader
 from fastssl.loaders.sources import DecodeError, Encoded, Source, decode
 
@@ -175,7 +176,7 @@ def test_batches_may_be_kept(source):
     assert_close(kept, again)
 
 
-def test_part_labels_come_along(source):
+def test_part_labels_and_masks_come_along(source):
     maps = np.random.default_rng(0).integers(0, 256, (15, 3, 7, 7), dtype=np.uint8)
 
     class Parts(Samples):
@@ -184,11 +185,13 @@ def test_part_labels_come_along(source):
         def parts(self, i):
             return maps[i]
 
-    options = {"part_grid": {"a": 4, "c": 2}}
+    masks = [BlockMask("b", (4, 4), 8, 2), SemanticMask("c", 4, 0.5, 3, 10)]
+    options = {"part_grid": {"a": 4, "c": 2}, "masks": masks}
     mine = batches(DALILoader, Parts(source.samples), **options)[0]
     reference = batches(ReferenceLoader, Parts(source.samples), **options)[0]
     for a, b in zip(mine, reference, strict=True):
         assert all(torch.equal(a.parts[name], b.parts[name]) for name in ("a", "c"))
+        assert all(torch.equal(x, y) for name in "bc" for x, y in zip(a.masks[name], b.masks[name], strict=True))
 
 
 def test_what_dali_gets():

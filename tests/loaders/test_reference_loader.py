@@ -14,6 +14,7 @@ from fastssl.config import ConfigError, View
 from fastssl.loaders.draw import draw_all
 from fastssl.loaders.index import order, replacement
 from fastssl.loaders.loader import BadSampleError, part_labels
+from fastssl.loaders.masks import BlockMask, RandomMask, SemanticMask, draw
 from fastssl.loaders.reference_loader import ReferenceLoader, evaluation_view
 from fastssl.loaders.sources import DecodeError, Encoded, Source, open_source
 
@@ -67,6 +68,8 @@ def tensors(batch):
         found |= {f"{key}.{name}": value for name, value in getattr(batch, key).items()}
     for name, fields in batch.photometric.items():
         found |= {f"{name}.{key}": value for key, value in vars(fields).items()}
+    for name, (kept, masked) in batch.masks.items():
+        found |= {f"masks.{name}.kept": kept, f"masks.{name}.masked": masked}
     return found
 
 
@@ -283,6 +286,34 @@ def test_loader_delivers_part_labels():
                 box, flip = drawn[name].box[row, crop], drawn[name].flip[row, crop]
                 expected = labels_of_one(source.parts(sample), box, flip, frame, grid)
                 assert np.array_equal(batch.parts[name][row, crop].numpy(), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_loader_delivers_masks(workers):
+    parts = np.random.default_rng(0).integers(0, 256, (12, 6, 14, 14), dtype=np.uint8)
+    masks = [RandomMask("a", 16, 0.75), BlockMask("b", (4, 4), 8, 2), SemanticMask("s", 36, 0.75, 6, 10)]
+    views = [*VIEWS, View(name="s", size=24)]
+    more = {"views": views, "part_grid": {"s": 6}, "masks": masks, "workers": workers}
+    engine = loader(Memory(12, broken=[5, 9], parts=parts), **more)
+    for stage in (None, 7):
+        batches = list(engine.epoch(2, schedule_epoch=stage))
+        assert len(engine.bad) == 2  # their substitutes have masks of their own
+        for batch in batches:
+            labels = batch.parts["s"][:, 0].flatten(1).numpy()
+            for mask in masks:
+                expected = draw(mask, batch.id.numpy(), seed=3, epoch=2, parts=labels, schedule_epoch=stage)
+                for a, b in zip(batch.masks[mask.name], expected, strict=True):
+                    assert np.array_equal(a.numpy(), b)
+    healthy = by_sample(loader(Memory(12, parts=parts), batch_size=3, **more).epoch(2))
+    for batch in engine.epoch(2):
+        for name, value in tensors(batch).items():
+            for row, sample in enumerate(batch.id.tolist()):
+                assert torch.equal(value[row], healthy[sample, name]), (sample, name)
+
+
+def test_a_semantic_mask_needs_part_labels():
+    with pytest.raises(ConfigError, match="part labels of a are missing"):
+        next(loader(Memory(8), masks=[SemanticMask("a", 16, 0.75, 6, 10)]).epoch(0))
 
 
 # ---- bad samples

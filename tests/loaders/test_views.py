@@ -13,6 +13,7 @@ from fastssl.config import View
 from fastssl.loaders import window_decoder
 from fastssl.loaders.decode import DecodeError, Encoded, decode, open_image, upright_size
 from fastssl.loaders.loader import BadSampleError, part_labels
+from fastssl.loaders.masks import RandomMask, SemanticMask, draw
 from fastssl.loaders.reference_loader import FILTERS, evaluation_view
 from fastssl.loaders.sources import Source
 from fastssl.loaders.views import central_batches, central_box, evaluation_batches
@@ -202,6 +203,22 @@ def test_boxes_flips_and_part_labels_of_several_groups():
             labels = part_labels(maps[row], box, upright, (1, 1), grid)[0]
             assert all(np.array_equal(found.numpy(), labels) for found in batch.parts[name][row])
     assert set(batch.parts) == set(grids)
+
+
+def test_masks_are_those_of_epoch_0_with_schedules_where_they_are_told_to_stand():
+    maps = np.random.default_rng(0).integers(0, 256, (5, 4, 8, 8), dtype=np.uint8)
+    source = Stored([raw(noise(30 + i, 40)) for i in range(5)], maps)
+    masks = [RandomMask("a", 49, 0.75), SemanticMask("b", 49, 0.75, 4, 10)]
+    views = [View(name="a", size=14), View(name="b", size=14)]
+    more = {"part_grid": {"b": 7}, "masks": masks, "seed": 3, "schedule_epoch": 6, "workers": 2}
+    batches = list(central_batches(source, views, {"a": 16, "b": 16}, batch_size=3, **more))
+    assert [len(batch) for batch in batches] == [3, 2]
+    for batch in batches:
+        labels = batch.parts["b"][:, 0].flatten(1).numpy()
+        for mask in masks:
+            expected = draw(mask, batch.id.numpy(), seed=3, epoch=0, parts=labels, schedule_epoch=6)
+            for a, b in zip(batch.masks[mask.name], expected, strict=True):
+                assert np.array_equal(a.numpy(), b)
 
 
 def test_box_of_a_view():

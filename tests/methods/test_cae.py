@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 from fastssl.augment import IMAGENET_MEAN, IMAGENET_STD, augment
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, Model, Optim
-from fastssl.masks import block_mask
+from fastssl.loaders.masks import BlockMask, add_masks
 from fastssl.methods import METHODS, view_list
 from fastssl.methods.cae import CAE
+from fastssl.models.blocks import Drop
 from fastssl.models.dvae import PatchCodebook, Tokenizer, describe
 from fastssl.models.vit import cut_patches
 from fastssl.step import Values
@@ -80,6 +81,7 @@ def make_batch(count: int = 3, seed: int = 0) -> Batch:
         return pixels
 
     raw = Batch(torch.arange(count) * 3 + 4, torch.full((count,), -1), 3, {"main": view(4), "tokenizer": view(2)})
+    add_masks(raw, CAE.masks(make_config()), seed=5)
     return augment(raw)
 
 
@@ -207,7 +209,7 @@ def slow_codes(pixels, codebook):
 @pytest.mark.parametrize("width", [32, 48], ids=["with projection", "without"])
 def test_loss_and_every_gradient_against_the_slow_version(codebook, width):
     method, batch = double(shaken(make_method(codebook, width=width)), make_batch())
-    visible, masked = block_mask(batch.id, (4, 4), num_masked=8, min_patches=2, seed=5, epoch=3)
+    visible, masked = batch.masks["main"]
     mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
     pixels = (batch.views["tokenizer"][:, 0] * std + mean).float()
     labels = torch.stack([slow_codes(image, codebook)[m] for image, m in zip(pixels, masked, strict=True)])
@@ -238,7 +240,7 @@ def test_loss_and_every_gradient_against_the_slow_version(codebook, width):
 def test_estimates_start_normalised_and_alignment_is_four_times_one_less_cosine(codebook):
     method, batch = make_method(codebook, width=48), make_batch(8)
     images = batch.views["main"][:, 0]
-    visible, masked = method.masks(batch, VALUES)
+    visible, masked = batch.masks["main"]
     latent, _ = method.complete(method.encoder.tokens(images, visible)[:, 1:], visible, masked)
     target = method.target(images, masked)
     for rows in (latent, target):
@@ -265,8 +267,9 @@ def test_the_loss_over_codes_starts_near_chance(codebook):
 
 def test_masks_are_the_blocks_of_the_recipe():
     """Exactly 98 of 196, with the authors' bias to the centre."""
-    method = make_method(num_masked=98, min_block=16, views={"main.size": 112}, model=make_model(image_size=112))
-    visible, masked = method.masks(Batch(torch.arange(4000), torch.zeros(4000)), VALUES)
+    batch = Batch(torch.arange(4000), torch.zeros(4000))
+    add_masks(batch, CAE.masks(Config("cae", CAE.Views(), CAE.Settings())), seed=5)
+    visible, masked = batch.masks["main"]
     assert visible.shape == masked.shape == (4000, 98)
     both = torch.cat([visible, masked], dim=1).sort(dim=1).values
     assert torch.equal(both, torch.arange(196).expand(4000, -1))
@@ -276,12 +279,11 @@ def test_masks_are_the_blocks_of_the_recipe():
 
 
 def test_block_sizes_reach_the_mask():
-    batch = make_batch(64)
     for numbers in ({"min_block": 1}, {"min_block": 1, "max_block": 1}, {"min_block": 4}):
-        method = make_method(**numbers)
-        expected = block_mask(batch.id, (4, 4), num_masked=8, min_patches=numbers["min_block"],
-                              max_patches=numbers.get("max_block"), seed=5, epoch=3)  # fmt: skip
-        assert all(torch.equal(a, b) for a, b in zip(method.masks(batch, VALUES), expected, strict=True))
+        expected = BlockMask("main", (4, 4), 8, numbers["min_block"], numbers.get("max_block"))
+        assert CAE.masks(make_config(**numbers)) == [expected]
+    with pytest.raises(ConfigError, match=r"no block of 13 patches .* narrower than a grid of 4 x 4"):
+        make_method(num_masked=14, min_block=13)
 
 
 def test_positions_are_the_authors():
@@ -339,7 +341,7 @@ def test_groups_of_the_optimizer():
 
 def test_the_encoder_sees_visible_patches_and_the_target_masked_ones(codebook):
     method, batch = make_method(codebook), make_batch()
-    visible, masked = method.masks(batch, VALUES)
+    visible, masked = batch.masks["main"]
     images = batch.views["main"][:, 0].clone().requires_grad_()
     method.encoder.tokens(images, visible).square().sum().backward()
     touched = cut_patches(images.grad, 8).abs().sum(-1)
@@ -349,7 +351,7 @@ def test_the_encoder_sees_visible_patches_and_the_target_masked_ones(codebook):
 
 def test_a_masked_patch_changes_target_and_labels_only(codebook):
     method, batch = shaken(make_method(codebook)).eval(), make_batch()
-    visible, masked = method.masks(batch, VALUES)
+    visible, masked = batch.masks["main"]
     seen, other = [], make_batch()
     b, patch = 1, masked[1, 3].item()
     row, column = divmod(patch, 4)
@@ -374,7 +376,7 @@ def test_the_target_is_the_encoder_itself_without_gradient(codebook):
     method, batch = shaken(make_method(codebook, width=48, model=make_model(drop_path=0.5))).eval(), make_batch()
     optimizer = build_optimizer(method, Optim(lr=1e-2))
     for _ in range(3):
-        images, masked = batch.views["main"][:, 0], method.masks(batch, VALUES)[1]
+        images, masked = batch.views["main"][:, 0], batch.masks["main"][1]
         target = method.target(images, masked)
         assert torch.equal(target, method.encoder.tokens(images, masked)[:, 1:])
         assert not target.requires_grad
@@ -386,7 +388,7 @@ def test_the_target_is_the_encoder_itself_without_gradient(codebook):
 @pytest.mark.parametrize("on", [True, False])
 def test_stochastic_depth_of_the_target(codebook, on):
     method = shaken(make_method(codebook, width=48, target_drop_path=on, model=make_model(drop_path=0.9)))
-    images, masked = make_batch().views["main"][:, 0], method.masks(make_batch(), VALUES)[1]
+    images, masked = make_batch().views["main"][:, 0], make_batch().masks["main"][1]
     targets = [method.target(images, masked) for _ in range(4)]
     assert all(torch.equal(targets[0], other) for other in targets) != on
     assert method.encoder.training
@@ -401,8 +403,8 @@ def test_the_encoder_learns_through_visible_tokens_alone(codebook):
     method, batch = make_method(codebook), make_batch()
     kept, tokens = {}, method.encoder.tokens
 
-    def watched(images, keep):
-        out = tokens(images, keep)
+    def watched(images, keep, *how):
+        out = tokens(images, keep, *how)
         if out.requires_grad:
             out.retain_grad()
             kept["seen"] = out
@@ -419,7 +421,7 @@ def test_the_encoder_learns_through_visible_tokens_alone(codebook):
 def test_order_of_visible_and_of_masked_patches_does_not_matter():
     method = shaken(make_method()).eval()
     batch = make_batch()
-    visible, masked = method.masks(batch, VALUES)
+    visible, masked = batch.masks["main"]
     seen = method.encoder.tokens(batch.views["main"][:, 0], visible)[:, 1:]
     latent, tokens = method.complete(seen, visible, masked)
     v, m = torch.randperm(8), torch.randperm(8)
@@ -510,10 +512,37 @@ def test_stochastic_depth_grows_in_all_three():
     for blocks, rates in ((method.encoder.blocks, [0, 0.2]), (method.decoder.blocks, [0, 0.1, 0.2])):
         assert [getattr(b.drop_path1, "drop_prob", 0.0) for b in blocks] == pytest.approx(rates)
     method = shaken(make_method(model=make_model(drop_path=0.9)))
-    u = torch.randn(64, 2, 32)
-    last = method.regressor.blocks[1]
-    with_drops, without = last(u, u, u, u), last.eval()(u, u, u, u)
-    assert 0.7 < ((with_drops - without).abs().amax((1, 2)) > 1e-6).float().mean() <= 1
+    u, drop = torch.randn(64, 2, 32), Drop(torch.arange(64), 0, 0, "test")
+    for part, given in ((method.regressor, (u, u, u, u)), (method.decoder, (u,))):
+        with_drops, without = part(*given, drop), part.eval()(*given, drop)
+        assert 0.7 < ((with_drops - without).abs().amax((1, 2)) > 1e-6).float().mean() <= 1
+        assert torch.equal(part.train()(*given, drop), with_drops)
+        assert not torch.equal(part(*given), with_drops)
+
+
+def test_stochastic_depth_is_a_function_of_step_and_sample(codebook, monkeypatch):
+    """Encoder, target, regressor and decoder each draw for themselves, the same for a sample in any batch."""
+    method = shaken(make_method(codebook, model=make_model(drop_path=0.5)))
+    seen, table = [], Drop.table
+
+    def watched(self, *how):
+        seen.append((self.purpose, table(self, *how)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(Drop, "table", watched)
+    batch = make_batch()
+    loss = method(batch, VALUES).loss
+    assert [purpose for purpose, _ in seen] == ["encoder", "regressor", "decoder", "target"]
+    assert [table.shape for _, table in seen] == [(4, 3)] * 4
+    assert torch.equal(method(batch, VALUES).loss, loss)
+    assert not torch.equal(method(batch, Values(1, 10, 2, seed=5)).loss, loss)
+    assert not torch.equal(method(batch, Values(0, 10, 2, seed=6)).loss, loss)
+    del seen[:]
+    method(batch.map(lambda x: x[1:]), VALUES)
+    parts = list(seen)
+    method(batch, VALUES)
+    for (_, part), (_, whole) in zip(parts, seen[4:], strict=True):
+        assert torch.equal(part, whole[:, 1:])
 
 
 def test_loss_falls_on_one_batch(codebook):
@@ -589,7 +618,7 @@ def test_pictures(codebook):
         sheet = method.pictures(batch, VALUES)["codes"]
     assert sheet.shape == (3, 6, 3, 32, 32)
     assert 0 <= sheet.min() <= sheet.max() <= 1
-    _, masked = method.masks(batch, VALUES)
+    _, masked = batch.masks["main"]
     hidden = torch.zeros(3, 16, dtype=torch.bool).scatter(1, masked, True)
     same = (cut_patches(sheet[:, 2], 8) == cut_patches(sheet[:, 3], 8)).all(-1)
     assert same[~hidden].all()  # visible cells keep their codes
@@ -599,7 +628,7 @@ def test_pictures(codebook):
     torch.testing.assert_close(visible, cut_patches(sheet[:, 5], 8)[~hidden])
     with torch.no_grad():
         images = batch.views["main"][:, 0]
-        seen, _ = method.masks(batch, VALUES)
+        seen, _ = batch.masks["main"]
         _, tokens = method.complete(method.encoder.tokens(images, seen)[:, 1:], seen, masked)
         predicted = method.decoder.head(tokens).argmax(-1)
     painted = cut_patches(sheet[:, 5], 8).gather(1, masked[..., None].expand(-1, -1, 192))
@@ -697,7 +726,7 @@ def test_a_loaded_file_computes_what_the_authors_layout_says():
     state = official_state()
     method, batch = make_method(), make_batch()
     method.load_state_dict(CAE.official(state))
-    visible, masked = method.masks(batch, VALUES)
+    visible, masked = batch.masks["main"]
     images = batch.views["main"][:, 0]
     labels = torch.zeros_like(masked)
     exact = {key: value.double() for key, value in state.items()}

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fastssl.methods.damage import alien_source, pixel_loss
+from fastssl.kernels.corrupt.reference import alien_source
+from fastssl.methods.damage import pixel_loss
 
 DOUBLE = torch.float64
 

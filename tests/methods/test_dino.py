@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from tiny import finish_step
 
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, Model
@@ -208,9 +209,7 @@ def test_prototypes_rest_in_the_first_epochs():
         values = Values(epoch, 4, 1)
         before = method.student.head.last_layer.weight_v.clone()
         method(make_batch(make_config()), values).loss.backward()
-        method.after_backward(values)
-        optimizer.step()
-        optimizer.zero_grad()
+        finish_step(method, optimizer, values)
         moved.append(not torch.equal(method.student.head.last_layer.weight_v, before))
     assert moved == [False, False, True, True]
     assert method.student.head.last_layer.weight_g.eq(1).all()
@@ -225,7 +224,7 @@ def test_teacher_is_the_moving_average():
     values = Values(25, 100, 10)
     momentum = 1 - 0.004 * (1 + math.cos(math.pi * 0.25)) / 2
     assert method.momentum(values) == pytest.approx(momentum, abs=1e-12)
-    method.after_step(values)
+    finish_step(method, build_optimizer(method, make_config().optim, averages=method.averages()), values)
     for (teacher, student), (old_teacher, old_student) in zip(pairs, before, strict=True):
         assert torch.equal(student, old_student)
         torch.testing.assert_close(teacher, old_teacher.lerp(old_student, 1 - momentum), rtol=0, atol=1e-7)

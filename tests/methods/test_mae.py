@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, Model
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
-from fastssl.masks import random_mask
+from fastssl.loaders.masks import RandomMask, add_masks
 from fastssl.methods import METHODS, view_list
 from fastssl.methods.mae import MAE, paste_patches
 from fastssl.models.vit import cut_patches
@@ -30,12 +32,26 @@ def make_method(model: Model | None = None, size: int = 32, count: int = 1, **se
 
 def make_batch(size: int = 32, seed: int = 0) -> Batch:
     images = torch.randn(3, 1, 3, size, size, generator=torch.Generator().manual_seed(seed))
-    return Batch(torch.tensor([4, 9, 2]), torch.full((3,), -1), epoch=3, views={"main": images})
+    batch = Batch(torch.tensor([4, 9, 2]), torch.full((3,), -1), epoch=3, views={"main": images})
+    add_masks(batch, [RandomMask("main", (size // 8) ** 2, 0.75)], seed=5)
+    return batch
+
+
+def test_masks_are_asked_of_the_loader():
+    config = Config("mae", MAE.Views(), MAE.Settings(mask_ratio=0.6))
+    assert MAE.masks(config) == [RandomMask("main", 196, 0.6)]
+    config.views.main.size, config.model.patch_size = 48, 8
+    assert MAE.masks(config) == [RandomMask("main", 36, 0.6)]
+    config.views.main.size = 36
+    with pytest.raises(ConfigError, match=r"views\.main\.size is 36; it must be a multiple of model\.patch_size, 8"):
+        MAE.masks(config)
+    with pytest.raises(ValueError, match="the batch has no mask of the views 'main'"):
+        make_method()(replace(make_batch(), masks={}), VALUES)
 
 
 def test_a_step_in_the_order_of_the_paper():
     method, batch = make_method(), make_batch()
-    keep, masked = random_mask(batch.id, 16, 0.75, seed=5, epoch=3)
+    keep, masked = batch.masks["main"]
     assert keep.shape == (3, 4)
     images = batch.views["main"][:, 0]
     prediction = method.decoder(method.encoder.tokens(images, keep), keep, masked)
@@ -47,7 +63,7 @@ def test_a_step_in_the_order_of_the_paper():
 
 def test_the_encoder_does_not_see_masked_patches():
     method, batch = make_method(), make_batch()
-    keep, masked = random_mask(batch.id, 16, 0.75, seed=5, epoch=3)
+    keep, masked = batch.masks["main"]
     images = batch.views["main"][:, 0].clone().requires_grad_()
     method.encoder.tokens(images, keep).square().sum().backward()
     seen = cut_patches(images.grad, 8).abs().sum(-1)
@@ -149,7 +165,7 @@ def test_pictures_show_the_crop_what_is_seen_and_what_is_painted():
     with torch.no_grad():
         pictures = method.pictures(batch, VALUES)["reconstruction"]
     assert pictures.shape == (3, 3, 3, 32, 32)
-    keep, masked = random_mask(batch.id, 16, 0.75, seed=5, epoch=3)
+    keep, masked = batch.masks["main"]
     crop, seen, painted = (cut_patches(column, 8) for column in pictures.unbind(1))
     assert torch.equal(crop, cut_patches(to_picture(batch.views["main"][:, 0]), 8))
 
@@ -166,7 +182,7 @@ def test_named_parts_of_the_step():
     watch = Stopwatch(torch.device("cpu"))
     with watch.listening():
         make_method()(make_batch(), VALUES)
-    assert list(watch.read()) == ["masks", "encoder", "decoder", "loss"]
+    assert list(watch.read()) == ["encoder", "decoder", "loss"]
 
 
 def test_backbone_stands_under_its_prefix():

@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import finish_step
 
 from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD, Batch
-from fastssl.config import Config, ConfigError, Model, View
+from fastssl.config import Config, ConfigError, Model, Optim, View
 from fastssl.kernels.patch_contrast import patch_contrast
 from fastssl.kernels.uncrop import cells, uncrop, unseen
 from fastssl.loaders.draw import draw_all
@@ -567,14 +568,14 @@ def test_no_teacher_unless_asked_for():
     method = make_method()
     assert method.backbone is method.encoder
     assert not any("teacher" in key for key in method.state_dict())
-    method.after_step(NOW)
+    assert method.averages() == []
     method = make_method(make_config(Model("vit_tiny", 32, 8, 16, 2, 2, drop_path=0.5), teacher=True))
     assert method.backbone is method.teacher
     assert not any(hasattr(m, "drop_prob") for m in method.teacher.modules())
     before = {key: value.clone() for key, value in method.teacher.state_dict().items()}
     for parameter in method.encoder.parameters():
         parameter.data += 1
-    method.after_step(Values(50, 100, 10))
+    finish_step(method, build_optimizer(method, Optim(), averages=method.averages()), Values(50, 100, 10))
     for key, value in method.teacher.state_dict().items():
         torch.testing.assert_close(value, before[key] + (1 - 0.998) * (method.encoder.state_dict()[key] - before[key]))
     method(make_batch(make_config()), NOW).loss.backward()

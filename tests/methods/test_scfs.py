@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from tiny import finish_step
 from torch import nn
 
 from fastssl.batch import Batch
@@ -429,7 +430,7 @@ def test_no_gradient_flows_through_the_search():
 def test_prototypes_rest_in_the_first_epoch_and_the_teachers_statistics_are_its_own():
     config = make_config()
     method = make_method(config)
-    optimizer = build_optimizer(method, config.optim)
+    optimizer = build_optimizer(method, config.optim, averages=method.averages())
     last = method.student.head.last_layer
     moved = []
     for epoch in range(3):
@@ -437,11 +438,8 @@ def test_prototypes_rest_in_the_first_epoch_and_the_teachers_statistics_are_its_
         before = last.weight_v.clone()
         head, mean = method.teacher.stage_heads["2"], method.teacher.backbone.bn1.running_mean.clone()
         method(make_batch(config, seed=epoch), values).loss.backward()
-        method.after_backward(values)
-        optimizer.step()
-        optimizer.zero_grad()
         teacher = {key: value.clone() for key, value in method.teacher.named_buffers()}
-        method.after_step(values)
+        finish_step(method, optimizer, values)
         moved.append(not torch.equal(last.weight_v, before))
         assert last.weight_g.eq(1).all()
         assert not torch.equal(method.teacher.backbone.bn1.running_mean, mean)

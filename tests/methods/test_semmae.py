@@ -13,6 +13,7 @@ from fastssl.batch import Batch
 from fastssl.cli import main
 from fastssl.config import Config, ConfigError, Model, Schedule
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
+from fastssl.loaders.masks import SemanticMask, add_masks
 from fastssl.loaders.philox import random_words
 from fastssl.loaders.synthetic import draw_images
 from fastssl.methods import METHODS, view_list
@@ -26,21 +27,27 @@ SEED, EPOCH, EPOCHS = 5, 3, 8
 VALUES = Values(step=EPOCH * 2, total_steps=EPOCHS * 2, steps_per_epoch=2, seed=SEED)
 
 
-def make_method(model: Model | None = None, size: int = SIDE, epochs: int = EPOCHS, **settings) -> SemMAE:
-    torch.manual_seed(0)
+def make_config(model: Model | None = None, size: int = SIDE, epochs: int = EPOCHS, **settings) -> Config:
     views = SemMAE.Views()
     views.main.size = size
     numbers = {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2, **settings}
     model = model or Model("vit_tiny", SIDE, PATCH, 24, 2, 3, positions="sincos")
-    return SemMAE(Config("semmae", views, SemMAE.Settings(**numbers), model=model, schedule=Schedule(epochs, 1)))
+    return Config("semmae", views, SemMAE.Settings(**numbers), model=model, schedule=Schedule(epochs, 1))
 
 
-def make_batch(dtype=torch.float32, grid: int = GRID) -> Batch:
+def make_method(model: Model | None = None, size: int = SIDE, epochs: int = EPOCHS, **settings) -> SemMAE:
+    torch.manual_seed(0)
+    return SemMAE(make_config(model, size, epochs, **settings))
+
+
+def make_batch(dtype=torch.float32) -> Batch:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(B, 1, 3, SIDE, SIDE, generator=generator, dtype=torch.float64).to(dtype)
-    labels = torch.randint(0, 5, (B, 1, grid, grid), generator=generator)
-    return Batch(torch.tensor([4, 9, 2]), torch.full((B,), -1), epoch=EPOCH, views={"main": images},
-                 parts={"main": labels})  # fmt: skip
+    labels = torch.randint(0, 5, (B, 1, GRID, GRID), generator=generator)
+    batch = Batch(torch.tensor([4, 9, 2]), torch.full((B,), -1), epoch=EPOCH, views={"main": images},
+                  parts={"main": labels})  # fmt: skip
+    add_masks(batch, SemMAE.masks(make_config()), seed=SEED)
+    return batch
 
 
 # -- the masking rule of the authors' code, patch by patch -------------------------------------------------------------
@@ -72,8 +79,9 @@ def naive_mask(labels: list[int], sample: int, alpha: float) -> tuple[list[int],
 
 @pytest.mark.parametrize("epoch", [0, 3, 7])
 def test_masks_are_those_of_the_sequential_rule(epoch):
-    method, batch = make_method(), make_batch()
-    keep, masked = method.masks(batch, Values(epoch * 2 + 1, EPOCHS * 2, 2, SEED))
+    batch = make_batch()
+    add_masks(batch, SemMAE.masks(make_config()), seed=SEED, schedule_epoch=epoch)
+    keep, masked = batch.masks["main"]
     assert keep.shape == (B, 9)
     assert masked.shape == (B, 27)
     for b in range(B):
@@ -102,13 +110,13 @@ def test_the_curriculum_of_the_paper():
 
 def test_from_within_parts_to_whole_parts():
     """First every part is three quarters hidden, at the end at most one is cut."""
-    method = make_method()
-    batch = make_batch(grid=14)
+    batch = make_batch()
     labels = torch.repeat_interleave(torch.arange(7), torch.tensor((70, 40, 30, 26, 14, 10, 6))).expand(B, -1)
     batch.parts["main"] = labels.view(B, 1, 14, 14)
     for gamma, counts in ((1e9, (52, 30, 22, 20, 10, 8, 4)), (1e-9, None)):
-        method.settings.gamma = gamma
-        _, masked = method.masks(batch, Values(2, 16, 2, SEED))
+        wanted = SemMAE.masks(make_config(size=112, gamma=gamma))
+        add_masks(batch, wanted, seed=SEED, schedule_epoch=1)
+        _, masked = batch.masks["main"]
         assert masked.shape == (B, 147)
         hidden = F.one_hot(labels.gather(1, masked), 7).sum(1)
         if counts:
@@ -262,7 +270,7 @@ def test_official_round_trip(official):
 def test_the_order_of_patches_does_not_matter():
     method, batch = make_method().double(), make_batch(torch.float64)
     images = batch.views["main"][:, 0]
-    keep, masked = method.masks(batch, VALUES)
+    keep, masked = batch.masks["main"]
 
     def loss(keep, masked):
         prediction = method.decoder(method.encoder.tokens(images, keep), keep, masked)
@@ -315,7 +323,7 @@ def test_pictures_show_parts_and_mask():
     pictures = method.pictures(batch, VALUES)["reconstruction"]
     assert pictures.shape == (B, 4, 3, SIDE, SIDE)
     assert 0 <= pictures.min() <= pictures.max() <= 1
-    _, masked = method.masks(batch, VALUES)
+    _, masked = batch.masks["main"]
     cells = F.avg_pool2d((pictures[:, 2] != 0.5).float().amax(1)[:, None], PATCH).flatten(1)
     assert cells.gather(1, masked).max() == 0
     assert (cells > 0).sum(1).tolist() == [9] * B
@@ -326,14 +334,16 @@ def test_named_parts_of_the_step():
     watch = Stopwatch(torch.device("cpu"))
     with watch.listening():
         make_method()(make_batch(), VALUES)
-    assert list(watch.read()) == ["masks", "encoder", "decoder", "loss"]
+    assert list(watch.read()) == ["encoder", "decoder", "loss"]
 
 
-def test_one_label_per_patch_is_asked_of_the_loader():
-    config = Config("semmae", SemMAE.Views(), SemMAE.Settings())
+def test_one_label_per_patch_and_the_masks_are_asked_of_the_loader():
+    config = Config("semmae", SemMAE.Views(), SemMAE.Settings(gamma=3.0), schedule=Schedule(300, 1))
     assert SemMAE.part_grid(config) == {"main": 14}
-    config.model.patch_size = 8
+    assert SemMAE.masks(config) == [SemanticMask("main", 196, 0.75, MAX_PARTS, 300, 3.0)]
+    config.model.patch_size, config.settings.curriculum_epochs = 8, 800
     assert SemMAE.part_grid(config) == {"main": 28}
+    assert SemMAE.masks(config) == [SemanticMask("main", 784, 0.75, MAX_PARTS, 800, 3.0)]
 
 
 @pytest.mark.parametrize(("patch", "count"), [(16, 111_655_680), (8, 110_917_824)])

@@ -9,17 +9,19 @@ import zlib
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import finish_step
 
 from fastssl.batch import Batch
-from fastssl.config import Config, ConfigError, Model
+from fastssl.config import Config, ConfigError, Model, Optim
+from fastssl.kernels._philox import philox
 from fastssl.kernels.corrupt import draw_blocks
-from fastssl.masks import philox
 from fastssl.methods import METHODS, view_list
+from fastssl.methods.damage import both_views
 from fastssl.methods.sit import SiT
 from fastssl.step import Values
 from fastssl.training import distributed
 from fastssl.training.batch_norm import synchronise_batch_norm
-from fastssl.training.optim import clip_gradients
+from fastssl.training.optim import build_optimizer, clip_gradients
 from fastssl.training.schedule import cosine, warmup_cosine
 
 B, S = 16, 32
@@ -52,6 +54,10 @@ def make_method(config: Config | None = None) -> SiT:
     return method
 
 
+def damage(method: SiT, batch: Batch, seed: int):
+    return method.damage(both_views(batch), batch, seed)
+
+
 def part_of(batch: Batch, rows: slice) -> Batch:
     return batch.map(lambda value: value[rows])
 
@@ -63,7 +69,8 @@ def naive_damage(settings, images, ids, epoch, view, seed):
     """Block after block, image after image."""
     side, out = images.shape[-1], images.clone()
     mask = torch.zeros(len(images), side, side, dtype=torch.bool)
-    rule = {"height": side, "width": side, "seed": seed, "epoch": epoch, "view": view, "max_side": settings.max_side}
+    rule = {"height": side, "width": side, "seed": seed, "epoch": epoch, "views": 2, "max_side": settings.max_side}
+    rule |= {"drop": settings.drop, "replace": settings.replace}
     for b in range(len(images)):
         path, _, other, _ = (
             int(w) for w in philox((ids[b : b + 1], epoch, view, 0), (seed, zlib.crc32(b"sit/damage")))
@@ -73,8 +80,8 @@ def naive_damage(settings, images, ids, epoch, view, seed):
         group = [j for j in range(first, min(first + settings.alien_group, len(images))) if j != b]
         group = [j for j in group if j > b] + [j for j in group if j < b]
         source = group[other * len(group) // 2**32]
-        share, kind = (settings.replace, 2) if alien else (settings.drop, 0)
-        for top, left, height, width in draw_blocks(ids[b : b + 1], fraction=share, kind=kind, **rule)[0].tolist():
+        blocks = draw_blocks(ids[b : b + 1], alien=float(alien), **rule).boxes[view]
+        for top, left, height, width in blocks.tolist():
             block = (slice(None), slice(top, top + height), slice(left, left + width))
             out[b][block] = images[source][block] if alien else 0
             mask[b][block[1:]] = True
@@ -153,8 +160,8 @@ def test_a_step_against_plain_loops_in_loss_and_all_gradients():
 
 def test_reconstruction_of_all_pixels():
     method, batch = make_method(make_config(rec_region="all")), make_batch()
-    damaged, _ = method.damage(batch, VALUES.seed)
-    clean = torch.cat([batch.views["view1"][:, 0], batch.views["view2"][:, 0]])
+    damaged, _ = damage(method, batch, VALUES.seed)
+    clean = both_views(batch)
     painted = method.student.reconstruct(method.student.backbone.tokens(damaged), damaged)
     out = method(batch, VALUES)
     torch.testing.assert_close(out.metrics["reconstruction"], (painted - clean).abs().mean().detach())
@@ -171,8 +178,8 @@ def big(**settings) -> tuple[SiT, Batch]:
 
 def test_cover_and_content_of_the_damage():
     method, batch = big()
-    damaged, mask = method.damage(batch, 1)
-    clean = torch.cat([batch.views["view1"][:, 0], batch.views["view2"][:, 0]])
+    damaged, mask = damage(method, batch, 1)
+    clean = both_views(batch)
     where = mask[:, None].expand_as(clean)
     assert torch.equal(damaged[~where], clean[~where])
     blank = torch.stack([damaged[i][where[i]].eq(0).all() for i in range(48)])
@@ -200,28 +207,28 @@ def test_cover_and_content_of_the_damage():
 def test_rate_of_the_top_left_patch(uniform, rate):
     """The authors' draw hardly ever reaches it."""
     method, batch = big(alien=0.0, uniform_rate=uniform)
-    measured = method.damage(batch, 0).mask[:, :16, :16].double().mean().item()
+    measured = damage(method, batch, 0).mask[:, :16, :16].double().mean().item()
     assert measured == pytest.approx(rate, abs=0.08 if rate < 0.1 else 0.2)
 
 
 def test_damage_depends_on_seed_epoch_id_and_view_alone():
     method, batch = make_method(), make_batch()
-    damaged, mask = method.damage(batch, 1)
-    again = method.damage(batch, 1)
+    damaged, mask = damage(method, batch, 1)
+    again = damage(method, batch, 1)
     assert torch.equal(damaged, again.views)
-    half = method.damage(part_of(batch, slice(8, 16)), 1)
+    half = damage(method, part_of(batch, slice(8, 16)), 1)
     assert torch.equal(half.views, torch.cat([damaged[8:16], damaged[24:32]]))
     assert torch.equal(half.mask, torch.cat([mask[8:16], mask[24:32]]))
     assert not torch.equal(mask[:16], mask[16:])
-    assert not torch.equal(mask, method.damage(batch, 2).mask)
+    assert not torch.equal(mask, damage(method, batch, 2).mask)
     batch.epoch = 3
-    assert not torch.equal(mask, method.damage(batch, 1).mask)
+    assert not torch.equal(mask, damage(method, batch, 1).mask)
 
 
 @pytest.mark.parametrize("fill", ["zero", "noise", "zero-noise"])
 def test_what_blanked_blocks_show(fill):
     method, batch = make_method(make_config(alien=0.0, fill=fill)), make_batch()
-    damaged, mask = method.damage(batch, 1)
+    damaged, mask = damage(method, batch, 1)
     values = [damaged[i][:, mask[i]] for i in range(2 * B)]
     blank = [bool((v == 0).all()) for v in values]
     assert {"zero": all(blank), "noise": not any(blank), "zero-noise": 4 < sum(blank) < 28}[fill]
@@ -231,7 +238,7 @@ def test_what_blanked_blocks_show(fill):
 
 def test_aligned_blocks_hide_whole_patches():
     method = make_method(make_config(align=8, max_side=0.6))
-    cells = method.damage(make_batch(), 1).mask.unflatten(1, (4, 8)).unflatten(3, (4, 8)).double().mean((2, 4))
+    cells = damage(method, make_batch(), 1).mask.unflatten(1, (4, 8)).unflatten(3, (4, 8)).double().mean((2, 4))
     assert set(cells.unique().tolist()) == {0.0, 1.0}
 
 
@@ -239,7 +246,7 @@ def test_aligned_blocks_hide_whole_patches():
 @pytest.mark.parametrize(("align", "max_side"), [(1, 0.3), (4, 0.5)])
 def test_enough_blocks_are_drawn(share, align, max_side):
     method = make_method(make_config(drop=share, alien=0.0, align=align, max_side=max_side))
-    cover = torch.cat([method.damage(make_batch(64), seed).mask.double().mean((1, 2)) for seed in range(3)])
+    cover = torch.cat([damage(method, make_batch(64), seed).mask.double().mean((1, 2)) for seed in range(3)])
     assert cover.min() >= min(0.5, share)
 
 
@@ -279,7 +286,7 @@ def test_teacher_is_the_moving_average_of_parameters_alone():
     method(make_batch(), VALUES)
     before = {key: value.clone() for key, value in method.state_dict().items()}
     momentum = 1 - 0.004 * (1 + math.cos(math.pi * 0.3)) / 2
-    method.after_step(VALUES)
+    finish_step(method, build_optimizer(method, Optim(), averages=method.averages()), VALUES)
     parameters = dict(method.teacher.named_parameters())
     assert parameters.keys() == dict(method.student.named_parameters()).keys()
     for key, value in method.teacher.state_dict().items():
@@ -301,7 +308,7 @@ def test_teacher_starts_as_the_student_sees_clean_views_and_keeps_its_own_statis
     method.teacher.backbone.embed = lambda x, keep=None, f=method.teacher.backbone.embed: (seen.append(x), f(x))[1]
     batch = make_batch()
     method(batch, VALUES)
-    assert torch.equal(seen[0], torch.cat([batch.views["view1"][:, 0], batch.views["view2"][:, 0]]))
+    assert torch.equal(seen[0], both_views(batch))
     assert not torch.equal(method.teacher.head[1].running_mean, method.student.head[1].running_mean)
     assert method.teacher.head[1].num_batches_tracked == 1
     assert method.backbone is method.teacher.backbone
@@ -360,7 +367,7 @@ def test_pictures():
     assert rows.shape == (5, 8, 3, S, S)
     assert rows.min() >= 0
     assert rows.max() <= 1
-    mask = method.damage(batch, VALUES.seed).mask
+    mask = damage(method, batch, VALUES.seed).mask
     for view in (0, 1):
         hidden = mask[5 * view : 5 * view + 5]
         clean, damaged, painted, restored = rows[:, 4 * view : 4 * view + 4].movedim(2, -1).unbind(1)

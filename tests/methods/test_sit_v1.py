@@ -12,12 +12,11 @@ import torch.nn.functional as F
 
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError, Model
-from fastssl.kernels.corrupt import corrupt
-from fastssl.masks import philox
+from fastssl.kernels._philox import philox
+from fastssl.kernels.corrupt import FirstBlocks, corrupt, draw_first
+from fastssl.kernels.corrupt.reference import CANDIDATES, alien_source
 from fastssl.methods import METHODS, view_list
-from fastssl.methods import sit_v1 as module
-from fastssl.methods.damage import alien_source
-from fastssl.methods.sit_v1 import SiTv1, damage, rotate, rotated_views, weighted_sum
+from fastssl.methods.sit_v1 import SiTv1, damage, rotate, weighted_sum
 from fastssl.models import build_backbone
 from fastssl.step import Values
 from fastssl.training import distributed
@@ -25,7 +24,7 @@ from fastssl.training import distributed
 B, S = 16, 32
 VALUES = Values(3, 10, 2, seed=5)
 DOUBLE = torch.float64
-WHERE = {"seed": 5, "epoch": 2, "view": 1}
+WHERE = {"seed": 5, "epoch": 2}
 
 
 def make_config(model: Model | None = None, size: int = S, **settings) -> Config:
@@ -58,6 +57,12 @@ def part_of(batch: Batch, rows: slice) -> Batch:
 def words(sample, purpose, block=0, view=1):
     key = (5, zlib.crc32(f"sit/{purpose}".encode()))
     return [int(w) for w in philox((torch.as_tensor([int(sample)]), 2, view, block), key)]
+
+
+def damage_second(images: torch.Tensor, ids: torch.Tensor, group: int = 8, clean: bool = True):
+    """Damaged views and mask of images that are both views, and are not turned: of the second views."""
+    drawn = draw_first(ids, views=2, side=images.shape[-1], share=0.3, group=group, **WHERE)
+    return (half.chunk(2)[1] for half in damage(torch.cat([images, images]), drawn, clean, ids=ids, **WHERE))
 
 
 # -- the whole step, from the paper's words ----------------------------------------------------------------------------
@@ -131,23 +136,23 @@ def naive_damage(images, ids, view, group=8, clean=True, share=0.3):
 def test_damage_against_plain_loops(size):
     batch = make_batch(10, size, DOUBLE)
     images = batch.views["view2"][:, 0]
-    out = damage(images, batch.id, 0.3, 8, True, **WHERE)
+    damaged, where = damage_second(images, batch.id)
     expected, mask = naive_damage(images, batch.id, 1)
-    assert torch.equal(out.mask, mask)
-    torch.testing.assert_close(out.views, expected, rtol=1e-9, atol=1e-9)
-    assert torch.equal(out.views.movedim(1, -1)[~mask], images.movedim(1, -1)[~mask])
+    assert torch.equal(where, mask)
+    torch.testing.assert_close(damaged, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(damaged.movedim(1, -1)[~mask], images.movedim(1, -1)[~mask])
 
 
 def test_the_authors_alien_blocks_show_what_is_damaged_by_then():
     batch = make_batch(12, dtype=DOUBLE)
     images = batch.views["view2"][:, 0]
-    out = damage(images, batch.id, 0.3, 0, False, **WHERE)
+    damaged, where = damage_second(images, batch.id, 0, False)
     expected, mask = naive_damage(images, batch.id, 1, group=0, clean=False)
-    torch.testing.assert_close(out.views, expected, rtol=1e-9, atol=1e-9)
-    assert torch.equal(out.mask, mask)
-    other = damage(images, batch.id, 0.3, 0, True, **WHERE)
-    assert not torch.allclose(other.views, expected)
-    assert torch.equal(other.mask, mask)
+    torch.testing.assert_close(damaged, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(where, mask)
+    other, where = damage_second(images, batch.id, 0)
+    assert not torch.allclose(other, expected)
+    assert torch.equal(where, mask)
 
 
 def naive_step(method, batch, values):
@@ -216,49 +221,43 @@ def test_rotation_of_a_square():
 
 
 def test_rotations_are_uniform_and_depend_on_seed_epoch_id_and_view_alone():
-    batch = make_batch(4000, 2)
-    _, turns = rotated_views(batch, 5)
+    method, batch = make_method(), make_batch(4000, 4)
+    turns = method.damage(batch, 5)[3]
     assert torch.bincount(turns, minlength=4).min() > 1850  # of 2000
     assert 900 < (turns[:4000] == turns[4000:]).sum() < 1100
-    _, half = rotated_views(part_of(batch, slice(100, 300)), 5)
+    half = method.damage(part_of(batch, slice(100, 300)), 5)[3]
     assert torch.equal(half, torch.cat([turns[100:300], turns[4100:4300]]))
-    assert not torch.equal(rotated_views(batch, 6)[1], turns)
+    assert not torch.equal(method.damage(batch, 6)[3], turns)
     batch.epoch = 3
-    assert not torch.equal(rotated_views(batch, 5)[1], turns)
+    assert not torch.equal(method.damage(batch, 5)[3], turns)
 
 
 def test_how_much_is_damaged():
     """Noise or alien blocks alone cover 14.9 % on average (at most 30.4 %), gray and blur blocks 13.5 % each."""
-    ids = torch.arange(1500)
-    cover = {}
-    for name, budget in (("noise", 1), ("alien", 2)):
-        word = module._words(ids, "damage", 1, **WHERE)[budget][:, 0]
-        boxes = module.within_budget(module.draw(ids, name, module.BLOCKS, 224, 56, **WHERE), word, 0.3 * 224**2)
+    drawn, cover = draw_first(torch.arange(1500), views=1, side=224, share=0.3, **WHERE), {}
+    for name, boxes in zip(("noise", "alien"), drawn.boxes.chunk(2, dim=1), strict=True):
         used = boxes[..., 2] > 0
-        assert used.sum(1).max() < module.BLOCKS
+        assert used.sum(1).max() < CANDIDATES
         assert used.double().sum(1).mean() == pytest.approx(8.3, abs=0.5)
         area = (boxes[..., 2] * boxes[..., 3]).sum(1) / 224**2
         cover[name] = area.mean()
         assert area.max() < 0.3 + 55**2 / 224**2
     assert cover["noise"] == pytest.approx(0.159, abs=0.01)  # overlaps counted: 14.9 % of the pixels
-    for name in ("gray", "blur"):
-        box = module.draw(ids, name, 1, 224, 224, **WHERE)[:, 0]
+    for box in drawn.soft.unbind(1):
         assert box[:, 2:].min() >= 11
         assert (box[:, :2] + box[:, 2:]).max() <= 224
         assert (box[:, 2] * box[:, 3]).double().mean() / 224**2 == pytest.approx(0.135, abs=0.01)
-    few = torch.randn(40, 3, 224, 224)
-    mask = damage(few, ids[:40], 0.3, 8, True, **WHERE).mask.double()
-    assert mask.mean() == pytest.approx(1 - (1 - 0.27) * (1 - 0.135) ** 2, abs=0.05)
+    few = FirstBlocks(*(values[:40] for values in drawn))._replace(source=torch.arange(40).roll(1))
+    _, mask = damage(torch.randn(40, 3, 224, 224), few, True, ids=torch.arange(40), **WHERE)
+    assert mask.double().mean() == pytest.approx(1 - (1 - 0.27) * (1 - 0.135) ** 2, abs=0.05)
 
 
 def test_damage_does_not_depend_on_the_rest_of_the_batch():
-    batch = make_batch()
-    images = batch.views["view1"][:, 0]
-    whole = damage(images, batch.id, 0.3, 8, True, **WHERE)
-    half = damage(images[8:], batch.id[8:], 0.3, 8, True, **WHERE)
-    assert torch.equal(half.views, whole.views[8:])
-    assert torch.equal(half.mask, whole.mask[8:])
-    assert not torch.equal(damage(images, batch.id, 0.3, 8, True, **{**WHERE, "view": 0}).mask, whole.mask)
+    method, batch = make_method(), make_batch()
+    whole, half = method.damage(batch, 5), method.damage(part_of(batch, slice(8, 16)), 5)
+    for values, some in zip(whole, half, strict=True):
+        assert torch.equal(some, torch.cat([values[8:16], values[24:32]]))
+    assert not torch.equal(whole[2][:16], whole[2][16:])
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
@@ -372,8 +371,7 @@ def test_pictures():
     assert rows.shape == (5, 8, 3, S, S)
     assert rows.min() >= 0
     assert rows.max() <= 1
-    clean, _ = rotated_views(batch, VALUES.seed)
-    mask = method.damage(clean, batch, VALUES.seed).mask
+    _, _, mask, _ = method.damage(batch, VALUES.seed)
     for view in (0, 1):
         hidden = mask[5 * view : 5 * view + 5]
         clean, damaged, painted, restored = rows[:, 4 * view : 4 * view + 4].movedim(2, -1).unbind(1)

@@ -27,7 +27,7 @@ def test_maps_are_what_the_blocks_put_out(monkeypatch):
     images = torch.randn(2, 3, 24, 40)  # another grid than the table's
     outputs = {}
     for i, block in enumerate(reference.blocks):
-        block.register_forward_hook(lambda module, inputs, output, i=i: outputs.update({i: output}))
+        block.register_forward_hook(lambda module, inputs, output, i=i: outputs.update({i: output[0]}))
     reference.tokens(images)
     taps = [outputs[i][:, 1:].reshape(2, 3, 5, 24).permute(0, 3, 1, 2) for i in (0, 2, 2, 4)]
     weights = pyramid.resize.state_dict()

@@ -1,3 +1,5 @@
+"""The compiled masks: against the papers' procedures, patch by patch, and against PyTorch's for many images."""
+
 import math
 import random
 import zlib
@@ -5,29 +7,35 @@ from collections import Counter
 from fractions import Fraction
 
 import numpy as np
+import oracle_masks
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from fastssl.batch import Batch
 from fastssl.config import ConfigError
 from fastssl.kernels._philox import philox
+from fastssl.loaders import masks
 from fastssl.loaders.loader import part_labels
-from fastssl.loaders.philox import random_words
-from fastssl.masks import (
-    _block_draws,
-    _hide_parts,
-    block_mask,
+from fastssl.loaders.masks import (
+    BlockMask,
+    RandomMask,
+    SemanticMask,
+    add_masks,
+    draw,
     kept_patches,
-    random_mask,
-    semantic_mask,
     semantic_schedule,
 )
+from fastssl.loaders.masks_compiled import hide_parts
+from fastssl.loaders.philox import random_words
+
+
+def drawn(mask, ids, seed=0, epoch=0, **more):
+    """`draw` in tensors."""
+    return tuple(torch.from_numpy(part) for part in draw(mask, np.asarray(ids), seed=seed, epoch=epoch, **more))
 
 
 def mask(ids, patches=196, ratio=0.75, seed=0, epoch=0):
-    return random_mask(torch.as_tensor(ids), patches, ratio, seed=seed, epoch=epoch)
+    return drawn(RandomMask("main", patches, ratio), ids, seed, epoch)
 
 
 def test_words_equal_the_loaders_generator():
@@ -94,19 +102,6 @@ def test_unusable_ratio(patches, ratio):
         mask([0], patches, ratio)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_gpu_makes_the_same_masks_without_waiting():
-    ids = torch.tensor([0, 5, 2**32 - 1], device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ours = mask(ids)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for a, b in zip(ours, mask(ids.cpu()), strict=True):
-        assert torch.equal(a.cpu(), b)
-
-
 # Block-wise masks
 
 
@@ -171,7 +166,7 @@ class Words:
 
 
 def blocks(ids, grid=(14, 14), masked=98, seed=0, epoch=0, **numbers):
-    return block_mask(torch.as_tensor(ids), grid, num_masked=masked, seed=seed, epoch=epoch, **numbers)
+    return drawn(BlockMask("main", grid, masked, **numbers), ids, seed, epoch)
 
 
 def as_grid(masked, patches=196):
@@ -227,7 +222,7 @@ def test_blocks_equal_the_sequential_procedure(grid, masked, by_hand, numbers):
 
 @pytest.mark.parametrize(("masked", "largest", "runs"), [(98, 98, 24), (99, 99, 40), (98, 25, 30)])
 def test_patches_still_to_hide_after_the_last_run_are_the_first_free_ones(monkeypatch, masked, largest, runs):
-    monkeypatch.setattr("fastssl.masks.TRIES", 1)  # so that many masks need more runs
+    monkeypatch.setattr(masks, "TRIES", 1)  # so that many masks need more runs
     keep, hidden = blocks(range(100), masked=masked, max_patches=largest)
     check_lists(keep, hidden, 196)
     late = 0
@@ -238,17 +233,6 @@ def test_patches_still_to_hide_after_the_last_run_are_the_first_free_ones(monkey
         found.flat[np.flatnonzero(~found)[:missing]] = True
         assert hidden[i].tolist() == np.flatnonzero(found).tolist()
     assert 5 < late < 95
-
-
-def test_draws_of_a_try_have_double_precision():
-    draws = list(_block_draws(torch.tensor([5, 6]), 5, 0.3, 4.0, seed=1, epoch=2))
-    assert len(draws) == 5
-    for run, (share, stretch, place) in enumerate(draws):
-        area, aspect, *corner = random_words(1, "mask/block", np.array([[5], [6]]), 2, run, np.arange(64))
-        ratio = np.exp(math.log(0.3) + math.log(4.0 / 0.3) * (aspect / 2**32))
-        assert np.array_equal(share.numpy(), area / 2**32)
-        assert np.allclose(stretch.numpy(), np.stack([ratio, 1 / ratio], 1), rtol=1e-14, atol=0)
-        assert np.array_equal(place.numpy(), np.stack(corner, 1).astype(np.int64))
 
 
 def test_block_statistics():
@@ -273,7 +257,7 @@ def test_a_sample_gets_its_blocks_in_any_batch():
         for a, b in zip(whole, blocks([i]), strict=True):
             assert torch.equal(a[[i]], b)
     assert len({tuple(row) for row in whole[1].tolist()}) == 100
-    assert blocks(torch.zeros(0, dtype=torch.int64))[1].shape == (0, 98)
+    assert blocks(np.zeros(0, np.int64))[1].shape == (0, 98)
 
 
 def test_seed_and_epoch_change_blocks_and_nothing_else_does():
@@ -318,9 +302,22 @@ ORDER = (2, 0, 5, 1, 3, 4, 6)
 
 
 def semantic(labels, ids=None, ratio=0.75, inter=0.5, parts=7, seed=0, epoch=0):
-    labels = torch.as_tensor(labels)
-    ids = torch.arange(len(labels)) if ids is None else torch.as_tensor(ids)
-    return semantic_mask(labels, ids, ratio=ratio, inter=inter, num_parts=parts, seed=seed, epoch=epoch)
+    """Masks where whole parts weigh `inter`, a multiple of 1/100."""
+    labels = np.asarray(labels)
+    wanted = SemanticMask("main", labels.shape[-1], ratio, parts, 100, 1.0 if inter else 1e9)  # 0.01^1e9 is 0
+    stage = max(round(100 * inter) - 1, 0)
+    assert semantic_schedule(stage, wanted.epochs, wanted.power) == inter
+    ids = np.arange(len(labels)) if ids is None else ids
+    return drawn(wanted, ids, seed, epoch, parts=labels, schedule_epoch=stage)
+
+
+def hidden_parts(labels, scores, part_scores, keep, *, ratio, inter):
+    """Masks for given scores: int64 [B, N], the kept patches first."""
+    found = np.empty(labels.shape, np.int64)
+    for row, *given in zip(found, labels, scores, part_scores, strict=True):
+        patches, along, parts = (value.numpy() for value in given)
+        hide_parts(patches, along.astype(np.uint64), parts.astype(np.uint64), ratio, inter, row[:keep], row[keep:])
+    return torch.from_numpy(found)
 
 
 def quotas_by_hand(sizes, ratio, inter, order, patches, keep):
@@ -393,7 +390,7 @@ def test_quotas_of_the_paper(inter, quotas):
     scores = torch.randint(2**32, (50, 196))
     part_scores = torch.tensor(ORDER).argsort().expand(50, -1)
     labels = fixed_parts(50)
-    patches = _hide_parts(labels, scores, part_scores, 49, ratio=0.75, inter=inter)
+    patches = hidden_parts(labels, scores, part_scores, 49, ratio=0.75, inter=inter)
     extra = masked_per_part(labels, patches[:, 49:]) - torch.tensor(quotas)
     assert (extra >= 0).all()
     assert (extra.sum(1) == 147 - sum(quotas)).all()
@@ -406,7 +403,7 @@ def test_counts_are_mixed_in_double_precision(inter, size):
     scores = torch.randint(2**32, (20, 196))
     for order in ((0, 1), (1, 0)):
         quotas = quotas_by_hand((size, 196 - size), 0.75, inter, order, 196, 49)
-        patches = _hide_parts(labels, scores, torch.tensor(order).expand(20, -1), 49, ratio=0.75, inter=inter)
+        patches = hidden_parts(labels, scores, torch.tensor(order).expand(20, -1), 49, ratio=0.75, inter=inter)
         extra = masked_per_part(labels, patches[:, 49:], 2) - torch.tensor(quotas)
         assert (extra.abs().sum(1) == abs(147 - sum(quotas))).all()
 
@@ -494,9 +491,10 @@ def test_masks_move_with_the_patches():
     mirrored = torch.arange(196).view(14, 14).flip(1).flatten()
     for move in (mirrored, torch.randperm(196, generator=generator)):
         for inter in (0.0, 0.3, 1.0):
-            here = _hide_parts(labels, scores, parts, 49, ratio=0.75, inter=inter)
-            there = _hide_parts(labels[:, move], scores[:, move], parts, 49, ratio=0.75, inter=inter)
-            assert torch.equal(move[there], here)
+            here = hidden_parts(labels, scores, parts, 49, ratio=0.75, inter=inter)
+            there = hidden_parts(labels[:, move], scores[:, move], parts, 49, ratio=0.75, inter=inter)
+            for a, b in zip(move[there].split((49, 147), 1), here.split((49, 147), 1), strict=True):
+                assert torch.equal(a.sort(1).values, b)
 
 
 def test_part_labels_of_the_loader_are_taken_flattened():
@@ -536,21 +534,28 @@ def test_semantic_masks_never_change():
     [
         ({"ratio": 1.0}, "mask ratio 1.0 keeps none of 196 patches"),
         ({"ratio": -0.1}, "mask ratio -0.1 keeps none"),
-        ({"inter": 1.01}, "inter is 1.01; it must be from 0"),
-        ({"inter": -0.01}, "inter is -0.01"),
-        ({"inter": math.nan}, "inter is nan"),
         ({"parts": 0}, "num_parts is 0; it must be from 1 to 1024"),
         ({"parts": 1025}, "num_parts is 1025"),
-        ({"ids": [0]}, r"part labels are \[2, 196\]; they must be \[1, patches\]"),
-        (
-            {"labels": torch.zeros(2, 14, 14, dtype=torch.int64)},
-            r"part labels are \[2, 14, 14\]; they must be \[2, patches",
-        ),
     ],
 )
 def test_unusable_semantic_numbers(numbers, message):
     with pytest.raises(ConfigError, match=message):
         semantic(**{"labels": torch.zeros(2, 196, dtype=torch.int64), **numbers})
+
+
+def test_part_labels_that_do_not_fit():
+    wanted = SemanticMask("main", 196, 0.75, 7, 10)
+    for labels, given in (
+        (np.zeros((2, 196)), r"\[2, 196\]"),
+        (np.zeros((1, 14, 14)), r"\[1, 14, 14\]"),
+        (None, "missing"),
+    ):
+        with pytest.raises(
+            ConfigError, match=rf"part labels of main are {given}; they must be \[1, 196\], one per patch"
+        ):
+            drawn(wanted, [0], parts=labels)
+    with pytest.raises(ConfigError, match=r"step 0 of 0 with power 2\.0"):
+        SemanticMask("main", 196, 0.75, 7, 0)
 
 
 def test_schedule_is_the_papers():
@@ -571,49 +576,86 @@ def test_unusable_schedule(step, total, power):
         semantic_schedule(step, total, power)
 
 
-# On the device
+# Many images, and whole batches
 
-MASKS = {
-    "random": lambda ids: mask(ids),
-    "block": lambda ids: blocks(ids),
-    "block, more than half": lambda ids: blocks(ids, masked=147),
-    "semantic": lambda ids: semantic((ids[:, None] + torch.arange(196, device=ids.device)) % 8, ids, inter=0.3),
-}
+MANY = np.array([*range(6000), *range(2**31, 2**31 + 100), 2**32 - 1])
 
 
-class OnlyOnGpu(TorchDispatchMode):
-    """Raises where an operation takes or gives a tensor of the host, whose copy the host would wait for."""
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        for value in tree_leaves((args, kwargs, out)):
-            assert not isinstance(value, torch.Tensor) or value.is_cuda, operation
-        return out
-
-
-@pytest.mark.parametrize("kind", MASKS)
-def test_no_mask_needs_the_host_on_a_gpu(kind):
-    """Tensors that have shapes and devices but no values: whatever needs a value on the host raises."""
-    with FakeTensorMode():
-        ids = torch.empty(5, dtype=torch.int64, device="cuda")
-        with OnlyOnGpu():
-            keep, masked = MASKS[kind](ids)
-    real = MASKS[kind](torch.arange(5))
-    for fake, like in zip((keep, masked), real, strict=True):
-        assert fake.device.type == "cuda"
-        assert (fake.shape, fake.dtype) == (like.shape, like.dtype)
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (3, 799), (2**32 - 1, 2**32 - 1)])
+@pytest.mark.parametrize(("patches", "ratio"), [(196, 0.75), (196, 0.6), (49, 0.9), (45, 0.7), (50, 0.0), (784, 0.75)])
+def test_random_masks_equal_pytorchs(patches, ratio, seed, epoch):
+    ids = MANY[:: 1 + patches // 100]
+    expected = oracle_masks.random_mask(torch.from_numpy(ids), patches, ratio, seed=seed, epoch=epoch)
+    for a, b in zip(mask(ids, patches, ratio, seed, epoch), expected, strict=True):
+        assert torch.equal(a, b)
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", MASKS)
-def test_gpu_makes_the_same_masks_of_each_kind_without_waiting(kind):
-    ids = torch.tensor([*range(500), 2**32 - 1])
-    there = ids.cuda()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        ours = MASKS[kind](there)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    for a, b in zip(ours, MASKS[kind](ids), strict=True):
-        assert torch.equal(a.cpu(), b)
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (2**32 - 1, 799)])
+@pytest.mark.parametrize(
+    ("grid", "masked", "numbers"),
+    [
+        ((14, 14), 98, {}),
+        ((14, 14), 75, {"max_patches": 40}),
+        ((14, 14), 147, {}),
+        ((14, 14), 5, {}),
+        ((28, 28), 392, {}),
+        ((9, 17), 60, {"min_patches": 5, "max_patches": 20}),
+        ((17, 9), 60, {"min_aspect": 0.5, "max_aspect": 1.25}),
+        ((4, 4), 8, {"min_patches": 2}),
+        ((2, 2), 1, {"min_patches": 1}),
+    ],
+)
+def test_block_masks_equal_pytorchs(grid, masked, numbers, seed, epoch):
+    ids = MANY[:: 1 + math.prod(grid) // 100]
+    expected = oracle_masks.block_mask(
+        torch.from_numpy(ids), grid, num_masked=masked, seed=seed, epoch=epoch, **numbers
+    )
+    for a, b in zip(blocks(ids, grid, masked, seed, epoch, **numbers), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("seed", "epoch", "inter"), [(0, 0, 0.0), (3, 200, 0.07), (2**32 - 1, 799, 0.5), (1, 9, 1.0)])
+@pytest.mark.parametrize(
+    ("patches", "ratio", "parts"), [(196, 0.75, 6), (196, 0.6, 64), (49, 0.9, 3), (45, 0.7, 1), (50, 0.0, 1024)]
+)
+def test_semantic_masks_equal_pytorchs(patches, ratio, parts, seed, epoch, inter):
+    ids = MANY[:: 1 + patches // 50]
+    labels = torch.from_numpy(np.random.default_rng(epoch).integers(-1, min(parts, 9) + 1, (len(ids), patches)))
+    expected = oracle_masks.semantic_mask(
+        labels, torch.from_numpy(ids), ratio=ratio, inter=inter, num_parts=parts, seed=seed, epoch=epoch
+    )
+    for a, b in zip(semantic(labels, ids, ratio, inter, parts, seed, epoch), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_masks_of_a_batch():
+    """Each under its name; part labels are those of the first crop; schedules stand where they are told to."""
+    labels = torch.from_numpy(np.random.default_rng(0).integers(0, 6, (3, 2, 14, 14)))
+    ids = torch.tensor([9, 4, 7])
+    wanted = [RandomMask("a", 16, 0.75), BlockMask("b", (4, 4), 8, 2), SemanticMask("c", 196, 0.75, 64, 8)]
+    for stage in (None, 5):
+        batch = Batch(ids, ids, epoch=2, parts={"c": labels})
+        add_masks(batch, wanted, seed=3, schedule_epoch=stage)
+        first = labels[:, 0].flatten(1).numpy()
+        for one in wanted:
+            expected = drawn(one, ids, 3, 2, parts=first, schedule_epoch=2 if stage is None else stage)
+            for a, b in zip(batch.mask(one.name), expected, strict=True):
+                assert torch.equal(a, b)
+    inter = ((5 + 1) / 8) ** 2
+    expected = oracle_masks.semantic_mask(
+        labels[:, 0].flatten(1), ids, ratio=0.75, inter=inter, num_parts=64, seed=3, epoch=2
+    )
+    assert torch.equal(batch.masks["c"][1], expected[1])
+    with pytest.raises(ConfigError, match="part labels of c are missing"):
+        add_masks(Batch(ids, ids), wanted, seed=3)
+
+
+def test_masks_move_with_the_batch():
+    batch = Batch(torch.arange(4), torch.zeros(4))
+    with pytest.raises(ValueError, match="the batch has no mask of the views 'a'; give what makes the batches"):
+        batch.mask("a")
+    add_masks(batch, [RandomMask("a", 16, 0.75)], seed=0)
+    kept, masked = batch.map(lambda value: value[1:3]).mask("a")
+    assert torch.equal(kept, batch.masks["a"][0][1:3])
+    assert torch.equal(masked, batch.masks["a"][1][1:3])
+    assert batch.to("meta").mask("a")[0].device.type == "meta"

@@ -1,0 +1,266 @@
+"""Transformer blocks (Dosovitskiy et al. 2021, arXiv 2010.11929) with timm's keys and numbers, made to be launched from
+Python without wasting its time.
+
+Between the matrix products of pre-norm blocks stands always the same: a branch is scaled, perhaps dropped, added to the
+stream, and the sum is normed for the next branch. `residual_norm` does this in one launch. The last sum of a block and
+the first norm of the next one belong together too, so a block that is one of several (`run_blocks`) takes its tokens
+with their norm, and hands on its own with the norm that comes next.
+
+Letters: B rows of the batch, N tokens, D width, h heads, d = D / h.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from fastssl.kernels.drop_path import drop_path
+from fastssl.kernels.residual_norm import residual_add, residual_norm
+
+Keep = tuple[Tensor | None, Tensor | None]  # per branch of a block, float32 [B]: 0, or one over the share kept
+WHOLE: Keep = (None, None)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """What stochastic depth is drawn from (`fastssl.kernels.drop_path`): not from ranks, the batch, or the order.
+
+    Attributes:
+        ids: int64 [B], sample ids of the images in the batch.
+        seed: of the run.
+        step: of the run; an int64 scalar on the device, or a number.
+        purpose: name of the network; networks with different names drop different branches.
+        together: crops of one image that stand side by side in the batch. A batch of more rows than B x together holds
+            all images again, with further crops.
+        first: number of the first crop.
+    """
+
+    ids: Tensor
+    seed: int
+    step: int | Tensor
+    purpose: str
+    together: int = 1
+    first: int = 0
+
+    def table(self, rate: float, layers: int, rows: int) -> Tensor:
+        """float32 [2 x layers, rows], see the op."""
+        return drop_path(
+            self.ids, rate=rate, layers=layers, rows=rows, seed=self.seed, step=self.step, key=_crc(self.purpose),
+            together=self.together, first=self.first,
+        )  # fmt: skip
+
+
+@cache
+def _crc(purpose: str) -> int:
+    return zlib.crc32(f"drop/{purpose}".encode())
+
+
+class Block(nn.Module):
+    """A pre-norm block: exact GELU, MLP ratio 4, biases everywhere. Parameters and start values are timm's.
+
+    Args:
+        width, heads: channels (D), attention heads (h).
+        drop_path: share of the samples whose branch is dropped in training.
+        layer_scale: start value of a learned gain per channel on both branches. 0: none.
+    """
+
+    def __init__(self, width: int, heads: int, drop_path: float = 0.0, layer_scale: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.ls1 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.drop_path1 = DropPath(drop_path) if drop_path else nn.Identity()  # holds the share alone
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width)
+        self.ls2 = LayerScale(width, layer_scale) if layer_scale else nn.Identity()
+        self.drop_path2 = DropPath(drop_path) if drop_path else nn.Identity()
+
+    @property
+    def rate(self) -> float:
+        """Share of the samples whose branches are dropped."""
+        return getattr(self.drop_path1, "drop_prob", 0.0)
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        normed: Tensor | None = None,
+        norm: nn.LayerNorm | None = None,
+        keep: Keep = WHOLE,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The block by itself, block(x), or as one of several.
+
+        Args:
+            x: [B, N, D].
+            attn_mask: added to the attention logits, broadcast to [B, h, N, N].
+            normed: norm1(x), of the type that matrix products take. None: computed here, and which samples are
+                dropped in training is drawn here.
+            norm: what the result is normed with; goes with `normed`, as do the next two.
+            keep: what the branches are multiplied with.
+            dtype: of the result's norm.
+
+        Returns:
+            [B, N, D]; with `normed`, a pair of this and its norm.
+        """
+        if normed is not None:
+            assert norm is not None
+            x, branch = self._branches(x, normed, attn_mask, keep[0])
+            return add_norm(x, norm, dtype, branch, self.ls2, keep[1])
+        if self.training and self.rate > 0:
+            first, second = _draw(self.rate, x, 1, rising=False).unbind()
+            keep = first, second
+        _, normed = add_norm(x, self.norm1, working_type(x, self.attn.qkv.weight))
+        x, branch = self._branches(x, normed, attn_mask, keep[0])
+        return residual_add(x, branch, gain_of(self.ls2), keep[1])
+
+    def _branches(
+        self, x: Tensor, normed: Tensor, attn_mask: Tensor | None, keep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The stream with the attention added, and what the MLP makes of it."""
+        branch = self.attn(normed, attn_mask)
+        x, normed = add_norm(x, self.norm2, working_type(branch, self.mlp.fc1.weight), branch, self.ls1, keep)
+        return x, self.mlp(normed)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.scale = (width // heads) ** -0.5
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; the mask is added to the logits."""
+        q, k, v = (y.transpose(1, 2) for y in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask)  # [B, h, N, d]
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """Holds the gain of a branch (Touvron et al. 2021, arXiv 2103.17239)."""
+
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), start))
+
+
+def transformer_blocks(
+    width: int, depth: int, heads: int, drop_path: float = 0.0, layer_scale: float = 0.0
+) -> nn.ModuleList:
+    """Blocks whose stochastic depth grows linearly from 0 to `drop_path`; `layer_scale` as in `Block`."""
+    return nn.ModuleList(Block(width, heads, drop_path * i / max(depth - 1, 1), layer_scale) for i in range(depth))
+
+
+def run_blocks(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    norm: nn.LayerNorm,
+    drop: Drop | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """norm(the tokens after all blocks).
+
+    Args:
+        blocks: `transformer_blocks`.
+        x: [B, N, D].
+        norm: the final one.
+        drop: what stochastic depth is drawn from. None: PyTorch's generator.
+        dtype: of the result. None: in training what matrix products take (autocast's type, or the weights'), which is
+            what comes next there; in eval mode that of x.
+    """
+    return last_norms(blocks, x, norm, 1, drop, dtype)[0]
+
+
+def last_norms(
+    blocks: Iterable[nn.Module],
+    x: Tensor,
+    norm: nn.LayerNorm,
+    n: int,
+    drop: Drop | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """norm(the tokens after a block) for each of the last `n` blocks; arguments as for `run_blocks`."""
+    layers = cast(list[Block], list(blocks))
+    last = len(layers) - 1
+    keeps = branch_factors(layers[last].rate if layers[last].training else 0.0, x, len(layers), drop)
+    working = working_type(x, layers[0].attn.qkv.weight)
+    dtype = dtype or (working if layers[last].training else x.dtype)
+    _, normed = add_norm(x, layers[0].norm1, working)
+    outputs = []
+    for i in range(last):
+        x, normed = layers[i](x, None, normed, layers[i + 1].norm1, keeps[i], working)
+        if i > last - n:
+            outputs.append(add_norm(x, norm, dtype)[1])
+    return [*outputs, layers[last](x, None, normed, norm, keeps[last], dtype)[1]]
+
+
+def branch_factors(rate: float, x: Tensor, layers: int, drop: Drop | None) -> list[Keep]:
+    """Per layer what its two branches are multiplied with, for the rows of x [B, ..]; all of it is drawn at once.
+
+    Args:
+        rate: of the last layer; it grows linearly from 0. 0: nothing is dropped.
+        drop: what it is drawn from. None: PyTorch's generator.
+    """
+    if not rate:
+        return [WHOLE] * layers
+    table = _draw(rate, x, layers) if drop is None else drop.table(rate, layers, len(x))
+    rows = table.unbind()
+    return list(zip(rows[::2], rows[1::2], strict=True))
+
+
+def _draw(rate: float, x: Tensor, layers: int, rising: bool = True) -> Tensor:
+    """Factors from PyTorch's generator, float32 [2 x layers, B]."""
+    draws = torch.rand(2 * layers, len(x), device=x.device)
+    if not rising:
+        return torch.where(draws < rate, 0.0, 1 / max(1 - rate, 1e-12))
+    rates = torch.linspace(0, rate, layers, device=x.device).repeat_interleave(2)[:, None]
+    return torch.where(draws < rates, 0.0, 1 / (1 - rates))
+
+
+def working_type(x: Tensor, weight: Tensor) -> torch.dtype:
+    """What matrix products with this weight take: autocast's type, or the weight's."""
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return weight.dtype
+    return torch.get_autocast_dtype(kind)
+
+
+def add_norm(
+    x: Tensor,
+    norm: nn.LayerNorm,
+    dtype: torch.dtype,
+    branch: Tensor | None = None,
+    scale: nn.Module | None = None,
+    keep: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """x + keep x gain x branch, and its norm in `dtype`; `scale` holds the gain, if any."""
+    return residual_norm(x, branch, gain_of(scale), keep, norm.weight, norm.bias, norm.eps, dtype)
+
+
+def gain_of(scale: nn.Module | None) -> Tensor | None:
+    """What a layer scale holds; None for the identity."""
+    return scale.gamma if isinstance(scale, LayerScale) else None
