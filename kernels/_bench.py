@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,7 +96,7 @@ class KernelBench:
         """Fixed-width text."""
         built = bool(self.rows) and "ms" not in self.rows[0]
         columns = _BUILD_COLUMNS if built else _TIME_COLUMNS
-        texts = [list(columns)] + [[_cell(row.get(key)) for key in columns.values()] for row in self.rows]
+        texts = [list(columns)] + [[_cell(row.get(key, "")) for key in columns.values()] for row in self.rows]
         widths = [max(len(line[i]) for line in texts) for i in range(len(columns))]
         head = [f"{key} {value}" for key, value in self.env.items()]
         lines = ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) for line in texts]
@@ -103,9 +104,9 @@ class KernelBench:
 
 
 _TIME_COLUMNS = {
-    "op": "op", "case": "case", "dtype": "dtype", "pass": "pass", "path": "name", "ms": "ms", "p20": "p20",
-    "p80": "p80", "GB/s": "gbps", "of the limit": "fraction", "MB": "peak_mb", "kernel is x faster": "speedup",
-    "regs": "registers", "spills": "spills",
+    "op": "op", "case": "case", "dtype": "dtype", "pass": "pass", "path": "name", "call ms": "ms", "p20": "p20",
+    "p80": "p80", "device ms": "device_ms", "GB/s": "gbps", "of the limit": "fraction", "MB": "peak_mb",
+    "kernel is x faster": "speedup", "on the device": "device_speedup", "regs": "registers", "spills": "spills",
 }  # fmt: skip
 _BUILD_COLUMNS = {
     "op": "op", "case": "case", "dtype": "dtype", "kernel": "kernel", "arch": "arch", "regs": "registers",
@@ -116,7 +117,7 @@ _BUILD_COLUMNS = {
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if value < 1000 else f"{value:.0f}"
-    return "" if value is None else str(value)
+    return "-" if value is None else str(value)
 
 
 def all_ops(wanted: str = "") -> list[Op]:
@@ -147,7 +148,7 @@ def bench(options: KernelBenchOptions) -> KernelBench:
         rows = [build.as_dict() for build in builds]
         failures = [_complaint(build) for build in builds if not build.ok]
         known = [f"known of triton {triton_version()}: {_complaint(build)}" for build in builds if build.known]
-        result = KernelBench(_versions(), rows, failures, known)
+        result = KernelBench(versions(), rows, failures, known)
     else:
         if not torch.cuda.is_available():
             raise KernelError("no CUDA device here; --compile-only builds the kernels without one")
@@ -168,8 +169,8 @@ def _complaint(build: Build) -> str:
 
 def _time_all(ops: list[Op], options: KernelBenchOptions) -> KernelBench:
     dtypes = [DTYPES[name] for name in (DTYPES if options.dtype == "all" else _listed(options.dtype))]
-    copy, rates = _copy_rate(), {dtype: matrix_rate(torch.device("cuda"), dtype) for dtype in DTYPES.values()}
-    env = _versions() | {"copy_gbps": round(copy / 1e9)}
+    copy, rates = device_rates()
+    env = versions() | {"copy_gbps": round(copy / 1e9)}
     env |= {f"{name}_tflops": round(rates[dtype] / 1e12) for name, dtype in DTYPES.items()}
     rows, failures = [], []
     for op in ops:
@@ -189,7 +190,7 @@ def _time_all(ops: list[Op], options: KernelBenchOptions) -> KernelBench:
                     failures.append(bad)
                     continue
                 build = builds.get((case, name))
-                found = _time_case(op, parameters, dtype, options, copy, rates[dtype])
+                found = time_case(op, parameters, dtype, options, copy, rates[dtype])
                 for row in found:
                     row |= {"op": op.name, "case": case, "dtype": name}
                     if row["path"] == "triton" and build:
@@ -229,17 +230,26 @@ def _proof_error(op: Op, cases: dict[str, Case], dtypes: list[torch.dtype]) -> s
     return ""
 
 
-def _time_case(
-    op: Op, case: Case, dtype: torch.dtype, options: KernelBenchOptions, copy: float, rate: float
-) -> list[dict[str, Any]]:
-    """Rows of one case: every contender, forward and (for an op with gradients) forward and backward."""
+def time_case(
+    op: Op, case: Case, dtype: torch.dtype, options: KernelBenchOptions, copy: float, rate: float,
+    device: str = "cuda", compiled: Callable[..., Any] | None = None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rows of one case: every contender, forward and (for an op with gradients) forward and backward.
+
+    Args:
+        op, case, dtype: what is timed.
+        options: contenders, and for how long each is timed.
+        copy, rate: what this device copies and multiplies per second (`device_rates`).
+        device: where; a CPU shows only that it works.
+        compiled: the reference compiled, which several calls may share; None: compiled here, and forgotten.
+    """
     contenders: list[tuple[str, str, str, Callable[..., Any]]] = [
         ("triton", "kernel", "triton", op.call),
         ("eager", "eager", "reference", op.reference),
-        ("compile", "torch.compile", "reference", torch.compile(op.reference, dynamic=False)),
+        ("compile", "torch.compile", "reference", compiled or torch.compile(op.reference, dynamic=False)),
         *(("library", name, "reference", call) for name, call in op.library.items()),
     ]
-    inputs = op.inputs(Maker("cuda"), dtype, **case)
+    inputs = op.inputs(Maker(device), dtype, **case)
     rows = []
     for backward in (False, True) if op.gradients else (False,):
         leaves = map_tensors(inputs, lambda x: x.detach())
@@ -252,6 +262,7 @@ def _time_case(
         least = op.min_bytes(inputs, outputs, False) + (op.min_bytes(inputs, outputs, True) if backward else 0)
         work = op.flops(inputs, outputs, False) + (op.flops(inputs, outputs, True) if backward else 0)
         del outputs
+        mine = []
         for path, name, mode, call in contenders:
             if path not in _listed(options.path):
                 continue
@@ -260,17 +271,21 @@ def _time_case(
                 with forced(mode):
                     row |= _time(partial(_step, op, call, leaves), options.milliseconds)
             except Exception as error:  # a contender that cannot do it (memory, no such kernel) is a result too
-                torch.cuda.empty_cache()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
                 row |= {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
             else:
-                seconds = row["ms"] / 1e3
+                seconds = (row.get("device_ms") or row["ms"]) / 1e3
                 row |= {"gbps": least / seconds / 1e9, "fraction": max(least / copy, work / rate) / seconds}
-            rows.append(row)
-        times = {row["name"]: row.get("ms") for row in rows if row["pass"].endswith("backward") == backward}
-        for row in rows:
-            if row["pass"].endswith("backward") == backward and times.get("kernel") and row.get("ms"):
-                row["speedup"] = row["ms"] / times["kernel"]
-    torch.compiler.reset()
+            mine.append(row)
+        for key, found in (("ms", "speedup"), ("device_ms", "device_speedup")):
+            own = {row["name"]: row.get(key) for row in mine}.get("kernel")
+            for row in mine:
+                if own and row.get(key):
+                    row[found] = row[key] / own
+        rows += mine
+    if compiled is None:
+        torch.compiler.reset()
     return rows
 
 
@@ -284,11 +299,18 @@ def _step(op: Op, call: Callable[..., Any], inputs: dict[str, Any]) -> list[Tens
     return list(torch.autograd.grad(roots, leaves, [torch.ones_like(root) for root in roots], allow_unused=True))
 
 
-def _time(f: Callable[[], Any], milliseconds: int) -> dict[str, float]:
-    """Median, 20th and 80th percentile in milliseconds with a cold L2, and peak memory beyond the inputs in MB."""
+def _time(f: Callable[[], Any], milliseconds: int) -> dict[str, Any]:
+    """Median, 20th and 80th percentile of a call in milliseconds with a cold L2; its time on the device without the
+    host (`device_ms`); peak memory beyond the inputs in MB. With 0 milliseconds it is only called; on a CPU there is
+    only the call."""
+    f()  # compiles
+    if not torch.cuda.is_available() or not milliseconds:
+        begin = time.perf_counter()
+        f()
+        passed = 1e3 * (time.perf_counter() - begin)
+        return {"ms": passed, "p20": passed, "p80": passed, "device_ms": None, "peak_mb": 0.0}
     from triton.testing import do_bench
 
-    f()  # compiles
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -296,7 +318,26 @@ def _time(f: Callable[[], Any], milliseconds: int) -> dict[str, float]:
     torch.cuda.synchronize()
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20
     median, low, high = do_bench(f, warmup=25, rep=milliseconds, quantiles=[0.5, 0.2, 0.8])
-    return {"ms": median, "p20": low, "p80": high, "peak_mb": peak}
+    return {"ms": median, "p20": low, "p80": high, "device_ms": _device_time(f, milliseconds), "peak_mb": peak}
+
+
+def _device_time(f: Callable[[], Any], milliseconds: int) -> float | None:
+    """Milliseconds of a call replayed from a CUDA graph, one behind the other, what fits staying in L2; None for a call
+    that cannot be captured."""
+    from triton.testing import do_bench_cudagraph
+
+    try:
+        # What it measures it replays ten times.
+        return float(do_bench_cudagraph(f, rep=max(1, milliseconds // 10), return_mode="median"))
+    except Exception as error:  # whatever cannot be captured raises as it likes
+        print(f"not captured: {type(error).__name__}: {' '.join(str(error).split())[:160]}", file=sys.stderr)
+        torch.cuda.synchronize()
+        return None
+
+
+def device_rates() -> tuple[float, dict[torch.dtype, float]]:
+    """Bytes per second that this GPU copies, and operations per second of its matrix products by type."""
+    return _copy_rate(), {dtype: matrix_rate(torch.device("cuda"), dtype) for dtype in DTYPES.values()}
 
 
 def _copy_rate() -> float:
@@ -306,7 +347,7 @@ def _copy_rate() -> float:
     return 2 * 2**30 / (_time(lambda: target.copy_(source), 200)["ms"] / 1e3)
 
 
-def _versions() -> dict[str, Any]:
+def versions() -> dict[str, Any]:
     """Card, driver, versions and commit."""
     env: dict[str, Any] = {"torch": torch.__version__}
     if has_triton():

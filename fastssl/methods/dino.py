@@ -146,7 +146,7 @@ class DINO(Method):
         with section("teacher"), torch.no_grad():
             features, teacher = self.teacher(large)  # [T, B, D], [T, B, K]
         with section("loss"):
-            temp = self.teacher_temp(values)
+            temp = self.number("teacher_temp", values)
             result = centering_softmax_loss(student, teacher, self.center, s.student_temp, temp)
             if self.training:
                 update_center(self.center, result.column_sum, teacher.shape[0] * teacher.shape[1], s.center_momentum)

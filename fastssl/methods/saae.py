@@ -42,6 +42,7 @@ from fastssl.methods.contrast import nt_xent
 from fastssl.methods.method import Method
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.blocks import Drop, add_norm, run_blocks, transformer_blocks, working_type
+from fastssl.models.norms import BatchNorm1d, Chain
 from fastssl.models.vit import ViT, sincos_positions
 from fastssl.pictures import cover, to_picture
 from fastssl.step import Step, Values, feature_spread
@@ -290,8 +291,8 @@ def projector(width: int, hidden: int, outputs: int, batch_norm: bool) -> nn.Seq
             nn.init.zeros_(linear.bias)
         layers.append(linear)
         if i < 3:
-            layers += [nn.BatchNorm1d(hidden), nn.ReLU()] if batch_norm else [nn.ReLU()]
-    return nn.Sequential(*layers, nn.BatchNorm1d(outputs, affine=False))
+            layers += [BatchNorm1d(hidden), nn.ReLU()] if batch_norm else [nn.ReLU()]
+    return Chain(*layers, BatchNorm1d(outputs, affine=False))
 
 
 class Decoder(nn.Module):

@@ -149,7 +149,7 @@ class SCFS(DINO):
             targets = [self.targets(i, student, teacher) for i in range(len(self.taps))]
 
         with section("loss"):
-            temps = s.student_temp, self.teacher_temp(values)
+            temps = s.student_temp, self.number("teacher_temp", values)
             final = centering_softmax_loss(student.logits, teacher.logits, self.center, *temps)
             centers = [(self.center, final.column_sum)]
             loss, metrics = final.loss, {"loss_dino": final.loss.detach()}

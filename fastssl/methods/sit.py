@@ -40,6 +40,7 @@ from fastssl.methods.method import Method
 from fastssl.models import build_backbone
 from fastssl.models.blocks import Drop
 from fastssl.models.decoders import PixelDecoder
+from fastssl.models.norms import BatchNorm1d, Chain
 from fastssl.models.vit import patch_grid
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
@@ -229,15 +230,15 @@ class Network(nn.Module):
 def contrastive_head(width: int, hidden: int, out: int) -> nn.Sequential:
     """[B, D] -> [B, K]: three linear layers with batch norm, the last norm without parameters (the authors' mixture of
     ReLU and GELU, and biases before norms, are kept for their weights)."""
-    head = nn.Sequential(
+    head = Chain(
         nn.Linear(width, hidden),
-        nn.BatchNorm1d(hidden),
+        BatchNorm1d(hidden),
         nn.ReLU(),
         nn.Linear(hidden, hidden),
-        nn.BatchNorm1d(hidden),
+        BatchNorm1d(hidden),
         nn.GELU(),
         nn.Linear(hidden, out),
-        nn.BatchNorm1d(out, affine=False),
+        BatchNorm1d(out, affine=False),
     )
     for module in head:
         if isinstance(module, nn.Linear):

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.models.norms import BatchNorm1d
+
 
 class DINOHead(nn.Module):
     """MLP, L2 normalisation, weight-normalised prototypes (Caron et al. 2021, arXiv 2104.14294, appendix C).
@@ -38,7 +40,7 @@ class DINOHead(nn.Module):
         for i in range(layers):
             mlp.append(nn.Linear(sizes[i], sizes[i + 1]))
             if i < layers - 1:
-                mlp += [nn.BatchNorm1d(hidden), nn.GELU()] if batch_norm else [nn.GELU()]
+                mlp += [BatchNorm1d(hidden), nn.GELU()] if batch_norm else [nn.GELU()]
         for module in mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)

@@ -5,12 +5,45 @@ The state dict has torchvision's keys, less `fc`.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models import resnet
 
 from fastssl.config import ConfigError
+from fastssl.models.norms import BatchNorm2d, Norm
+
+
+class _Block(nn.Module):
+    """What torchvision's blocks do, on several groups of images at once; each is normalised by its own statistics."""
+
+    depth: int  # convolutions, conv1, conv2, .., each with its norm
+
+    def forward(self, xs: list[Tensor]) -> list[Tensor]:
+        """[B, C, H, W] each."""
+        residuals = xs
+        if self.downsample is not None:
+            conv, norm = cast(nn.Sequential, self.downsample)
+            residuals = cast(Norm, norm).each([conv(x) for x in xs])
+        for number in range(1, self.depth + 1):
+            conv, norm = getattr(self, f"conv{number}"), getattr(self, f"bn{number}")
+            xs = norm.each([conv(x) for x in xs], residuals if number == self.depth else None, relu=True)
+        return xs
+
+
+class BasicBlock(_Block, resnet.BasicBlock):
+    """Two 3x3 convolutions."""
+
+    depth = 2
+
+
+class Bottleneck(_Block, resnet.Bottleneck):
+    """A 1x1, a 3x3 and a 1x1 convolution."""
+
+    depth = 3
+
 
 LAYERS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], list[int]]] = {
     "resnet18": (BasicBlock, [2, 2, 2, 2]),
@@ -36,13 +69,13 @@ class ResNet(torchvision.models.ResNet):
 
     def __init__(self, name: str, small_images: bool = False, channels: int = 64) -> None:
         block, layers = LAYERS[name]
-        super().__init__(block, layers)
+        super().__init__(block, layers, norm_layer=BatchNorm2d)
         self.fc = nn.Identity()
         self.width = 8 * channels * block.expansion
         if channels != 64:
             self.inplanes = channels
             self.conv1 = nn.Conv2d(3, channels, kernel_size=7, stride=2, padding=3, bias=False)
-            self.bn1 = nn.BatchNorm2d(channels)
+            self.bn1 = BatchNorm2d(channels)
             for stage, count in enumerate(layers):
                 made = self._make_layer(block, channels * 2**stage, count, stride=1 if stage == 0 else 2)
                 setattr(self, f"layer{stage + 1}", made)
@@ -60,11 +93,16 @@ class ResNet(torchvision.models.ResNet):
     def stages(self, images: Tensor) -> list[Tensor]:
         """Feature maps after layers 1 to 4: [B, C_l, H_l, W_l], at 1/4, 1/8, 1/16, 1/32 of the image's side
         (1, 1/2, 1/4, 1/8 with `small_images`)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        return [maps[0] for maps in self.stages_of([images])]
+
+    def stages_of(self, groups: list[Tensor]) -> list[list[Tensor]]:
+        """`stages` of several groups of images, each normalised by its own statistics: by stage and group."""
+        xs = self.bn1.each([self.conv1(images) for images in groups], relu=True)
+        xs = [self.maxpool(x) for x in xs]
         maps = []
         for layer in self.compile_parts():
-            x = layer(x)
-            maps.append(x)
+            xs = layer(xs)
+            maps.append(xs)
         return maps
 
     def forward(self, images: Tensor) -> Tensor:

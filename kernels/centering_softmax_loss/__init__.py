@@ -35,7 +35,7 @@ def centering_softmax_loss(
     teacher: Tensor,
     center: Tensor | None,
     student_temp: float,
-    teacher_temp: float,
+    teacher_temp: float | Tensor,
     *,
     pairs: str = "others",
 ) -> CenteringSoftmaxLoss:
@@ -56,7 +56,8 @@ def centering_softmax_loss(
         student: logits [V, B, K], float32, float16 or bfloat16.
         teacher: logits [T, B, K]; no gradient flows to them.
         center: [K], subtracted from the teacher's logits. None: nothing is.
-        student_temp, teacher_temp: softmax temperatures, positive.
+        student_temp, teacher_temp: softmax temperatures, positive. The teacher's may be a scalar on the device, whose
+            value is not checked.
         pairs: "others": every student crop with every teacher crop but itself; the first T student crops are the
             teacher's (DINO with V > T; cross-view only with V = T). "matching": crop by crop, V = T.
 
@@ -71,7 +72,8 @@ def centering_softmax_loss(
         from fastssl.kernels.centering_softmax_loss import kernel
 
         teacher = teacher.detach() if teacher.requires_grad else teacher
-        outputs = kernel.forward(student, teacher, center, student_temp, teacher_temp, pairs == "matching")
+        warmth, temp = (teacher_temp, 1.0) if isinstance(teacher_temp, Tensor) else (None, teacher_temp)
+        outputs = kernel.forward(student, teacher, center, warmth, student_temp, temp, pairs == "matching")
         return CenteringSoftmaxLoss(*outputs[:4])
     return CenteringSoftmaxLoss(
         *reference.centering_softmax_loss(student, teacher, center, student_temp, teacher_temp, pairs)
@@ -80,14 +82,19 @@ def centering_softmax_loss(
 
 @once
 def _check(
-    student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: float, pairs: str
-) -> None:
+    student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: float | Tensor,
+    pairs: str,
+) -> None:  # fmt: skip
     shapes = Shapes(NAME)
     crops, images, classes = shapes("student", student, "V B K")
     teachers, _, _ = shapes("teacher", teacher, "T B K")
     if center is not None:
         shapes("center", center, "K")
-    check(student_temp > 0 and teacher_temp > 0, NAME, "temperatures", "positive", (student_temp, teacher_temp))
+    if isinstance(teacher_temp, Tensor):
+        shapes("teacher_temp", teacher_temp, "")
+    else:
+        check(teacher_temp > 0, NAME, "teacher_temp", "positive", teacher_temp)
+    check(student_temp > 0, NAME, "student_temp", "positive", student_temp)
     check(pairs in ("others", "matching"), NAME, "pairs", "'others' or 'matching'", repr(pairs))
     check(images > 0 and classes > 0, NAME, "student", "[V, B, K] with B and K at least 1", list(student.shape))
     if pairs == "matching":

@@ -22,6 +22,7 @@ def inputs(
     T: int = 2,
     center: bool = True,
     temp: float = 0.04,
+    on_device: bool = False,
     strided: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def inputs(
         "teacher": teacher,
         "center": make.normal(K, scale=0.1) if center else None,
         "student_temp": 0.1,
-        "teacher_temp": temp,
+        "teacher_temp": torch.tensor(temp, dtype=torch.float64, device=make.device) if on_device else temp,
         **options,
     }
 
@@ -67,11 +68,12 @@ PROOF: dict[str, Case] = {
     "matching, no centre": {"V": 6, "T": 6, "B": 3, "K": 257, "center": False, "pairs": "matching", "temp": 0.07},
     "matching, one crop": {"V": 1, "T": 1, "B": 2, "K": 33, "pairs": "matching"},
     "three teachers, no centre": {"V": 3, "T": 3, "B": 2, "K": 130, "center": False},
+    "temperature on the device": {"V": 4, "B": 3, "K": 300, "on_device": True},
     "strided": {"V": 4, "B": 3, "K": 90, "strided": True},
 }
 
 BENCH: dict[str, Case] = {
-    "DINO V=10 B=64 K=65536": {"V": 10, "B": 64, "K": 65536},
+    "DINO V=10 B=64 K=65536": {"V": 10, "B": 64, "K": 65536, "on_device": True},
     "DINO V=10 B=64 K=262144": {"V": 10, "B": 64, "K": 262144},
     "cross-view V=2 B=256 K=65536": {"V": 2, "B": 256, "K": 65536},
     "SCFS stage, cross-view B=64 K=256": {"V": 2, "B": 64, "K": 256},

@@ -24,6 +24,14 @@ FEW = 1024  # programs that keep the largest cards busy; not measured yet
 
 
 @triton.jit
+def _inverse(inv_temp, warmth, WARMTH: tl.constexpr):
+    """1 / the teacher's temperature."""
+    if WARMTH:
+        inv_temp = (1.0 / tl.load(warmth).to(tl.float64)).to(tl.float32)
+    return inv_temp
+
+
+@triton.jit
 def _teacher_forward(
     teacher,  # [T, B, K], strides tt, tb, 1
     center,  # [K] or nothing
@@ -35,11 +43,14 @@ def _teacher_forward(
     tt,
     tb,
     inv_temp,
+    warmth,  # float scalar: the teacher's temperature in the place of inv_temp; or nothing
+    WARMTH: tl.constexpr,
     CENTERED: tl.constexpr,
     GROUP: tl.constexpr,  # rows per program
     R: tl.constexpr,  # rows at once
     BLOCK: tl.constexpr,
 ):
+    inv_temp = _inverse(inv_temp, warmth, WARMTH)
     block = tl.program_id(0)
     first = tl.program_id(1) * GROUP
     k = block * BLOCK + tl.arange(0, BLOCK)
@@ -84,6 +95,8 @@ def _student_forward(
     stretch,  # values of K per program, a multiple of BLOCK
     student_inv_temp,
     teacher_inv_temp,
+    warmth,
+    WARMTH: tl.constexpr,
     V: tl.constexpr,
     T: tl.constexpr,
     CENTERED: tl.constexpr,
@@ -91,6 +104,7 @@ def _student_forward(
     ROWS: tl.constexpr,  # V, rounded up to a power of two
     BLOCK: tl.constexpr,
 ):
+    teacher_inv_temp = _inverse(teacher_inv_temp, warmth, WARMTH)
     b = tl.program_id(0).to(tl.int64)
     v = tl.arange(0, ROWS)
     in_v = v < V
@@ -250,6 +264,8 @@ def _student_backward(
     student_inv_temp,
     teacher_inv_temp,
     scale,  # 1 / (student_temp B pairs)
+    warmth,
+    WARMTH: tl.constexpr,
     V: tl.constexpr,
     T: tl.constexpr,
     CENTERED: tl.constexpr,
@@ -257,6 +273,7 @@ def _student_backward(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    teacher_inv_temp = _inverse(teacher_inv_temp, warmth, WARMTH)
     b = tl.program_id(1).to(tl.int64)
     v = tl.arange(0, ROWS)
     k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -295,10 +312,12 @@ def _parts(partial: Tensor) -> dict[str, int]:
 
 @op("fastssl::centering_softmax_loss")
 def forward(
-    student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: float, matching: bool
+    student: Tensor, teacher: Tensor, center: Tensor | None, warmth: Tensor | None, student_temp: float,
+    teacher_temp: float, matching: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, column sums [K], mean entropy, mean divergence; for the backward pass the centre as it is now (the method
-    moves its own before that; empty without one), and log-sum-exps of the students [V, B] and the teacher [T, B]."""
+    moves its own before that; empty without one), and log-sum-exps of the students [V, B] and the teacher [T, B].
+    `warmth`, if there, takes the place of `teacher_temp`."""
     student, teacher = _rows(student), _rows(teacher)
     (crops, images, classes), teachers = student.shape, len(teacher)
     rows = teachers * images
@@ -314,7 +333,8 @@ def forward(
     partial, column_sums = empty(3, blocks, rows), empty(cdiv(rows, group), classes)
     launch(
         _teacher_forward, (blocks, len(column_sums)), teacher, center, partial, column_sums, images, classes, rows,
-        *teacher.stride()[:2], 1 / teacher_temp, CENTERED=center is not None, GROUP=group, R=at_once, BLOCK=block,
+        *teacher.stride()[:2], 1 / teacher_temp, warmth, WARMTH=warmth is not None, CENTERED=center is not None,
+        GROUP=group, R=at_once, BLOCK=block,
     )  # fmt: skip
     teacher_lse, entropies = empty(teachers, images), empty(rows)
     tile = _parts(partial)
@@ -328,7 +348,7 @@ def forward(
     launch(
         _student_forward, (images, partial.shape[1]), student, teacher, center, teacher_lse, partial, images, classes,
         *student.stride()[:2], *teacher.stride()[:2], stretch, 1 / student_temp, 1 / teacher_temp,
-        V=crops, T=teachers, CENTERED=center is not None, MATCHING=matching, **EXACT, **tile,
+        warmth, WARMTH=warmth is not None, V=crops, T=teachers, CENTERED=center is not None, MATCHING=matching, **EXACT, **tile,
     )  # fmt: skip
     loss, entropy, divergence, column_sum, student_lse = empty(), empty(), empty(), empty(classes), empty(crops, images)
     kept = empty(0 if center is None else classes)
@@ -345,7 +365,7 @@ def _pairs(crops: int, teachers: int, matching: bool) -> int:
 
 
 @forward.register_fake
-def _(student, teacher, center, student_temp, teacher_temp, matching):
+def _(student, teacher, center, *rest):
     def empty(*shape):
         return student.new_empty(shape, dtype=torch.float32)
 
@@ -356,8 +376,8 @@ def _(student, teacher, center, student_temp, teacher_temp, matching):
 
 @op("fastssl::centering_softmax_loss_backward")
 def backward(
-    upstream: Tensor, student: Tensor, teacher: Tensor, center: Tensor, student_lse: Tensor, teacher_lse: Tensor,
-    student_temp: float, teacher_temp: float, matching: bool,
+    upstream: Tensor, student: Tensor, teacher: Tensor, warmth: Tensor | None, center: Tensor, student_lse: Tensor,
+    teacher_lse: Tensor, student_temp: float, teacher_temp: float, matching: bool,
 ) -> Tensor:  # fmt: skip
     """Gradient of the student's logits, contiguous. An empty centre: none."""
     student, teacher = _rows(student), _rows(teacher)
@@ -368,7 +388,7 @@ def backward(
     launch(
         _student_backward, (cdiv(classes, tile["BLOCK"]), images), student, teacher, center, student_lse, teacher_lse,
         upstream, gradient, images, classes, *student.stride()[:2], *teacher.stride()[:2],
-        1 / student_temp, 1 / teacher_temp, scale,
+        1 / student_temp, 1 / teacher_temp, scale, warmth, WARMTH=warmth is not None,
         V=crops, T=teachers, CENTERED=len(center) > 0, MATCHING=matching, **EXACT, **tile,
     )  # fmt: skip
     return gradient
@@ -380,13 +400,13 @@ def _(upstream, student, *rest):
 
 
 def _save(ctx, inputs, output):
-    student, teacher, _, *ctx.options = inputs
-    ctx.save_for_backward(student, teacher, *output[4:])
+    student, teacher, _, warmth, *ctx.options = inputs
+    ctx.save_for_backward(student, teacher, warmth, *output[4:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _differentiate(ctx, upstream, *_):
-    return backward(upstream, *ctx.saved_tensors, *ctx.options), *[None] * 5
+    return backward(upstream, *ctx.saved_tensors, *ctx.options), *[None] * 6
 
 
 forward.register_autograd(_differentiate, setup_context=_save)

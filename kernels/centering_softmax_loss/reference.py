@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def centering_softmax_loss(
-    student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float, teacher_temp: float,
-    pairs: str = "others",
+    student: Tensor, teacher: Tensor, center: Tensor | None, student_temp: float,
+    teacher_temp: float | Tensor, pairs: str = "others",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `fastssl.kernels.centering_softmax_loss.centering_softmax_loss`: loss, column sums, entropy, divergence."""
     crops, teachers = len(student), len(teacher)

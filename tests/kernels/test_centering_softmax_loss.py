@@ -135,7 +135,7 @@ def test_compiles_without_a_graph_break(device, compiles_whole):
     [
         ({"teacher": torch.zeros(2, 2, 5)}, r"teacher must be \[T, B, K\] with B = 3, K = 5, not \[2, 2, 5\]"),
         ({"center": torch.zeros(1, 5)}, r"center must be \[K\] with K = 5, not \[1, 5\]"),
-        ({"student_temp": 0.0}, "temperatures must be positive"),
+        ({"student_temp": 0.0}, "student_temp must be positive"),
         ({"pairs": "all"}, "pairs must be 'others' or 'matching', not 'all'"),
         ({"pairs": "matching"}, "teacher must be as many crops as the student's 4, not 2"),
         ({"student": torch.zeros(1, 3, 5)}, "student must be 2 crops or more, at least the teacher's 2, not 1"),
