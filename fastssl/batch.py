@@ -101,5 +101,25 @@ class Batch:
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; the copies do not wait where the host memory is pinned."""
-        return self.map(lambda value: value.to(device, non_blocking=True))
+        """The same batch on another device; the copies do not wait where the host memory is pinned. What lies in one
+        piece of host memory (`fastssl.memory`) goes in one copy."""
+        if torch.device(device).type == "cpu":
+            return self.map(lambda value: value.to(device))
+        return self.moved(lambda value: value.to(device, non_blocking=True))
+
+    def moved(self, copy: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch in other memory; `copy` is called once for each piece of memory."""
+        pieces: dict[int, Tensor] = {}
+
+        def move(value: Tensor) -> Tensor:
+            storage = value.untyped_storage()
+            if storage.nbytes() == value.nbytes or not value.is_contiguous():
+                return copy(value)
+            key = storage.data_ptr()
+            if key not in pieces:
+                whole = torch.empty(0, dtype=torch.uint8, device=value.device)
+                pieces[key] = copy(whole.set_(storage))  # type: ignore[call-overload]
+            begin = value.storage_offset() * value.itemsize
+            return pieces[key][begin : begin + value.nbytes].view(value.dtype).view(value.shape)
+
+        return self.map(move)

@@ -146,6 +146,20 @@ def bench_step(name: str, arguments: list[str]) -> int:
     return _show(run(config, sections["bench"]), as_json)
 
 
+def bench_gpu(name: str, arguments: list[str]) -> int:
+    """Answer everything about this machine's GPU."""
+    from fastssl.pretrain.bench_gpu import GpuBenchOptions
+    from fastssl.pretrain.bench_gpu import bench as run
+
+    about = (run.__doc__ or "").splitlines()[0]
+    options, as_json = parse_options(name, about, GpuBenchOptions, arguments, section="bench")
+    if options.job:
+        from fastssl.pretrain.bench_gpu_jobs import work
+
+        return work(json.loads(options.job), parse_recipe)
+    return _show(run(options), as_json)
+
+
 def bench_loader(name: str, arguments: list[str]) -> int:
     """Measure the loader on one's own images."""
     from fastssl.augment import augment
@@ -169,7 +183,7 @@ EVALUATE = Group(
     },
 )
 BENCH = Group(
-    "Measure the parts: fastssl bench loader|kernels|step.",
+    "Measure the parts: fastssl bench loader|kernels|step|gpu.",
     {
         "loader": bench_loader,
         "kernels": Command(
@@ -179,6 +193,7 @@ BENCH = Group(
             "bench",
         ),
         "step": bench_step,
+        "gpu": bench_gpu,
     },
 )
 PARTS = Group(

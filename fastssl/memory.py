@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -43,7 +44,31 @@ class Memory:
         return torch.from_numpy(lease).view(dtype).view(shape)
 
     def pinned(self, batch: Batch) -> Batch:
-        """The batch with its remaining tensors page-locked too, where that is wanted."""
+        """The batch with its remaining tensors page-locked too, where that is wanted: all in one piece of memory, which
+        `Batch.to` copies at once."""
         if not self._pin:
             return batch
-        return batch.map(lambda value: value if value.is_pinned() else value.pin_memory())
+        return together(batch, lambda size: self.take((size,)), lambda value: not value.is_pinned())
+
+
+ALIGN = 16  # bytes at whose multiples tensors begin
+
+
+def together(batch: Batch, make: Callable[[int], Tensor], chosen: Callable[[Tensor], bool]) -> Batch:
+    """The batch with copies of the chosen tensors, one behind the other in the uint8 [size] that `make` gives."""
+    some: list[Tensor] = []
+
+    def note(value: Tensor) -> Tensor:
+        if chosen(value):
+            some.append(value)
+        return value
+
+    batch.map(note)
+    sizes = [-(-value.nbytes // ALIGN) * ALIGN for value in some]
+    parts = dict(zip(map(id, some), make(sum(sizes)).split(sizes), strict=True)) if some else {}
+
+    def place(value: Tensor) -> Tensor:
+        part = parts.get(id(value))
+        return value if part is None else part[: value.nbytes].view(value.dtype).view(value.shape).copy_(value)
+
+    return batch.map(place)

@@ -84,12 +84,13 @@ def _underscored(argument: str) -> str:
 
 
 def parse_options(
-    prog: str, about: str, kind: type, arguments: list[str], *positional: str, recipe: bool = False
+    prog: str, about: str, kind: type, arguments: list[str], *positional: str, recipe: bool = False, section: str = ""
 ) -> tuple[Any, bool]:
     """Parses `arguments` into the dataclass `kind`; returns it and whether --json was asked for.
 
     A yes-or-no option alone (--compile-only) means yes. `about` is shown up to its first empty line. With `recipe`, the
-    options may also come from a YAML file named with --config; what comes last on the command line wins.
+    options may also come from a YAML file named with --config; what comes last on the command line wins. With `section`,
+    options are written with it: --bench.out.
     """
     parser = Parser(prog=prog, description=about.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")
@@ -102,13 +103,14 @@ def parse_options(
         first.append(arguments[0])
         arguments = arguments[1:]
     given = [f"--{name}={value}" for name, value in zip(positional, first, strict=False)]
-    switches = {f"--{field.name}" for field in fields(kind) if field.type in (bool, "bool")}
+    prefix = f"{section}." if section else ""
+    switches = {f"--{prefix}{field.name}" for field in fields(kind) if field.type in (bool, "bool")}
     following = [*arguments, ""][1:]
     arguments = [
         f"{argument}=true" if _underscored(argument) in switches and after not in ("true", "false") else argument
         for argument, after in zip(arguments, following, strict=True)
     ]
-    parser.add_class_arguments(kind, None)
+    parser.add_class_arguments(kind, section or None)
     if positional:
         parser.usage = f"%(prog)s {' '.join(name.upper() for name in positional)} [options]"
     namespace = parser.parse_args([*given, *arguments])
@@ -117,7 +119,8 @@ def parse_options(
     missing = [name for name in positional if not namespace.get(name)]
     if missing:
         raise ConfigError(f"{prog} needs {missing[0].upper()} ({prog} --help explains it)")
-    return kind(**namespace.as_dict()), as_json
+    values = namespace.as_dict()
+    return kind(**(values[section] if section else values)), as_json
 
 
 def parse_pretrain(arguments: list[str]) -> tuple[Config, bool]:

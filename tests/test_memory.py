@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastssl.batch import Batch
-from fastssl.memory import Memory
+from fastssl.memory import Memory, together
 
 
 def address(tensor):
@@ -62,6 +62,35 @@ def test_many_threads_never_share_memory():
 def test_unpinned_batches_pass_as_they_are():
     batch = Batch(torch.zeros(1), torch.zeros(1))
     assert Memory().pinned(batch) is batch
+
+
+def test_small_tensors_lie_together_and_move_in_one_copy():
+    box, flip = torch.rand(3, 2, 4), torch.tensor([[True, False]] * 3)
+    views = {"a": torch.arange(12, dtype=torch.uint8).view(3, 4)}
+    batch = Batch(torch.arange(3), torch.tensor([5, -1, 7]), 2, views=views, box={"a": box}, flip={"a": flip})
+    packed = together(batch, lambda size: torch.full((size,), 99, dtype=torch.uint8), lambda v: v is not views["a"])
+    assert packed.views["a"] is views["a"]
+    places = [address(value) for value in (packed.id, packed.label, packed.box["a"], packed.flip["a"])]
+    assert len(set(places)) == 1
+    copies = []
+    moved = packed.moved(lambda value: copies.append(value.nbytes) or value.clone())
+    assert sorted(copies) == [12, 32 + 32 + 96 + 16]
+    assert moved.epoch == 2
+    for found, given in (
+        (moved.id, batch.id),
+        (moved.label, batch.label),
+        (moved.box["a"], box),
+        (moved.flip["a"], flip),
+    ):
+        assert torch.equal(found, given)
+        assert found.dtype == given.dtype
+    assert torch.equal(moved.views["a"], views["a"])
+    assert address(moved.id) == address(moved.flip["a"]) != places[0]
+
+
+def test_nothing_chosen_is_nothing_copied():
+    batch = Batch(torch.zeros(1), torch.zeros(1))
+    assert together(batch, lambda size: 1 / 0, lambda value: False).id is batch.id
 
 
 @pytest.mark.gpu

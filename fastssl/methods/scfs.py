@@ -22,15 +22,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastssl.batch import Batch
 from fastssl.config import Config, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, View, check
 from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
-from fastssl.kernels.feature_search import residual_pool, scale_norm_relu, scaled_moments, search_maps
+from fastssl.kernels.feature_search import (
+    residual_pool,
+    scale_norm_relu,
+    scaled_moments,
+    scaled_statistics,
+    search_maps,
+)
 from fastssl.methods import dino, names
 from fastssl.methods.dino import DINO, update_center
+from fastssl.models.norms import BatchNorm1d, BatchNorm2d, Chain
 from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT, patch_grid
 from fastssl.pictures import heat, to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
-from fastssl.training.batch_norm import SyncBatchNorm, update_running
+from fastssl.training.batch_norm import is_synchronised, update_running
 from fastssl.training.timing import section
 
 DRAWN_CROPS = 3  # small crops per image in the pictures
@@ -261,18 +268,15 @@ class Network(dino.Network):
     def forward(self, groups: list[Tensor]) -> Seen:  # type: ignore[override]  # only SCFS calls it
         """Groups of crops, each [V, B, 3, S, S]. Every group passes backbone and stage heads by itself, with its own
         batch statistics; the final head sees all crops at once."""
-        features: list[Tensor] = []
-        stages: list[list[Stage]] = []
-        for group in groups:
-            feature, maps = feature_and_maps(self.backbone, self.taps, group.flatten(0, 1))
-            features.append(feature.unflatten(0, group.shape[:2]))
-            stages.append([])
-            for x, module in zip(maps, self.stage_heads.values(), strict=True):
-                head = cast(StageHead, module)
-                inner = head.conv1(x)
-                each = (x, inner, head(x, inner))
-                stages[-1].append(Stage(*(value.unflatten(0, group.shape[:2]) for value in each)))
-        joined = torch.cat(features)
+        crops = [group.shape[:2] for group in groups]
+        found = features_and_maps(self.backbone, self.taps, [group.flatten(0, 1) for group in groups])
+        stages: list[list[Stage]] = [[] for _ in groups]
+        for tap, module in enumerate(self.stage_heads.values()):
+            head, maps = cast(StageHead, module), [maps[tap] for _, maps in found]
+            inner = [head.conv1(x) for x in maps]
+            for number, values in enumerate(zip(maps, inner, head.each(maps, inner), strict=True)):
+                stages[number].append(Stage(*(value.unflatten(0, crops[number]) for value in values)))
+        joined = torch.cat([feature.unflatten(0, shape) for (feature, _), shape in zip(found, crops, strict=True)])
         return Seen(joined, self.head(joined), stages)
 
 
@@ -288,17 +292,17 @@ class StageHead(nn.Module):
     def __init__(self, channels: int, *, inner: int = 256, hidden: int = 2048, out: int = 256) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, inner, kernel_size=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(inner)
+        self.bn1 = BatchNorm2d(inner)
         self.conv2 = nn.Conv2d(inner, inner, kernel_size=3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(inner)
+        self.bn2 = BatchNorm2d(inner)
         self.conv3 = nn.Conv2d(inner, channels, kernel_size=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(channels)
-        self.mlp = nn.Sequential(
+        self.bn3 = BatchNorm2d(channels)
+        self.mlp = Chain(
             nn.Linear(channels, hidden),
-            nn.BatchNorm1d(hidden),
+            BatchNorm1d(hidden),
             nn.ReLU(),
             nn.Linear(hidden, out),
-            nn.BatchNorm1d(out),
+            BatchNorm1d(out),
         )
 
     def forward(self, x: Tensor, inner: Tensor) -> Tensor:
@@ -311,7 +315,12 @@ class StageHead(nn.Module):
         Returns:
             [n, E], rows of length 1, float32 also under autocast.
         """
-        return self._project((self.bn3(self._inside(self.bn1(inner).relu_())) + x).relu_().mean((2, 3)))
+        return self.each([x], [inner])[0]
+
+    def each(self, xs: list[Tensor], inner: list[Tensor]) -> list[Tensor]:
+        """The same of several groups, each normalised by its own statistics."""
+        z = self._inside(self.bn1.each(inner, relu=True))
+        return self._project([y.mean((2, 3)) for y in self.bn3.each(z, xs, relu=True)])
 
     @torch.no_grad()
     def searched(self, inner: Tensor, x: Tensor, maps: Tensor) -> Tensor:
@@ -327,17 +336,18 @@ class StageHead(nn.Module):
         """
         mean, var = batch_statistics(self.bn1, inner, maps)
         y = scale_norm_relu(inner, maps, self.bn1.weight, self.bn1.bias, self.bn1.eps, mean, var).out
-        z = self._inside(y)
+        (z,) = self._inside([y])
         mean, var = batch_statistics(self.bn3, z, maps.new_ones(1, len(z), *z.shape[2:]))
-        scale = self.bn3.weight * (var + self.bn3.eps).rsqrt()
-        return self._project(residual_pool(z, scale, self.bn3.bias - mean * scale, maps, x))
+        pooled = residual_pool(z, self.bn3.weight, self.bn3.bias, mean, var, self.bn3.eps, maps, x)
+        return self._project([pooled])[0]
 
-    def _inside(self, x: Tensor) -> Tensor:
-        return self.conv3(self.bn2(self.conv2(x)).relu_())
+    def _inside(self, xs: list[Tensor]) -> list[Tensor]:
+        return [self.conv3(y) for y in self.bn2.each([self.conv2(x) for x in xs], relu=True)]
 
-    def _project(self, pooled: Tensor) -> Tensor:
-        out = self.mlp(pooled)
-        return F.normalize(out.to(torch.promote_types(out.dtype, torch.float32)), dim=-1)
+    def _project(self, pooled: list[Tensor]) -> list[Tensor]:
+        out = torch.cat(self.mlp.each(pooled))
+        unit = F.normalize(out.to(torch.promote_types(out.dtype, torch.float32)), dim=-1)
+        return list(unit.split([len(x) for x in pooled]))
 
 
 @torch.no_grad()
@@ -346,9 +356,10 @@ def batch_statistics(norm: _BatchNorm, y: Tensor, maps: Tensor) -> tuple[Tensor,
     synchronised one. In train mode its running statistics move."""
     if not norm.training:
         return cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
-    count, mean, m2 = scaled_moments(y, maps)
-    if isinstance(norm, (nn.SyncBatchNorm, SyncBatchNorm)):
-        count, mean, m2 = distributed.merge_moments(count, mean, m2)
+    if not is_synchronised(norm) or distributed.world() == 1:
+        buffers = cast(tuple[Tensor, Tensor, Tensor], (norm.running_mean, norm.running_var, norm.num_batches_tracked))
+        return scaled_statistics(y, maps, *buffers, cast(float, norm.momentum))
+    count, mean, m2 = distributed.merge_moments(*scaled_moments(y, maps))
     update_running(norm, mean, m2 / count, count)
     return mean, m2 / count
 
@@ -387,12 +398,18 @@ def tapped(backbone: ViT | ResNet, taps: tuple[int, ...] | None) -> tuple[tuple[
     return taps, widths
 
 
-def feature_and_maps(backbone: ViT | ResNet, taps: tuple[int, ...], images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """The backbone's feature [n, D] and its maps [n, C, H, W] after the taps; a ViT's are its patch tokens after the
-    final norm."""
-    if isinstance(backbone, ResNet):
-        maps = backbone.stages(images)
-        return backbone.avgpool(maps[-1]).flatten(1), [maps[tap - 1] for tap in taps]
+def features_and_maps(
+    backbone: ViT | ResNet, taps: tuple[int, ...], groups: list[Tensor]
+) -> list[tuple[Tensor, list[Tensor]]]:
+    """By group of images the backbone's feature [n, D] and its maps [n, C, H, W] after the taps; a ViT's are its patch
+    tokens after the final norm."""
+    if isinstance(backbone, ViT):
+        return [_of_tokens(backbone, taps, images) for images in groups]
+    by_group = zip(*backbone.stages_of(groups), strict=True)
+    return [(backbone.avgpool(maps[-1]).flatten(1), [maps[tap - 1] for tap in taps]) for maps in by_group]
+
+
+def _of_tokens(backbone: ViT, taps: tuple[int, ...], images: Tensor) -> tuple[Tensor, list[Tensor]]:
     first = min((backbone.num_blocks, *taps))
     tokens = backbone.intermediate(images, backbone.num_blocks - first + 1)  # from block `first` on: [n, 1+N, D] each
     grid = patch_grid(images, backbone.patch_size)

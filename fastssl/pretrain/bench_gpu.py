@@ -1,8 +1,9 @@
 """Everything about a GPU in one command, `fastssl bench gpu`: tests, proofs, kernels, steps, loader; then one page.
 
-A part is some jobs, each a process of its own, so that none can end another. Jobs that time something prepare themselves
-side by side (they import, compile, warm up), then work in turns, alone on the device. Every result is appended to
-results.jsonl when it is there; what is in that file is not done again. The page is made from it after each part.
+A part is some jobs, each a process of its own, so that none can end another. Jobs that time something prepare
+themselves side by side (they import, compile, warm up), then work in turns, alone on the device. Every result is
+appended to results.jsonl when it is there; what is in that file is not done again. The page is made from it after each
+part.
 
 This file imports no PyTorch: the command itself only starts, watches and ends processes. What they do is in
 `fastssl.pretrain.bench_gpu_jobs`, the page in `fastssl.pretrain.bench_gpu_page`.
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from importlib.util import find_spec
@@ -196,14 +197,16 @@ class Job:
         command: what is run. With turns it prints "ready", then "done" for each turn that it reads from its input.
         turns: what it measures alone.
         good: exit codes of a job that did its work.
+        always: it is run whatever is known of it.
     """
 
     key: str
     command: list[str]
     turns: tuple[str, ...] = ()
     good: tuple[int, ...] = (0,)
+    always: bool = False
 
-    def keys(self) -> list[str]:
+    def ends(self) -> list[str]:
         """Keys of the records that say how the job, or each of its turns, ended."""
         return [f"job {self.key} {turn}" for turn in self.turns] or [f"job {self.key}"]
 
@@ -236,18 +239,14 @@ class _Process:
 
     def tell(self, word: str) -> None:
         assert self.process.stdin
-        try:
+        with suppress(OSError):  # it has ended, and its event says so
             self.process.stdin.write(f"{word}\n")
             self.process.stdin.flush()
-        except OSError:  # it has ended, and its event says so
-            pass
 
     def kill(self) -> None:
         """Ends it and all its children."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
 
 
@@ -277,7 +276,7 @@ class Runner:
         """
         before = self.results.of(self.part)
         past = {key for key, record in before.items() if record.get("how") in ("done", "failed")}
-        waiting = [job for job in jobs if not past >= set(job.keys())]
+        waiting = [job for job in jobs if job.always or not past >= set(job.ends())]
         turned = any(job.turns for job in waiting)
         left = max(deadline - time.monotonic(), 0)
         prepared = time.monotonic() + min(PREPARE * left, LONGEST) if turned else deadline
@@ -303,7 +302,7 @@ class Runner:
                 (job, "not reached") for job in waiting
             ]:
                 on_time = False
-                for key in job.keys():
+                for key in job.ends():
                     self._record(key, "late", f"{words}: the part's time was up")
             turns = dict.fromkeys(turn for process in ready for turn in process.job.turns)
             for turn in turns:
@@ -351,7 +350,7 @@ class Runner:
     def _ended(self, process: _Process) -> None:
         """Records the end of a process that is no longer there."""
         good = process.process.returncode in process.job.good and not process.job.turns
-        for key in process.job.keys():
+        for key in process.job.ends():
             if good:
                 self._record(key, "done", seconds=time.monotonic() - process.begin)
             else:
@@ -453,7 +452,9 @@ class _Bench:
     def _jobs(self, part: str, jobs: list[Job], at_once: int, deadline: float) -> bool:
         return Runner(self.results, part, self.out / f"{part}.log").run(jobs, at_once, deadline)
 
-    def _job(self, kind: str, key: str, turns: tuple[str, ...] = (), threads: int = 0, **values: Any) -> Job:
+    def _job(
+        self, kind: str, key: str, turns: tuple[str, ...] = (), threads: int = 0, always: bool = False, **values: Any
+    ) -> Job:
         """A process of this package (`bench_gpu_jobs`)."""
         values |= {"kind": kind, "key": key, "device": self.options.device, "results": str(self.results.path)}
         values["data"] = str(self.data)
@@ -462,7 +463,7 @@ class _Bench:
         command = [sys.executable, "-m", "fastssl", "bench", "gpu", f"--bench.job={json.dumps(values)}"]
         if settings:
             command = ["env", *(f"{name}={value}" for name, value in settings.items()), *command]
-        return Job(key, command, turns)
+        return Job(key, command, turns, always=always)
 
     def _phases(self, part: str) -> Iterator[tuple[list[Job], int]]:
         """The jobs of a part, in groups that follow each other, and how many of each run side by side."""
@@ -499,7 +500,7 @@ class _Bench:
         shards += [] if self.small else [("cifar", 0)]
         missing = [(name, n) for name, n in shards if not (self.data / f"{name}-{n}.beton").exists()]
         return [
-            self._job("data", f"data {name}-{n}", threads=1, name=name, number=n, images=counts[name])
+            self._job("data", f"data {name}-{n}", threads=1, always=True, name=name, number=n, images=counts[name])
             for name, n in missing
         ]
 

@@ -6,7 +6,7 @@ Everything here is the teacher's side, so nothing has a gradient: outputs never 
     y = conv1(T)                                            # 1x1 and linear: conv1(A_m T) = A_m conv1(T)
     x, mean, var = scale_norm_relu(y, maps, weight, bias)   # relu(bn1(conv1(A_m T))), the input of conv2
     z = conv3(relu(bn2(conv2(x))))
-    v = residual_pool(z, scale, shift, maps, T)             # pooled relu(bn3(z) + A_m T)
+    v = residual_pool(z, weight, bias, mean, var, eps, maps, T)  # pooled relu(bn3(z) + A_m T)
 
 Letters: M local crops, B images, C channels, H x W positions; rows of [M B] are crop-major. Maps may be contiguous or
 channels_last; what has the shape of a map has the memory format of the map that it is made from.
@@ -112,8 +112,41 @@ def scaled_moments(y: Tensor, maps: Tensor) -> Moments:
     if use_triton(name, y, maps) and y.dtype in FLOATS[:3]:
         from fastssl.kernels.feature_search import kernel
 
-        return Moments(count, *kernel.moments(y, maps))
+        return Moments(count, *kernel.moments(y, maps, None, None, None, 0.0).unbind(0)[:2])
     return Moments(count, *reference.scaled_moments(y, maps))
+
+
+@torch.no_grad()
+def scaled_statistics(
+    y: Tensor, maps: Tensor, mean: Tensor, var: Tensor, batches: Tensor, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """What a batch norm in training mode normalises maps[m, b] * y[b] with: `scaled_moments`, of one process.
+
+    Args:
+        y: [B, C, H, W], conv1 of the feature.
+        maps: [M, B, H, W].
+        mean, var: [C], running statistics, moved in place as PyTorch does.
+        batches: int64 scalar, how often they moved; counted up.
+        momentum: weight of these values in them.
+
+    Returns:
+        Mean and biased variance, [C], float32 (float64 for float64 inputs).
+
+    Raises:
+        KernelError: a shape or type that does not fit.
+    """
+    name = "scaled_statistics"
+    _check(name, "y: B C H W, maps: M B H W, running mean: C, running var: C", y, maps, mean, var)
+    if use_triton(name, y, maps) and y.dtype in FLOATS[:3] and not torch.compiler.is_compiling():
+        from fastssl.kernels.feature_search import kernel
+
+        found = kernel.moments(y, maps, mean, var, batches, momentum).unbind(0)
+        return found[0], found[2]
+    count, new_mean, m2 = scaled_moments(y, maps)
+    batches.add_(1)
+    mean.lerp_(new_mean.to(mean.dtype), momentum)
+    var.lerp_((m2 / max(count - 1, 1)).to(var.dtype), momentum)
+    return new_mean, m2 / max(count, 1)
 
 
 @torch.no_grad()
@@ -165,19 +198,23 @@ def scale_norm_relu(
 
 
 @torch.no_grad()
-def residual_pool(z: Tensor, scale: Tensor, shift: Tensor, maps: Tensor, feature: Tensor) -> Tensor:
+def residual_pool(
+    z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, maps: Tensor, feature: Tensor
+) -> Tensor:
     """The end of the head's block on the searched feature: batch norm, residual, ReLU and global average pooling.
 
         for m in range(M):
             for b in range(B):
-                x = relu(scale * z[m B + b] + shift + maps[m, b] * feature[b])
+                x = relu((z[m B + b] - mean) / sqrt(var + eps) * weight + bias + maps[m, b] * feature[b])
                 out[m B + b] = mean of x over positions
 
     Neither the searched feature nor the sum is ever written. The result is the same, bit for bit, at every run.
 
     Args:
         z: [M B, C, H, W], conv3's output, crop-major.
-        scale, shift: [C], the folded batch norm of z: weight / sqrt(var + eps), bias - mean * scale.
+        weight, bias: [C], of the batch norm.
+        mean, var: [C], of z.
+        eps: added to the variance.
         maps: [M, B, H, W].
         feature: [B, C, H, W].
 
@@ -188,12 +225,13 @@ def residual_pool(z: Tensor, scale: Tensor, shift: Tensor, maps: Tensor, feature
         KernelError: a shape or type that does not fit.
     """
     name = "residual_pool"
-    _check(name, "maps: M B H W, feature: B C H W, z: MB C H W, scale: C, shift: C", maps, feature, z, scale, shift)
+    what = "maps: M B H W, feature: B C H W, z: MB C H W, weight: C, bias: C, mean: C, var: C"
+    _check(name, what, maps, feature, z, weight, bias, mean, var)
     if use_triton(name, z, maps, feature) and z.dtype in FLOATS[:3] and feature.dtype in FLOATS[:3]:
         from fastssl.kernels.feature_search import kernel
 
-        return kernel.pool(z, scale, shift, maps, feature)
-    return reference.residual_pool(z, scale, shift, maps, feature)
+        return kernel.pool(z, weight, bias, mean, var, eps, maps, feature)
+    return reference.residual_pool(z, weight, bias, mean, var, eps, maps, feature)
 
 
 @once

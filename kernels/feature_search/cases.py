@@ -56,8 +56,11 @@ def pool_inputs(
     other = "first" if mixed else layout
     return {
         "z": feature(make, dtype, M * B, C, side, layout, relu=False),
-        "scale": make.normal(C),
-        "shift": make.normal(C),
+        "weight": make.normal(C),
+        "bias": make.normal(C),
+        "mean": make.normal(C),
+        "var": make.uniform(C, low=0.1, high=2.0),
+        "eps": 1e-5,
         "maps": maps(make, M, B, side, layout),
         "feature": feature(make, dtype, B, C, side, other),
     }
@@ -93,7 +96,11 @@ def batch_norm(y: Tensor, maps: Tensor, weight: Tensor, bias: Tensor, **statisti
     return F.batch_norm(materialised(maps, y), mean, var, weight, bias, training=not statistics).relu_()
 
 
-def add_pool(z: Tensor, scale: Tensor, shift: Tensor, maps: Tensor, feature: Tensor) -> Tensor:
+def add_pool(
+    z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, maps: Tensor, feature: Tensor
+) -> Tensor:
+    scale = weight * (var + eps).rsqrt()
+    shift = bias - mean * scale
     scale, shift = scale.to(z.dtype)[:, None, None], shift.to(z.dtype)[:, None, None]
     return torch.addcmul(shift, z, scale).add_(materialised(maps, feature)).relu_().mean(dim=(2, 3))
 

@@ -2,7 +2,7 @@
 
     maps = dot(q, T) / (|q| |T|);  A y has the moments  mean = mean(a y),  m2 = sum(M (a y - mean)^2 + s y^2)
         with a and s the mean over crops of a position's A, and the sum of its squared deviations from it
-    out = relu((A y - mean) / sqrt(var + eps) * weight + bias);  pooled = mean(relu(scale z + shift + A T))
+    out = relu((A y - mean) / sqrt(var + eps) * weight + bias);  pooled = mean(relu((z - mean) / sqrt(var + eps) * weight + bias + A T))
 
 Letters: M crops, B images, C channels, P = H W positions; rows of [M B] are crop-major. No op has a gradient.
 """
@@ -151,10 +151,14 @@ def _moments(
 @triton.jit
 def _merge(
     partial,  # float32 [3, splits, C]: count, mean, m2
-    mean,  # float32 [C], out
-    m2,  # float32 [C], out
+    out,  # float32 [3, C], out: mean, m2 and the biased variance
+    running_mean,  # [C], moved, or nothing; so the next
+    running_var,
+    batches,  # int64, counted up, or nothing
     splits,
     C,
+    momentum,
+    RUNNING: tl.constexpr,
     ROWS: tl.constexpr,  # overruns splits
     BLOCK_C: tl.constexpr,
 ):
@@ -166,10 +170,22 @@ def _merge(
     count = tl.load(at, mask=inside, other=0.0)
     means = tl.load(at + plane, mask=inside, other=0.0)
     squares = tl.load(at + 2 * plane, mask=inside, other=0.0)
-    centre = tl.sum(count * means, 0) / tl.maximum(tl.sum(count, 0), 1.0)
+    values = tl.sum(count, 0)
+    centre = tl.sum(count * means, 0) / tl.maximum(values, 1.0)
     delta = means - centre[None, :]
-    tl.store(mean + c, centre, mask=c < C)
-    tl.store(m2 + c, tl.sum(squares + count * delta * delta, 0), mask=c < C)
+    m2 = tl.sum(squares + count * delta * delta, 0)
+    tl.store(out + c, centre, mask=c < C)
+    tl.store(out + C + c, m2, mask=c < C)
+    tl.store(out + 2 * C + c, m2 / tl.maximum(values, 1.0), mask=c < C)
+    if RUNNING:
+        old = tl.load(running_mean + c, mask=c < C, other=0.0).to(tl.float32)
+        new = old + momentum * (centre - old)
+        tl.store(running_mean + c, new.to(running_mean.dtype.element_ty), mask=c < C)
+        old = tl.load(running_var + c, mask=c < C, other=0.0).to(tl.float32)
+        new = old + momentum * (m2 / tl.maximum(values - 1.0, 1.0) - old)
+        tl.store(running_var + c, new.to(running_var.dtype.element_ty), mask=c < C)
+        if tl.program_id(0) == 0:
+            tl.store(batches, tl.load(batches) + 1)
 
 
 @triton.jit
@@ -213,8 +229,10 @@ def _norm(
 @triton.jit
 def _pool(
     z,  # [M B, C, P], strides zb, zc, zp
-    scale,  # [C]
-    shift,  # [C]
+    weight,  # [C]; so the next three
+    bias,
+    mean,
+    var,
     maps,  # [M, B, P]
     feature,  # [B, C, P], strides fb, fc, fp
     out,  # [splits, M B, C]: mean over the split's positions, of all P
@@ -228,6 +246,7 @@ def _pool(
     fb,
     fp,
     fc,
+    eps,
     splits,
     each,  # positions of a split, a multiple of BLOCK_P
     CROPS: tl.constexpr,
@@ -239,8 +258,10 @@ def _pool(
     split = tl.program_id(2) % splits
     m = tl.program_id(2) // splits * CROPS + tl.arange(0, CROPS)
     row = m.to(tl.int64) * B + b
-    slope = tl.load(scale + c, mask=c < C, other=0.0).to(tl.float32)
-    rise = tl.load(shift + c, mask=c < C, other=0.0).to(tl.float32)
+    slope = tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)
+    slope = slope / tl.sqrt_rn(tl.load(var + c, mask=c < C, other=0.0).to(tl.float32) + eps)
+    rise = tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)
+    centre = tl.load(mean + c, mask=c < C, other=0.0).to(tl.float32)
     total = tl.zeros([CROPS, BLOCK_P, BLOCK_C], tl.float32)
     for start in range(split * each, min(split * each + each, P), BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
@@ -252,7 +273,7 @@ def _pool(
         x = tl.load(z + row[:, None, None] * zb + offset[None, :, :], mask=full, other=0.0).to(tl.float32)
         at = maps + row[:, None] * P + p[None, :]
         a = tl.load(at, mask=(m < M)[:, None] & (p < P)[None, :], other=0.0).to(tl.float32)
-        x = x * slope[None, None, :] + rise[None, None, :] + a[:, :, None] * f[None, :, :]
+        x = (x - centre[None, None, :]) * slope[None, None, :] + rise[None, None, :] + a[:, :, None] * f[None, :, :]
         total += tl.where(full, tl.where(x < 0, 0.0, x), 0.0)
     pooled = tl.sum(total, 1) / P
     at = out + (split.to(tl.int64) * M * B + row)[:, None] * C + c[None, :]
@@ -312,8 +333,13 @@ def _(queries, feature):
 
 
 @op("fastssl::scaled_moments")
-def moments(y: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and m2, float32 [C]."""
+def moments(
+    y: Tensor, maps: Tensor, mean: Tensor | None, var: Tensor | None, batches: Tensor | None, momentum: float
+) -> Tensor:
+    """Float32 [3, C]: mean, m2 and the biased variance.
+
+    Running statistics (`mean`, `var`, `batches`) move in place, which a traced call must not ask for.
+    """
     y, strides, last = _dense(y)
     crops, images, channels, positions = sizes = _sizes(maps, y)
     block_p, block_c = (64, 64) if last else (128, 32)
@@ -326,18 +352,17 @@ def moments(y: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
         _moments, (splits, cdiv(channels, block_c)), y, maps.contiguous(), partial, *sizes, *strides,
         columns, blocks, each, CROPS=power_of_2(crops), BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4, **EXACT,
     )  # fmt: skip
-    mean, m2 = (y.new_empty(channels, dtype=torch.float32) for _ in range(2))
+    out = y.new_empty(3, channels, dtype=torch.float32)
     launch(
-        _merge, (cdiv(channels, 16),), partial, mean, m2, splits, channels,
-        ROWS=SPLITS, BLOCK_C=16, num_warps=4, **EXACT,
+        _merge, (cdiv(channels, 16),), partial, out, mean, var, batches, splits, channels, momentum,
+        RUNNING=mean is not None, ROWS=SPLITS, BLOCK_C=16, num_warps=4, **EXACT,
     )  # fmt: skip
-    return mean, m2
+    return out
 
 
 @moments.register_fake
-def _(y, maps):
-    mean = y.new_empty(y.shape[1], dtype=torch.float32)
-    return mean, torch.empty_like(mean)
+def _(y, *rest):
+    return y.new_empty(3, y.shape[1], dtype=torch.float32)
 
 
 @op("fastssl::scale_norm_relu")
@@ -364,7 +389,9 @@ def _(feature, maps, *rest):
 
 
 @op("fastssl::residual_pool")
-def pool(z: Tensor, scale: Tensor, shift: Tensor, maps: Tensor, feature: Tensor) -> Tensor:
+def pool(
+    z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, maps: Tensor, feature: Tensor
+) -> Tensor:
     """[M B, C], dtype of z."""
     z, z_strides, last = _dense(z)
     feature, strides, _ = _dense(feature)
@@ -378,9 +405,9 @@ def pool(z: Tensor, scale: Tensor, shift: Tensor, maps: Tensor, feature: Tensor)
     dtype = z.dtype if splits == 1 else torch.float32
     out = z.new_empty((splits, crops * images, channels) if splits > 1 else (crops * images, channels), dtype=dtype)
     grid = (cdiv(channels, block_c), images, cdiv(crops, together) * splits)
+    vectors = [v.contiguous() for v in (weight, bias, mean, var)]
     launch(
-        _pool, grid, z, scale.contiguous(), shift.contiguous(), maps.contiguous(), feature, out,
-        *sizes, *z_strides, *strides, splits, each,
+        _pool, grid, z, *vectors, maps.contiguous(), feature, out, *sizes, *z_strides, *strides, eps, splits, each,
         CROPS=together, BLOCK_P=block_p, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
     return out if splits == 1 else out.sum(0).to(z.dtype)

@@ -34,9 +34,13 @@ def scale_norm_relu(
 
 
 @exact
-def residual_pool(z: Tensor, scale: Tensor, shift: Tensor, maps: Tensor, feature: Tensor) -> Tensor:
+def residual_pool(
+    z: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float, maps: Tensor, feature: Tensor
+) -> Tensor:
     residual = _scaled(maps, feature).flatten(0, 1)
-    scale, shift = (v.to(residual.dtype)[:, None, None] for v in (scale, shift))
+    weight, bias, mean, var = (v.to(residual.dtype) for v in (weight, bias, mean, var))
+    scale = weight * (var + eps).rsqrt()
+    scale, shift = scale[:, None, None], (bias - mean * scale)[:, None, None]
     return (z.to(residual.dtype) * scale + shift + residual).relu().mean(dim=(2, 3)).to(z.dtype)
 
 

@@ -55,8 +55,7 @@ class Head:
         x = F.conv2d(x, self.conv2, padding=1)
         z = F.conv2d(F.batch_norm(x, None, None, *self.norms[1], training=True).relu(), self.conv3)
         var, mean = torch.var_mean(z, dim=(0, 2, 3), correction=0)
-        scale = self.norms[2][0] / (var + 1e-5).sqrt()
-        return residual_pool(z, scale, self.norms[2][1] - mean * scale, maps, feature)
+        return residual_pool(z, *self.norms[2], mean, var, 1e-5, maps, feature)
 
 
 def search_by_loop(queries, feature):
@@ -174,7 +173,7 @@ def test_outputs_have_the_features_memory_format_and_no_gradient(path, last, dev
     with forced(path):
         maps = search_maps(queries, feature)
         norm = scale_norm_relu(feature, maps, ones, ones)
-        pooled = residual_pool(norm.out.clone().requires_grad_(), ones, ones, maps, feature)
+        pooled = residual_pool(norm.out.clone().requires_grad_(), ones, ones, ones, ones, 1e-5, maps, feature)
     for output in (maps, norm.out, norm.mean, norm.var, pooled):
         assert not output.requires_grad
     assert norm.out.is_contiguous(memory_format=memory_format)
@@ -187,7 +186,7 @@ def test_nan_shows(path, device):
     ones = torch.ones(2, device=device)
     with forced(path):
         out = scale_norm_relu(feature, maps, ones, ones, mean=ones, var=ones).out
-        pooled = residual_pool(torch.zeros_like(feature), ones, ones, maps, feature)
+        pooled = residual_pool(torch.zeros_like(feature), ones, ones, ones, ones, 1e-5, maps, feature)
     assert out.isnan().sum() == 1
     assert pooled.isnan().tolist() == [[False, True]]
 
@@ -200,7 +199,7 @@ def test_compiles_without_a_graph_break(device, compiles_whole):
     def step(leaf):
         maps = search_maps(queries, feature)
         out, mean, var = scale_norm_relu(feature, maps, ones, ones)
-        pooled = residual_pool(out, ones, out.mean((0, 2, 3)), maps, feature)
+        pooled = residual_pool(out, ones, ones, out.mean((0, 2, 3)), ones, 1e-5, maps, feature)
         return leaf * (pooled + mean + var)
 
     compiles_whole(step, torch.rand(4, 6, device=device, requires_grad=True))
@@ -214,14 +213,15 @@ def test_compiles_without_a_graph_break(device, compiles_whole):
             r"residual_pool: z must be \[6, C, H, W\] with C = 4, H = 3, W = 3, not \[5, ",
         ),
         ({"maps": torch.zeros(3, 2, 3, 4)}, r"feature must be \[B, C, H, W\] with B = 2, H = 3, W = 4, not \[2, 4, 3"),
-        ({"scale": torch.zeros(3)}, r"scale must be \[C\] with C = 4, not \[3\]"),
+        ({"weight": torch.zeros(3)}, r"weight must be \[C\] with C = 4, not \[3\]"),
         ({"feature": torch.zeros(2, 4, 3, 3, dtype=torch.int32)}, "feature must be float32 or .* not int32"),
     ],
 )
 def test_bad_arguments_of_residual_pool_are_named(change, message):
     inputs = {"z": torch.zeros(6, 4, 3, 3), "maps": torch.zeros(3, 2, 3, 3), "feature": torch.zeros(2, 4, 3, 3)}
     with pytest.raises(KernelError, match=message):
-        residual_pool(**{**inputs, "scale": torch.ones(4), "shift": torch.ones(4), **change})
+        vectors = {name: torch.ones(4) for name in ("weight", "bias", "mean", "var")}
+        residual_pool(**{**inputs, **vectors, "eps": 1e-5, **change})
 
 
 def test_bad_arguments_are_named():
