@@ -118,7 +118,7 @@ class Batch:
             key = storage.data_ptr()
             if key not in pieces:
                 whole = torch.empty(0, dtype=torch.uint8, device=value.device)
-                pieces[key] = copy(whole.set_(storage))  # type: ignore[call-overload]
+                pieces[key] = copy(whole.set_(storage))
             begin = value.storage_offset() * value.itemsize
             return pieces[key][begin : begin + value.nbytes].view(value.dtype).view(value.shape)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any, ClassVar, cast
 
 import torch
@@ -138,7 +138,7 @@ class DINO(Method):
 
     def forward(self, batch: Batch, values: Values) -> Step:
         s = self.settings
-        large = [batch.views["global1"], batch.views["global2"]]  # each [B, n, 3, S, S]
+        large = by_size([batch.views["global1"], batch.views["global2"]])  # each [B, n, 3, S, S]
         small = [batch.views["local"]] if "local" in batch.views else []
         with section("student"):
             drop = Drop(batch.id, values.seed, values.clock, "student")
@@ -210,19 +210,26 @@ class Network(nn.Module):
     def forward(self, views: list[Tensor], drop: Drop | None = None) -> tuple[Tensor, Tensor]:
         """View groups, each [B, n, 3, S, S] -> features [V, B, D] and logits [V, B, K] of all crops in order.
 
-        Neighbouring groups of one size pass the backbone together; the head sees all crops at once. `drop` is what
-        stochastic depth is drawn from for the first crop of each image.
+        All pass the backbone together if it is a ViT, else those of one size; the head sees all crops at once. `drop`
+        is what stochastic depth is drawn from for the first crop of each image.
         """
-        features: list[Tensor] = []
-        for _, group in groupby(views, key=lambda view: view.shape[-1]):
-            crops = torch.cat(list(group), dim=1)  # [B, n, 3, S, S]
-            how: dict[str, Any] = {}
-            if drop is not None and isinstance(self.backbone, ViT):
-                how["drop"] = replace(drop, together=crops.shape[1], first=drop.first + sum(map(len, features)))
-            made = self.backbone(crops.flatten(0, 1), **how)
-            features.append(made.unflatten(0, crops.shape[:2]).transpose(0, 1))
-        joined = torch.cat(features)
+        groups = by_size(views)
+        crops = [group.flatten(0, 1) for group in groups]
+        if isinstance(self.backbone, ViT):
+            first = accumulate((group.shape[1] for group in groups), initial=drop.first if drop else 0)
+            drops = [drop and replace(drop, together=x.shape[1], first=n) for x, n in zip(groups, first, strict=False)]
+            made = self.backbone.groups(crops, drops)
+        else:
+            made = [self.backbone(x) for x in crops]
+        features = [x.unflatten(0, group.shape[:2]).transpose(0, 1) for x, group in zip(made, groups, strict=True)]
+        joined = torch.cat(features) if len(features) > 1 else features[0]
         return joined, self.head(joined)
+
+
+def by_size(views: list[Tensor]) -> list[Tensor]:
+    """View groups, each [B, n, 3, S, S]; neighbours of one size become one."""
+    groups = [list(same) for _, same in groupby(views, key=lambda view: view.shape[-1])]
+    return [torch.cat(same, dim=1) if len(same) > 1 else same[0] for same in groups]
 
 
 @torch.no_grad()

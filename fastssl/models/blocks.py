@@ -6,27 +6,32 @@ stream, and the sum is normed for the next branch. `residual_norm` does this in 
 the first norm of the next one belong together too, so a block that is one of several (`run_blocks`) takes its tokens
 with their norm, and hands on its own with the norm that comes next.
 
-Letters: B rows of the batch, N tokens, D width, h heads, d = D / h.
+Images of several sizes pass the blocks together (`run_groups`): the tokens of all lie one behind the other, and only
+attention tells the groups apart.
+
+Letters: B rows of the batch, N tokens, D width, h heads, d = D / h, T tokens of all groups: the sum of their B x N.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastssl.kernels.drop_path import drop_path
 from fastssl.kernels.residual_norm import residual_add, residual_norm
 
 Keep = tuple[Tensor | None, Tensor | None]  # per branch of a block, float32 [B]: 0, or one over the share kept
 WHOLE: Keep = (None, None)
+Groups = tuple[tuple[int, int], ...]  # rows and tokens (B, N) of each group
 
 
 @dataclass(frozen=True)
@@ -96,37 +101,39 @@ class Block(nn.Module):
         norm: nn.LayerNorm | None = None,
         keep: Keep = WHOLE,
         dtype: torch.dtype = torch.float32,
+        groups: Groups | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The block by itself, block(x), or as one of several.
 
         Args:
-            x: [B, N, D].
+            x: [B, N, D]; with `groups` [T, 1, D].
             attn_mask: added to the attention logits, broadcast to [B, h, N, N].
             normed: norm1(x), of the type that matrix products take. None: computed here, and which samples are
                 dropped in training is drawn here.
-            norm: what the result is normed with; goes with `normed`, as do the next two.
+            norm: what the result is normed with; goes with `normed`, as do the next three.
             keep: what the branches are multiplied with.
             dtype: of the result's norm.
+            groups: what stands in x, if that is groups of images.
 
         Returns:
-            [B, N, D]; with `normed`, a pair of this and its norm.
+            As x; with `normed`, a pair of this and its norm.
         """
         if normed is not None:
             assert norm is not None
-            x, branch = self._branches(x, normed, attn_mask, keep[0])
+            x, branch = self._branches(x, normed, attn_mask, keep[0], groups)
             return add_norm(x, norm, dtype, branch, self.ls2, keep[1])
         if self.training and self.rate > 0:
-            first, second = _draw(self.rate, x, 1, rising=False).unbind()
+            first, second = _draw(self.rate, len(x), 1, x.device, rising=False).unbind()
             keep = first, second
         _, normed = add_norm(x, self.norm1, working_type(x, self.attn.qkv.weight))
         x, branch = self._branches(x, normed, attn_mask, keep[0])
         return residual_add(x, branch, gain_of(self.ls2), keep[1])
 
     def _branches(
-        self, x: Tensor, normed: Tensor, attn_mask: Tensor | None, keep: Tensor | None
+        self, x: Tensor, normed: Tensor, attn_mask: Tensor | None, keep: Tensor | None, groups: Groups | None = None
     ) -> tuple[Tensor, Tensor]:
         """The stream with the attention added, and what the MLP makes of it."""
-        branch = self.attn(normed, attn_mask)
+        branch = self.attn(normed, attn_mask, groups)
         x, normed = add_norm(x, self.norm2, working_type(branch, self.mlp.fc1.weight), branch, self.ls1, keep)
         return x, self.mlp(normed)
 
@@ -141,11 +148,46 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """[B, N, D] -> [B, N, D]; the mask is added to the logits."""
-        q, k, v = (y.transpose(1, 2) for y in self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2))
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask)  # [B, h, N, d]
-        return self.proj(x.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, groups: Groups | None = None) -> Tensor:
+        """[B, N, D] -> [B, N, D]; the mask is added to the logits. With `groups` [T, 1, D] -> [T, 1, D]."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        if groups is None:
+            return self.proj(attend(*qkv.unbind(2), attn_mask).flatten(2))
+        parts = _Parts.apply(qkv, groups)
+        mixed = [attend(*parts[i : i + 3], attn_mask).flatten(0, 1) for i in range(0, len(parts), 3)]
+        return self.proj(torch.cat(mixed).flatten(1)[:, None])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention of queries, keys and values, [B, N, h, d] each, as their result."""
+    return F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), mask).transpose(1, 2)
+
+
+class _Parts(torch.autograd.Function):
+    """Queries, keys and values of each group, [B, N, h, d], as views of [T, 1, 3, h, d].
+
+    Split and unbind would put their gradients together twice, first those of a group, then the groups.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+        ctx.groups = groups
+        return tuple(one for part in apart(qkv, groups) for one in part.unbind(2))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
+        tokens = sum(rows * count for rows, count in ctx.groups)
+        whole = upstream[0].new_empty(tokens, 1, 3, *upstream[0].shape[2:])
+        for i, part in enumerate(apart(whole, ctx.groups)):
+            torch.stack(upstream[3 * i : 3 * i + 3], dim=2, out=part)
+        return whole, None
+
+
+def apart(x: Tensor, groups: Groups) -> list[Tensor]:
+    """Views of what each group has in x: [T, 1, ..] -> [B, N, ..] each."""
+    parts = x[:, 0].split([rows * tokens for rows, tokens in groups])
+    return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
 
 
 class Mlp(nn.Module):
@@ -205,17 +247,53 @@ def last_norms(
 ) -> list[Tensor]:
     """norm(the tokens after a block) for each of the last `n` blocks; arguments as for `run_blocks`."""
     layers = cast(list[Block], list(blocks))
+    return _run(layers, x, norm, n, branch_factors(_top_rate(layers), x, len(layers), drop), dtype)
+
+
+def run_groups(
+    blocks: Iterable[nn.Module], x: Tensor, norm: nn.LayerNorm, groups: Groups, drops: Sequence[Drop | None]
+) -> Tensor:
+    """`run_blocks` for images of several sizes in one pass.
+
+    Args:
+        x: [T, 1, D], the tokens of all groups.
+        groups: rows and tokens (B, N) of each.
+        drops: of each.
+
+    Returns:
+        [T, 1, D].
+    """
+    layers = cast(list[Block], list(blocks))
+    rate = _top_rate(layers)
+    keeps = [WHOLE] * len(layers)
+    if rate:
+        table = x.new_empty(2 * len(layers), len(x), dtype=torch.float32)
+        parts = table.split([rows * tokens for rows, tokens in groups], dim=1)
+        for part, (rows, tokens), drop in zip(parts, groups, drops, strict=True):
+            part.unflatten(1, (rows, tokens)).copy_(_table(rate, rows, len(layers), drop, x.device)[:, :, None])
+        keeps = _by_layer(table)
+    return _run(layers, x, norm, 1, keeps, groups=groups)[0]
+
+
+def _run(
+    layers: list[Block],
+    x: Tensor,
+    norm: nn.LayerNorm,
+    n: int,
+    keeps: list[Keep],
+    dtype: torch.dtype | None = None,
+    groups: Groups | None = None,
+) -> list[Tensor]:
     last = len(layers) - 1
-    keeps = branch_factors(layers[last].rate if layers[last].training else 0.0, x, len(layers), drop)
     working = working_type(x, layers[0].attn.qkv.weight)
     dtype = dtype or (working if layers[last].training else x.dtype)
     _, normed = add_norm(x, layers[0].norm1, working)
     outputs = []
     for i in range(last):
-        x, normed = layers[i](x, None, normed, layers[i + 1].norm1, keeps[i], working)
+        x, normed = layers[i](x, None, normed, layers[i + 1].norm1, keeps[i], working, groups)
         if i > last - n:
             outputs.append(add_norm(x, norm, dtype)[1])
-    return [*outputs, layers[last](x, None, normed, norm, keeps[last], dtype)[1]]
+    return [*outputs, layers[last](x, None, normed, norm, keeps[last], dtype, groups)[1]]
 
 
 def branch_factors(rate: float, x: Tensor, layers: int, drop: Drop | None) -> list[Keep]:
@@ -225,19 +303,30 @@ def branch_factors(rate: float, x: Tensor, layers: int, drop: Drop | None) -> li
         rate: of the last layer; it grows linearly from 0. 0: nothing is dropped.
         drop: what it is drawn from. None: PyTorch's generator.
     """
-    if not rate:
-        return [WHOLE] * layers
-    table = _draw(rate, x, layers) if drop is None else drop.table(rate, layers, len(x))
+    return _by_layer(_table(rate, len(x), layers, drop, x.device)) if rate else [WHOLE] * layers
+
+
+def _top_rate(layers: list[Block]) -> float:
+    """Share of the samples that the last layer drops; 0 in eval mode."""
+    return layers[-1].rate if layers[-1].training else 0.0
+
+
+def _table(rate: float, rows: int, layers: int, drop: Drop | None, device: torch.device) -> Tensor:
+    """float32 [2 x layers, rows]."""
+    return _draw(rate, rows, layers, device) if drop is None else drop.table(rate, layers, rows)
+
+
+def _by_layer(table: Tensor) -> list[Keep]:
     rows = table.unbind()
     return list(zip(rows[::2], rows[1::2], strict=True))
 
 
-def _draw(rate: float, x: Tensor, layers: int, rising: bool = True) -> Tensor:
-    """Factors from PyTorch's generator, float32 [2 x layers, B]."""
-    draws = torch.rand(2 * layers, len(x), device=x.device)
+def _draw(rate: float, rows: int, layers: int, device: torch.device, rising: bool = True) -> Tensor:
+    """Factors from PyTorch's generator, float32 [2 x layers, rows]."""
+    draws = torch.rand(2 * layers, rows, device=device)
     if not rising:
         return torch.where(draws < rate, 0.0, 1 / max(1 - rate, 1e-12))
-    rates = torch.linspace(0, rate, layers, device=x.device).repeat_interleave(2)[:, None]
+    rates = torch.linspace(0, rate, layers, device=device).repeat_interleave(2)[:, None]
     return torch.where(draws < rates, 0.0, 1 / (1 - rates))
 
 

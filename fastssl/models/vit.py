@@ -8,6 +8,7 @@ Letters: B images, N patches of the image, K kept patches, D width, G side of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -16,7 +17,15 @@ from torch import Tensor, nn
 
 from fastssl.config import ConfigError
 from fastssl.kernels.masked_attention_gather import gather_tokens
-from fastssl.models.blocks import Drop, last_norms, run_blocks, transformer_blocks, working_type
+from fastssl.models.blocks import (
+    Drop,
+    apart,
+    last_norms,
+    run_blocks,
+    run_groups,
+    transformer_blocks,
+    working_type,
+)
 
 
 class ViT(nn.Module):
@@ -129,6 +138,24 @@ class ViT(nn.Module):
     def forward(self, images: Tensor, drop: Drop | None = None) -> Tensor:
         """The class token after the final norm, [B, D]; see `tokens`."""
         return self.tokens(images, drop=drop)[:, 0]
+
+    def groups(self, images: Sequence[Tensor], drops: Sequence[Drop | None]) -> list[Tensor]:
+        """Class tokens of images of several sizes, which pass the blocks together.
+
+        Args:
+            images: per size [B, 3, H, W].
+            drops: what stochastic depth is drawn from, per size.
+
+        Returns:
+            Per size what `forward` gives, [B, D].
+        """
+        if len(images) == 1:
+            return [self(images[0], drops[0])]
+        embedded = [self.embed(x) for x in images]
+        sizes = tuple((len(x), x.shape[1]) for x in embedded)
+        packed = torch.cat([x.flatten(0, 1) for x in embedded])[:, None]  # [T, 1, D]
+        tokens = run_groups(self.blocks, packed, self.norm, sizes, drops)
+        return [part[:, 0] for part in apart(tokens, sizes)]
 
     def intermediate(self, images: Tensor, n: int) -> list[Tensor]:
         """Tokens after each of the last `n` blocks, every one passed through the final norm: n times [B, 1+N, D]."""

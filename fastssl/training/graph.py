@@ -8,7 +8,7 @@ stay outside.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,8 +138,9 @@ class StepGraph:
             parameter.grad = gradient
         loss, _ = expected = self.run(batch)
         eager = [p.grad for p in self.parameters]
-        found = [([out], [loss]), (replayed, eager), (moved, list(self.network.buffers()))]
-        worst = max(difference(ours, theirs) for ours, theirs in found)
+        worst = max(
+            difference([out], [loss]), difference(replayed, eager), difference(moved, list(self.network.buffers()))
+        )
         if worst <= TOLERANCE:
             how = "bit for bit" if worst == 0 else f"within {worst:.1e}, as sums in another order differ"
             self.say(f"run.graph: the captured step equals the eager one {how}")
@@ -152,7 +153,7 @@ class StepGraph:
 TOLERANCE = 1e-2  # bfloat16 passes with atomic sums differ by less
 
 
-def difference(ours: list[Tensor | None], theirs: list[Tensor | None]) -> float:
+def difference(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> float:
     """||a - b|| / ||b|| of all tensors as one vector; infinite where only one is there, or something is not a number."""
     apart, size = 0.0, 0.0
     for a, b in zip(ours, theirs, strict=True):
@@ -168,14 +169,19 @@ def difference(ours: list[Tensor | None], theirs: list[Tensor | None]) -> float:
 
 def shapes(batch: Batch) -> tuple[Any, ...]:
     """Sizes and types of all tensors of the batch."""
-    found: list[Any] = []
+    return tuple((tuple(value.shape), value.dtype) for value in tensors(batch))
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    """All tensors of the batch, in one order."""
+    found: list[Tensor] = []
 
     def note(value: Tensor) -> Tensor:
-        found.append((tuple(value.shape), value.dtype))
+        found.append(value)
         return value
 
     batch.map(note)
-    return tuple(found)
+    return found
 
 
 def as_buffers(batch: Batch) -> Batch:
@@ -187,10 +193,7 @@ def as_buffers(batch: Batch) -> Batch:
 
 def into_buffers(buffers: Batch, batch: Batch) -> None:
     """Writes a batch where `as_buffers` made room."""
-    sources: list[Tensor] = []
-    targets: list[Tensor] = []
-    batch.map(lambda value: (sources.append(value), value)[1])
-    buffers.map(lambda value: (targets.append(value), value)[1])
+    sources, targets = tensors(batch), tensors(buffers)
     for dtype in dict.fromkeys(value.dtype for value in targets):
         same = [i for i, value in enumerate(targets) if value.dtype == dtype]
         torch._foreach_copy_([targets[i] for i in same], [sources[i] for i in same])

@@ -40,7 +40,7 @@ class Numbers(Mapping[str, Tensor]):
             self._views = dict(_views(self._buffer, layout))
         for name, view in _views(host, layout):
             if layout[name][0] is int:
-                view.fill_(values[name])
+                view.fill_(rows[name][0])
         self._buffer.copy_(host, non_blocking=True)
 
     def __getitem__(self, name: str) -> Tensor:

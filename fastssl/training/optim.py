@@ -272,7 +272,7 @@ class LARS(SGD):
             if decays:
                 torch._foreach_add_(updates, params, alpha=weight_decay)
                 size, change = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(updates))
-                updates = torch._foreach_mul(updates, list(trust_ratio(size, change, self.trust).unbind()))
+                updates = list(torch._foreach_mul(updates, list(trust_ratio(size, change, self.trust).unbind())))
             torch._foreach_mul_(moments, self.decay)
             torch._foreach_add_(moments, updates)
             moved = [m * (f != 0) if isinstance(f, Tensor) else m for m, f in zip(moments, factor, strict=True)]

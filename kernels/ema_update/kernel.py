@@ -380,8 +380,10 @@ def ema_update_eager(teacher: Tensors, student: Tensors, copies: Tensors, moment
 
 def _ema_update(teacher: Tensors, student: Tensors, copies: Tensors, momentum: float | Tensor) -> None:
     plan = _plan((student, (), (), (), teacher, (), copies), lambda: check_ema(teacher, student, copies))
-    given = isinstance(momentum, Tensor)
-    _launch(plan, momentum if given else None, None, None, 0.0 if given else 1.0 - momentum, *[0.0] * 4)
+    if isinstance(momentum, Tensor):
+        _launch(plan, momentum, None, None, *[0.0] * 5)
+    else:
+        _launch(plan, None, None, None, 1.0 - momentum, *[0.0] * 4)
     for i in plan.layout.left:
         reference.ema_update([teacher[i]], [student[i]], momentum, [copies[i]] if copies else None)
 
@@ -427,7 +429,7 @@ def _adamw_ema(
         )  # fmt: skip
 
 
-def sgd_ema_eager(lists: Lists, numbers: Tensor, scales: Tensor | None, grad_scale: Tensor | None) -> None:
+def sgd_ema_eager(lists: Any, numbers: Tensor, scales: Tensor | None, grad_scale: Tensor | None) -> None:
     """See the public op; `lists` as for `adamw_ema_eager`, without second moments."""
     plan = _plan(lists, lambda: check_sgd(*lists))
     _launch(plan, numbers, scales, grad_scale, *[0.0] * 5, adam=False)
