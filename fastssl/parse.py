@@ -89,8 +89,8 @@ def parse_options(
     """Parses `arguments` into the dataclass `kind`; returns it and whether --json was asked for.
 
     A yes-or-no option alone (--compile-only) means yes. `about` is shown up to its first empty line. With `recipe`, the
-    options may also come from a YAML file named with --config; what comes last on the command line wins. With `section`,
-    options are written with it: --bench.out.
+    options may also come from a YAML file named with --config; what comes last on the command line wins. With
+    `section`, options are written with its name: --bench.out.
     """
     parser = Parser(prog=prog, description=about.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="Print the result as JSON.")

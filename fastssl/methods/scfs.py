@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl.batch import Batch
 from fastssl.config import Config, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, View, check
-from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
+from fastssl.kernels.centering_softmax_loss import CenteringSoftmaxLoss, centering_softmax_loss
 from fastssl.kernels.feature_search import (
     residual_pool,
     scale_norm_relu,
@@ -29,8 +29,9 @@ from fastssl.kernels.feature_search import (
     scaled_statistics,
     search_maps,
 )
+from fastssl.kernels.unit_rows import unit_rows
 from fastssl.methods import dino, names
-from fastssl.methods.dino import DINO, update_center
+from fastssl.methods.dino import DINO
 from fastssl.models.norms import BatchNorm1d, BatchNorm2d, Chain
 from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT, patch_grid
@@ -119,6 +120,7 @@ class SCFS(DINO):
     layout = names.SCFS
     student: Network
     teacher: Network
+    loss_weights: Tensor  # DINO's, each tap's cross loss, each tap's searched losses
 
     @staticmethod
     def network(config: Config, drop_path: float | None = None) -> Network:
@@ -137,6 +139,11 @@ class SCFS(DINO):
         self.stage_weights = self.settings.stage_weights or (1.0,) * len(self.taps)
         for tap in self.taps:
             self.register_buffer(f"center_{tap}", torch.zeros(self.settings.stage_out))
+        searched = 1 if self.settings.search == "first" else 2
+        weights = [1.0, *(self.settings.cross_weight * weight for weight in self.stage_weights)]
+        for weight in self.stage_weights:
+            weights += [self.settings.searched_weight * weight / searched] * searched
+        self.register_buffer("loss_weights", torch.tensor(weights), persistent=False)
 
     @property
     def chance_loss(self) -> float:
@@ -156,33 +163,37 @@ class SCFS(DINO):
             targets = [self.targets(i, student, teacher) for i in range(len(self.taps))]
 
         with section("loss"):
-            temps = s.student_temp, self.number("teacher_temp", values)
-            final = centering_softmax_loss(student.logits, teacher.logits, self.center, *temps)
-            centers = [(self.center, final.column_sum)]
-            loss, metrics = final.loss, {"loss_dino": final.loss.detach()}
-            for i, (tap, weight) in enumerate(zip(self.taps, self.stage_weights, strict=True)):
-                seen, local, center = student.stages[0][i], student.stages[1][i], getattr(self, f"center_{tap}")
-                cross = centering_softmax_loss(seen.out, teacher.stages[0][i].out, center, *temps)
-                found = [centering_softmax_loss(local.out, t, None, *temps, pairs="matching") for t in targets[i]]
-                searched = torch.stack([f.loss for f in found]).mean()
-                loss = loss + weight * (s.cross_weight * cross.loss + s.searched_weight * searched)
-                centers.append((center, cross.column_sum))
-                metrics |= {
-                    f"loss_cross_{tap}": cross.loss.detach(),
-                    f"loss_searched_{tap}": searched.detach(),
-                    f"searched_entropy_{tap}": torch.stack([f.entropy for f in found]).mean() / math.log(s.stage_out),
-                    f"searched_std_{tap}": feature_spread(targets[i][0].flatten(0, 1)),
-                }
+            temps = s.student_temp, self.teacher_temp(values)
+            results = [centering_softmax_loss(student.logits, teacher.logits, self.center, *temps)]
+            searched: list[CenteringSoftmaxLoss] = []
+            for i, tap in enumerate(self.taps):
+                seen, local, center = student.stages[0][i].out, student.stages[1][i].out, getattr(self, f"center_{tap}")
+                results.append(centering_softmax_loss(seen, teacher.stages[0][i].out, center, *temps))
+                searched += [centering_softmax_loss(local, t, None, *temps, pairs="matching") for t in targets[i]]
+            losses = torch.stack([result.loss for result in results + searched])
+            loss = (losses * self.loss_weights.to(losses.dtype)).sum()
             if self.training:
-                for center, column_sum in centers:
-                    update_center(center, column_sum, 2 * len(batch), s.center_momentum)
-        metrics |= {
+                centers = [self.center, *(getattr(self, f"center_{tap}") for tap in self.taps)]
+                sums = [result.column_sum for result in results]
+                update_centers(centers, sums, 2 * len(batch), s.center_momentum)
+        final, taps = results[0], len(self.taps)
+        metrics = {
             "teacher_entropy": final.entropy / math.log(s.out_dim),
             "teacher_student_kl": final.divergence,
             "feature_std": feature_spread(teacher.features[0]),
             "center_norm": self.center.norm(),
         }
-        return Step(loss, metrics)
+        if taps:
+            views = len(targets[0])
+            entropies = torch.stack([result.entropy for result in searched]) / (views * math.log(s.stage_out))
+            named = {
+                "loss_cross": losses[1 : 1 + taps].detach(),
+                "loss_searched": losses[1 + taps :].detach().unflatten(0, (taps, views)).mean(1),
+                "searched_entropy": entropies.unflatten(0, (taps, views)).sum(1),
+                "searched_std": spreads(torch.stack([found[0].flatten(0, 1) for found in targets])),
+            }
+            metrics |= {f"{name}_{tap}": value[i] for name, value in named.items() for i, tap in enumerate(self.taps)}
+        return Step(loss, metrics | {"loss_dino": losses[0].detach()})
 
     @torch.no_grad()
     def targets(self, tap: int, student: Seen, teacher: Seen) -> list[Tensor]:
@@ -320,7 +331,8 @@ class StageHead(nn.Module):
     def each(self, xs: list[Tensor], inner: list[Tensor]) -> list[Tensor]:
         """The same of several groups, each normalised by its own statistics."""
         z = self._inside(self.bn1.each(inner, relu=True))
-        return self._project([y.mean((2, 3)) for y in self.bn3.each(z, xs, relu=True)])
+        outputs = self._project([y.mean((2, 3)) for y in self.bn3.each(z, xs, relu=True)])
+        return list(outputs.split([len(x) for x in xs]))
 
     @torch.no_grad()
     def searched(self, inner: Tensor, x: Tensor, maps: Tensor) -> Tensor:
@@ -339,15 +351,26 @@ class StageHead(nn.Module):
         (z,) = self._inside([y])
         mean, var = batch_statistics(self.bn3, z, maps.new_ones(1, len(z), *z.shape[2:]))
         pooled = residual_pool(z, self.bn3.weight, self.bn3.bias, mean, var, self.bn3.eps, maps, x)
-        return self._project([pooled])[0]
+        return self._project([pooled])
 
     def _inside(self, xs: list[Tensor]) -> list[Tensor]:
         return [self.conv3(y) for y in self.bn2.each([self.conv2(x) for x in xs], relu=True)]
 
-    def _project(self, pooled: list[Tensor]) -> list[Tensor]:
-        out = torch.cat(self.mlp.each(pooled))
-        unit = F.normalize(out.to(torch.promote_types(out.dtype, torch.float32)), dim=-1)
-        return list(unit.split([len(x) for x in pooled]))
+    def _project(self, pooled: list[Tensor]) -> Tensor:
+        return unit_rows(self.mlp.joined(pooled))
+
+
+@torch.no_grad()
+def update_centers(centers: list[Tensor], column_sums: list[Tensor], rows: int, momentum: float) -> None:
+    """DINO's `update_center` of several centres at once."""
+    sums = tuple(distributed.all_reduce_sum(column_sum) for column_sum in column_sums)
+    means = torch._foreach_div(sums, rows * distributed.world())
+    torch._foreach_lerp_(centers, [m.to(c.dtype) for m, c in zip(means, centers, strict=True)], 1.0 - momentum)
+
+
+def spreads(units: Tensor) -> Tensor:
+    """`feature_spread` of several taps' rows of length one, [taps, n, E] -> [taps]."""
+    return units.std(dim=1, unbiased=False).mean(dim=1) * units.shape[2] ** 0.5
 
 
 @torch.no_grad()

@@ -186,7 +186,7 @@ class _Parts(torch.autograd.Function):
 
 def apart(x: Tensor, groups: Groups) -> list[Tensor]:
     """Views of what each group has in x: [T, 1, ..] -> [B, N, ..] each."""
-    parts = x[:, 0].split([rows * tokens for rows, tokens in groups])
+    parts = x.squeeze(1).split([rows * tokens for rows, tokens in groups])
     return [part.unflatten(0, group) for part, group in zip(parts, groups, strict=True)]
 
 

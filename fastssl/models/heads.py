@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastssl.kernels.unit_rows import unit_rows
 from fastssl.models.norms import BatchNorm1d
 
 
@@ -53,8 +54,7 @@ class DINOHead(nn.Module):
         shape = features.shape[:-1]
         x = self.mlp(features.flatten(0, -2))
         with torch.autocast(x.device.type, enabled=False):
-            x = F.normalize(x.to(self.last_layer.weight_v.dtype), dim=-1)
-            return self.last_layer(x).unflatten(0, shape)
+            return self.last_layer(unit_rows(x)).unflatten(0, shape)
 
 
 class Prototypes(nn.Module):
@@ -69,4 +69,5 @@ class Prototypes(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(width, prototypes, bias=False).weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_g * F.normalize(self.weight_v, dim=1))
+        weight = unit_rows(self.weight_v, self.weight_g)
+        return F.linear(x.to(weight.dtype), weight)

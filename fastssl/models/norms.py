@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -52,21 +53,27 @@ class BatchNorm1d(Norm, nn.BatchNorm1d):
 
 
 class Chain(nn.Sequential):
-    """A sequence in which a ReLU belongs to the norm before it, and which takes several groups at once."""
+    """A sequence in which a ReLU belongs to the norm before it, and which takes several groups at once: only norms
+    keep them apart."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """What becomes of x, [B, D]."""
-        return self.each([x])[0]
+        return self.joined([x])
 
-    def each(self, xs: list[Tensor]) -> list[Tensor]:
-        """What becomes of several groups, each normalised by its own statistics."""
+    def joined(self, groups: list[Tensor]) -> Tensor:
+        """What becomes of the rows of all groups, each group normalised by its own statistics."""
+        rows = [len(group) for group in groups]
+        x = groups[0] if len(groups) == 1 else torch.cat(groups)
         modules, fused = list(self), False
         for module, following in zip(modules, [*modules[1:], None], strict=True):
             if fused:  # this one is the ReLU
                 fused = False
             elif isinstance(module, Norm):
                 fused = isinstance(following, nn.ReLU)
-                xs = module.each(xs, relu=fused)
+                if len(rows) == 1:
+                    x = module(x, relu=fused)
+                else:
+                    x = torch.cat(module.each(list(x.split(rows)), relu=fused))
             else:
-                xs = [module(x) for x in xs]
-        return xs
+                x = module(x)
+        return x

@@ -96,20 +96,21 @@ class ViT(nn.Module):
         """The position table for a grid of rows x columns patches, [1, 1+N, D]; resampled (bicubic) if not its own."""
         if (rows, columns) == self.grid:
             return self.pos_embed
-        table = self.pos_embed[:, 1:].unflatten(1, self.grid).permute(0, 3, 1, 2)
+        first, table = self.pos_embed.split([1, self.grid[0] * self.grid[1]], dim=1)
+        table = table.unflatten(1, self.grid).permute(0, 3, 1, 2)
         table = F.interpolate(table, size=(rows, columns), mode="bicubic", antialias=True)
-        return torch.cat([self.pos_embed[:, :1], table.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([first, table.flatten(2).transpose(1, 2)], dim=1)
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Class token and (kept) patches with their positions, before the first block: [B, 1+N, D] or [B, 1+K, D]."""
         rows, columns = patch_grid(images, self.patch_size)
         table = self.positions(rows, columns)
-        patches = cut_patches(images, self.patch_size)  # [B, N, 3 p p]
-        if keep is not None:
-            patches = gather_tokens(patches, keep)  # [B, K, 3 p p]
         projection = cast(nn.Conv2d, self.patch_embed["proj"])
         weight = projection.weight.flatten(1)
-        tokens = F.linear(patches.to(working_type(patches, weight)), weight, projection.bias)
+        patches = cut_patches(images, self.patch_size, working_type(images, weight))  # [B, N, 3 p p]
+        if keep is not None:
+            patches = gather_tokens(patches, keep)  # [B, K, 3 p p]
+        tokens = F.linear(patches, weight, projection.bias)
         if keep is None:
             return torch.cat([self.cls_token.expand(len(images), -1, -1), tokens], dim=1) + table
         first = (self.cls_token + table[:, :1]).expand(len(images), -1, -1)
@@ -216,11 +217,17 @@ def patch_grid(images: Tensor, patch_size: int) -> tuple[int, int]:
     return height // patch_size, width // patch_size
 
 
-def cut_patches(images: Tensor, patch_size: int) -> Tensor:
-    """[B, 3, H, W] -> [B, N, 3 p p]: patches in row-major order, values in the order channel, row, column."""
+def cut_patches(images: Tensor, patch_size: int, dtype: torch.dtype | None = None) -> Tensor:
+    """[B, 3, H, W] -> [B, N, 3 p p]: patches in row-major order, values in the order channel, row, column.
+
+    Args:
+        dtype: of the result. None: that of the images.
+    """
     rows, columns = patch_grid(images, patch_size)
     x = images.unflatten(2, (rows, patch_size)).unflatten(4, (columns, patch_size))  # [B, 3, rows, p, columns, p]
-    return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    x = x.permute(0, 2, 4, 1, 3, 5)
+    x = x.to(dtype or x.dtype, memory_format=torch.contiguous_format)  # moves the values too if it casts them
+    return x.flatten(3).flatten(1, 2)
 
 
 def xavier_init_(module: nn.Module) -> None:

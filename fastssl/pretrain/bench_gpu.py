@@ -84,7 +84,7 @@ TINY = {  # on a CPU
     "mae.decoder_heads": 2, "run.threads": 1, "data.workers": 1,
 }  # fmt: skip
 SMALL_RECIPES = {"tiny": Recipe("MAE, tiny, on a CPU", "", 8, options=TINY)}
-SMALL_OPS = ["patch_pixel_loss", "gather_tokens"]
+SMALL_OPS = ["gather_tokens", "patch_pixel_loss"]
 
 
 @dataclass

@@ -1,4 +1,7 @@
-"""What the processes of `fastssl bench gpu` do, each in one function; their results go to results.jsonl at once."""
+"""What the processes of `fastssl bench gpu` do, each in one function; their results go to results.jsonl at once.
+
+There are dozens of them, so each function imports what it alone needs.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 import ctypes
 import gc
 import importlib
+import itertools
 import os
 import platform
 import signal
@@ -16,28 +20,15 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
-from fastssl.augment import augment
 from fastssl.config import Config
-from fastssl.kernels import _bench as kernels
-from fastssl.kernels._path import has_triton
-from fastssl.kernels._spec import Case, Op
-from fastssl.kernels._verify import verify
-from fastssl.loaders import synthetic
-from fastssl.loaders.bench import CASES, cpu_seconds
-from fastssl.loaders.convert import ConvertOptions, convert
-from fastssl.loaders.engine import choose_engine, make_loader
-from fastssl.loaders.pool import cores
-from fastssl.loaders.sources import open_source
-from fastssl.models.dvae import DalleEncoder
-from fastssl.pretrain import bench_step
 from fastssl.pretrain.bench_gpu import COPIES, RECIPES, SMALL_RECIPES, Results, recipe_file
-from fastssl.pretrain.bench_step import StepBenchOptions
-from fastssl.pretrain.trainer import Trainer
+
+if TYPE_CHECKING:
+    import torch
+
+    from fastssl.kernels._spec import Case, Op
 
 BENCH_CASES = 3  # training sizes per op that are proven and timed
 SIDES = {"in": (256, 512), "cifar": (32, 32)}  # of the drawn images, in pixels
@@ -98,6 +89,8 @@ def _words(error: BaseException) -> str:
 
 
 def _free() -> None:
+    import torch
+
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -108,6 +101,12 @@ def _free() -> None:
 
 def facts(work: Work) -> None:
     """Card, versions, commit, names of the ops; on a GPU also how fast it copies and multiplies."""
+    import torch
+
+    from fastssl.kernels import _bench as kernels
+    from fastssl.kernels._path import has_triton
+    from fastssl.loaders.pool import cores
+
     found: dict[str, Any] = {"python": platform.python_version(), "cores": cores(), **kernels.versions()}
     for package in ("torchvision", "numpy", "numba"):
         with contextlib.suppress(ImportError):
@@ -121,6 +120,9 @@ def facts(work: Work) -> None:
 
 def draw(work: Work) -> None:
     """Draws one shard of an image set, as `fastssl demo` does but of this set's size, with part maps."""
+    from fastssl.loaders import synthetic
+    from fastssl.loaders.convert import ConvertOptions, convert
+
     name, number, images = (work.values[key] for key in ("name", "number", "images"))
     synthetic.SIDES = synthetic.SIDES if work.small else SIDES[name]  # type: ignore[misc, unused-ignore]
     work.data.mkdir(parents=True, exist_ok=True)
@@ -148,6 +150,8 @@ def _repeated(work: Work, name: str) -> Iterator[str]:
 
 
 def _op(work: Work) -> Op:
+    from fastssl.kernels import _bench as kernels
+
     [op] = [op for op in kernels.all_ops() if op.name == work.values["op"]]
     return op
 
@@ -158,11 +162,17 @@ def _sizes(work: Work, op: Op) -> dict[str, Case]:
 
 
 def _dtype(op: Op, small: bool) -> torch.dtype:
+    import torch
+
     return torch.bfloat16 if torch.bfloat16 in op.dtypes and not small else op.dtypes[0]
 
 
 def prove(work: Work) -> None:
     """The float64 proofs of one op: all small cases in all types, training sizes in the type of training."""
+    import torch
+
+    from fastssl.kernels._verify import verify
+
     op = _op(work)
     cases = [(name, case, dtype) for name, case in op.proof.items() for dtype in op.dtypes]
     cases += [(name, case, _dtype(op, False)) for name, case in list(op.bench.items())[:BENCH_CASES]]
@@ -185,6 +195,10 @@ def prove(work: Work) -> None:
 
 def time_kernels(work: Work) -> None:
     """Times one op: a first round compiles everything beside the other ops, the second is alone on the device."""
+    import torch
+
+    from fastssl.kernels import _bench as kernels
+
     op = _op(work)
     dtype, cases = _dtype(op, work.small), _sizes(work, op)
     paths = "triton,eager" if work.small else ",".join(kernels.PATHS)
@@ -210,6 +224,12 @@ def time_kernels(work: Work) -> None:
 
 def time_steps(work: Work) -> None:
     """Times a recipe's training step in one way: on one batch again and again, and with the loader."""
+    import torch
+
+    from fastssl.models.dvae import DalleEncoder
+    from fastssl.pretrain import bench_step
+    from fastssl.pretrain.trainer import Trainer
+
     recipe = {**RECIPES, **SMALL_RECIPES}[work.values["recipe"]]
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -236,7 +256,9 @@ def time_steps(work: Work) -> None:
         trainer = Trainer(config)
         stack.callback(trainer.loader.close)
         more = 1 if work.small else 2
-        once = StepBenchOptions(kernels=work.values["kernels"], steps=1, warmup=2 * more, rounds=1, repeat_batch=True)
+        once = bench_step.StepBenchOptions(
+            kernels=work.values["kernels"], steps=1, warmup=2 * more, rounds=1, repeat_batch=True
+        )
         bench_step._bench(trainer, once)
         _free()
         for turn in work.turns():
@@ -261,6 +283,11 @@ def time_steps(work: Work) -> None:
 
 def time_loader(work: Work) -> None:
     """Images per second of the default engine over the number of threads, after its first batches."""
+    from fastssl.augment import augment
+    from fastssl.loaders.bench import CASES, cpu_seconds
+    from fastssl.loaders.engine import choose_engine, make_loader
+    from fastssl.loaders.sources import open_source
+
     engine, _ = choose_engine("auto")
     cases = {"single": CASES["single"]} if work.small else CASES
     seconds, first = (0.2, 2) if work.small else (1.2, 10)
@@ -289,7 +316,7 @@ def time_loader(work: Work) -> None:
 
 
 def _batches(loader: Any) -> Iterator[Any]:
-    for epoch in range(np.iinfo(np.int32).max):
+    for epoch in itertools.count():
         with contextlib.closing(loader.epoch(epoch)) as stream:
             yield from stream
 

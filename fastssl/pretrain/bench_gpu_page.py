@@ -99,10 +99,8 @@ def _steps(mine: list[Record], records: list[Record]) -> list[str]:
         known = [recipe.authors, recipe.before, recipe.goal]
         cells = [_number(value, ".0f") for value in (*known, *own, max(fed, default=None))]
         lines.append([f"{recipe.title}, {recipe.images}", *cells, share])
-    head_line = (
-        "Images per second, on one batch again and again unless the loader is named. The first measurement and the "
-    )
-    head_line += "goals are for one H200 too. `plain` is PyTorch without kernels."
+    words = "Images per second, on one batch again and again unless the loader is named. The first measurement and "
+    words += "the goals are for one H200 too. `plain` is PyTorch without kernels."
     more = ["recipe", "way", "loader", "images/s", "ms", "MFU", "memory GB", "launches", "host ms", "longest parts, ms"]
     details = []
     for row in sorted(rows, key=lambda row: (names.index(row["recipe"]), row["loader"], ways.index(row["contender"]))):
@@ -122,7 +120,7 @@ def _steps(mine: list[Record], records: list[Record]) -> list[str]:
                 ", ".join(f"{key} {value:.1f}" for key, value in longest),
             ]
         )
-    return [head_line, "", *_table(head, lines), "", *_table(more, details)]
+    return [words, "", *_table(head, lines), "", *_table(more, details)]
 
 
 # -- ops ---------------------------------------------------------------------------------------------------------------
@@ -152,9 +150,8 @@ def _kernels(mine: list[Record], records: list[Record]) -> list[str]:
         )
     head = ["op", "case", "pass", "call ms", "device ms", "of the limit", "MB", "others as multiples: call, device"]
     words = "`call` is what a caller waits (launching included, L2 cold), `device` the same work replayed from a CUDA "
-    words += (
-        "graph (what fits stays in L2; `-`: it cannot be captured). `of the limit`: of what bytes and products allow."
-    )
+    words += "graph (what fits stays in L2; `-`: it cannot be captured). `of the limit`: of what bytes and products "
+    words += "allow."
     return [words, "", *_table(head, lines)]
 
 

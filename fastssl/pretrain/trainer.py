@@ -95,6 +95,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
         if device.type == "cuda":
             backbone = cast(ViT | ResNet, self.method.backbone)
             self.method = self.method.to(memory_format=backbone.memory_format)
+            torch.backends.cudnn.benchmark = isinstance(backbone, ResNet)  # its convolutions always see the same sizes
         # Gradients of several micro-batches are added up in float32, so the copies are for one.
         masters = Masters(self.method, dtype if dtype == torch.bfloat16 and pace.accumulate == 1 else torch.float32)
         optimizer = build_optimizer(self.method, config.optim, masters, self.method.averages())

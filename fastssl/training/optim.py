@@ -64,8 +64,6 @@ class Optimizer(torch.optim.Optimizer):
 
     Attributes:
         teacher_momentum: of the teachers in the next step, in [0, 1].
-        factors: named groups of parameters whose gradients are multiplied by a number on the device in `clip`; 0 there
-            is as if they had no gradient.
     """
 
     _step_supports_amp_scaling = True  # a step of float16 gradients that are not finite is left out on the device
@@ -85,10 +83,10 @@ class Optimizer(torch.optim.Optimizer):
         teacher_of: dict[Tensor, Tensor] = {}
         for teacher, student in averages:
             teacher_of.update(zip(student.parameters(), teacher.parameters(), strict=True))
-        frozen = [s for s in teacher_of if s not in set(trained)]
-        students = [*trained, *frozen]
+        known = set(trained)
+        students = [*trained, *(s for s in teacher_of if s not in known)]
         self.values = [masters.of(p) for p in students]
-        self.copies = [masters.copy_of(p) if p in set(trained) else None for p in students]
+        self.copies = [masters.copy_of(p) if p in known else None for p in students]
         teachers = [teacher_of.get(p) for p in students]
         self.teachers = [t if t is None else masters.of(t) for t in teachers]
         self.teacher_copies = [t if t is None else masters.copy_of(t) for t in teachers]
@@ -97,6 +95,18 @@ class Optimizer(torch.optim.Optimizer):
         self.scales = torch.tensor(factors, dtype=torch.float32, device=device)
         self._none = torch.zeros((), device=device, dtype=self.values[0].dtype)
         self._places: dict[tuple[int, ...], Tensor] = {}
+        self._kept: dict[str, list[Tensor | None]] = {}  # lists of the state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes a state that `state_dict` gave.
+
+        Raises:
+            ValueError: it is of other parameters, or another optimizer's.
+        """
+        if any("step" not in group for group in state_dict["param_groups"]):
+            raise ValueError("its optimizer's state was written by an earlier version")
+        super().load_state_dict(state_dict)
+        self._kept.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the network's gradients."""
@@ -118,7 +128,8 @@ class Optimizer(torch.optim.Optimizer):
         Args:
             max_norm: largest L2 norm. 0: no bound.
             each: of every parameter's gradient by itself, rather than of all gradients as one vector.
-            factors: (parameters of the network, scalar on the device) pairs: multiplied into their gradients first.
+            factors: (parameters of the network, scalar on the device) pairs: multiplied into their gradients first; 0
+                is as if they had no gradient.
 
         Returns:
             Scalar on the device: the norm of all gradients as one vector, before clipping.
@@ -182,11 +193,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def _moments(self, name: str) -> list[Tensor | None]:
         """The state of this name of every value, zeros at first; None of what is not trained."""
-        count = len(self.trained)
-        for value in self.values[:count]:
-            if name not in self.state[value]:
-                self.state[value][name] = torch.zeros_like(value, memory_format=torch.preserve_format)
-        return [self.state[value][name] for value in self.values[:count]] + [None] * (len(self.values) - count)
+        if name not in self._kept:
+            count = len(self.trained)
+            for value in self.values[:count]:
+                if name not in self.state[value]:
+                    self.state[value][name] = torch.zeros_like(value, memory_format=torch.preserve_format)
+            kept: list[Tensor | None] = [self.state[value][name] for value in self.values[:count]]
+            self._kept[name] = kept + [None] * (len(self.values) - count)
+        return self._kept[name]
 
     @property
     def _lists(self) -> dict[str, Any]:

@@ -47,6 +47,9 @@ def test_parts_add_up_to_the_step(images, tmp_path, capsys, monkeypatch):
         assert sum(row["parts"].values()) == pytest.approx(row["milliseconds"], rel=1e-6)
         assert 0 < row["mfu"] < 2
         assert row["memory"] > 1e7
+        assert row["launches"] > 200
+        assert 0 < row["host"] < 10 * row["milliseconds"]
+        assert "aten::addmm" in row["operations"]
     assert result["run"]["images_per_step"] == 8
     assert not run.exists()
     assert list(tmp_path.iterdir()) == []
@@ -57,7 +60,7 @@ def test_one_contender_on_one_batch(images, capsys):
     assert main(["bench", "step", *TINY, f"--data.path={images}", *more]) == 0
     table = capsys.readouterr().out
     assert "dino with vit_tiny, 8 images per step" in table
-    assert {"data", "backward", "step", "images/s", "MFU", "peak memory"} <= {
+    assert {"data", "backward", "step", "images/s", "MFU", "peak memory", "launches", "host ms"} <= {
         line[:16].strip() for line in table.splitlines()
     }
     (only,) = [line.split() for line in table.splitlines() if line.startswith("ms per step")]

@@ -225,9 +225,9 @@ def steps_on(rank, kind, images, folder, batch_size, changes):
     return losses, {key: value.double() for key, value in run.network.state_dict().items()}
 
 
-PLAIN = {"drop_path": 0.0}  # stochastic depth is drawn per process
+PLAIN = {"drop_path": 0.0}  # stochastic depth is drawn per process, but in pretraining by sample
 SPLITS = {
-    "pretrain": {"model.drop_path": 0.0, "optim.name": "sgd", "optim.lr": 1.0},
+    "pretrain": {"model.drop_path": 0.2, "optim.name": "sgd", "optim.lr": 1.0},
     "finetune": {**PLAIN, "model": "resnet", "augment": "", "erase": 0.0, "mixup": 0.0, "cutmix": 0.0},
     "segment": {**PLAIN, "dropout": 0.0, "lr": 1e-3},
     "probe": {},
