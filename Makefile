@@ -1,5 +1,5 @@
-# Four verbs for a machine that has python3 and make. Each first makes .venv with what it needs (.ci/install).
-.PHONY: demo test bench lint
+# Verbs for a machine that has python3 and make. Each first makes .venv with what it needs (.ci/install).
+.PHONY: demo test bench gpu gpu-pack lint
 BIN = .venv/bin
 
 demo: .venv/ready
@@ -13,6 +13,16 @@ IMAGES = demo/images/train
 bench: .venv/ready
 	test -d $(IMAGES) || $(MAKE) demo
 	$(BIN)/python docs/benchmarks/convert_vs_ffcv.py $(IMAGES)
+
+# Everything about this machine's GPU in 8 minutes; make gpu GPU_ARGS='--bench.parts steps' for one part.
+gpu: .venv/ready
+	$(BIN)/fastssl bench gpu $(GPU_ARGS)
+
+# The same for a machine that has PyTorch and a GPU, but no network: dist/gpu-pack/ (there: ./run), and what it has.
+PYTHON_TARGET ?= 3.12
+GPU_HAVE ?= torch triton torchvision numpy pillow pyyaml timm numba tqdm safetensors tensorboard
+gpu-pack: .venv/ready
+	$(BIN)/python .ci/gpu-pack --python $(PYTHON_TARGET) --have "$(GPU_HAVE)"
 
 lint: .venv/ready
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -211,6 +211,9 @@ class Run(Checked):
     """Epochs between checkpoints that are kept for good (epoch-0100.pt). 0: only the last."""
     resume: bool = True
     """Continue from last.pt in the run folder if there is one. False: refuse to overwrite such a folder."""
+    change: str = ""
+    """Keys, separated by commas, that may differ from what the run folder's checkpoint was written with: optim.lr, say.
+    Any other difference that shapes the run is refused."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 
@@ -60,6 +61,7 @@ def feature_spread(features: Tensor) -> Tensor:
     Returns:
         Scalar: the standard deviation over the batch of the L2-normalised features, averaged over D, times sqrt(D).
     """
-    unit = features.detach().float()
-    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    x = features.detach()
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    unit = x / torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).clamp_min(1e-12)
     return unit.std(dim=0, unbiased=False).mean() * unit.shape[-1] ** 0.5

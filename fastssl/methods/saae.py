@@ -163,30 +163,30 @@ class SAAE(Method):
         tokens, cls, canvas = self.encode(batch, box, flip, drop)  # [V, 1+N, D], [V, C], [V, N, C]
 
         hidden = unseen(box, grid=self.grid)  # [V, N]
-        ids, count = hidden_first(hidden)  # [V, N], [V]
+        shared = ~hidden.unflatten(0, (2, -1)).any(dim=0)  # [B, N], seen by both crops
+        counts = torch.cat([hidden, shared]).sum(dim=1)  # [3 B]
+        ids, count = hidden_first(hidden), counts[: len(hidden)]  # [V, N], [V]
         filled = self.decode(cls, canvas)  # [V, N, C]
         with section("paint"):
             painted = self.decoder.paint(gather_tokens(filled, ids, count=count))  # [V, N, 3 p p]
 
         with section("loss"):
-            shared = ~hidden.unflatten(0, (2, -1)).any(dim=0)  # [B, N], seen by both crops
-            own = torch.stack([*count.view(2, -1).sum(dim=1), shared.sum()])
-            share = own * distributed.world() / distributed.all_reduce_sum(own.clone()).clamp_min(1)
+            own = counts.view(3, -1).sum(dim=1, dtype=torch.float32)  # cells: hidden from either crop, seen by both
+            mean = distributed.all_reduce_sum(own / distributed.world()).clamp_min(1 / distributed.world())
             crops = zip(painted.chunk(2), ids.chunk(2), count.chunk(2), strict=True)
             pixels = torch.stack([self.pixel_loss(*crop, target) for crop in crops])
-            pixel = (share[:2] * pixels).sum()
+            pixel = (own / mean)[:2].mul(pixels).sum()
             contrast = nt_xent(cls.unflatten(0, (2, -1)), s.temperature)
             first, second = canvas.chunk(2)
-            summed = patch_contrast(first, second, shared, s.temperature)
-            agreement = share[2] * summed.total / summed.count.clamp_min(1)
-            aligner = s.cls_weight * contrast + s.patch_weight * agreement
+            agreement = patch_contrast(first, second, shared, s.temperature).total / mean[2]
+            aligner = torch.add(s.cls_weight * contrast, agreement, alpha=s.patch_weight)
             if s.aligner_gradient == "authors":
                 aligner = scale_gradient(aligner, 1 / distributed.world())
         metrics = {
             "pixel_loss": pixel.detach(),
             "cls_loss": contrast.detach(),
             "patch_loss": agreement.detach(),
-            "unseen": hidden.float().mean(),
+            "unseen": hidden.mean(dtype=torch.float32),
             "feature_std": feature_spread(tokens.chunk(2)[0][:, 0]),
         }
         return Step(pixel + aligner, metrics)
@@ -209,10 +209,11 @@ class SAAE(Method):
             tokens = self.encoder.tokens(images, drop=drop)
         with section("projector"):
             codes = self.projector(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])  # [V, 1+N, C]
+            first, rest = codes.split([1, codes.shape[1] - 1], dim=1)
         with section("uncrop"):
-            canvas = uncrop(codes[:, 1:], self.mask_code.flatten(), box, flip, grid=self.grid,
+            canvas = uncrop(rest, self.mask_code.flatten(), box, flip, grid=self.grid,
                             flip_axis=self.settings.uncrop_flip)  # fmt: skip
-        return tokens, codes[:, 0], canvas
+        return tokens, first.squeeze(1), canvas
 
     def decode(self, cls: Tensor, canvas: Tensor) -> Tensor:
         """Class codes and canvases -> cells that are ready to be painted, [V, N, C]."""
@@ -329,13 +330,13 @@ class Decoder(nn.Module):
         return F.linear(x, weight.t(), cast(Tensor, self.unconv.bias).repeat_interleave(weight.shape[1] // 3))
 
 
-def hidden_first(hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row's cell ids with the hidden cells first, int64 [V, N], and how many those are, int64 [V].
+def hidden_first(hidden: Tensor) -> Tensor:
+    """Each row's cell ids with the hidden cells first, int64 [V, N].
 
     How many cells a batch has to paint is known on the device alone. Rows of full length, of which only the beginning
     counts, spare the wait for that number.
     """
-    return hidden.to(torch.uint8).argsort(dim=1, descending=True, stable=True), hidden.sum(dim=1)
+    return hidden.view(torch.uint8).argsort(dim=1, descending=True, stable=True)
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:

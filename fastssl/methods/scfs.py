@@ -143,7 +143,7 @@ class SCFS(DINO):
         weights = [1.0, *(self.settings.cross_weight * weight for weight in self.stage_weights)]
         for weight in self.stage_weights:
             weights += [self.settings.searched_weight * weight / searched] * searched
-        self.register_buffer("loss_weights", torch.tensor(weights), persistent=False)
+        self.register_buffer("loss_weights", torch.tensor(weights, dtype=torch.float64), persistent=False)
 
     @property
     def chance_loss(self) -> float:

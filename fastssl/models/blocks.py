@@ -152,15 +152,16 @@ class Attention(nn.Module):
         """[B, N, D] -> [B, N, D]; the mask is added to the logits. With `groups` [T, 1, D] -> [T, 1, D]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         if groups is None:
-            return self.proj(attend(*qkv.unbind(2), attn_mask).flatten(2))
+            return self.proj(attend(qkv.unbind(2), attn_mask).flatten(2))
         parts = _Parts.apply(qkv, groups)
-        mixed = [attend(*parts[i : i + 3], attn_mask).flatten(0, 1) for i in range(0, len(parts), 3)]
+        mixed = [attend(parts[i : i + 3], attn_mask).flatten(0, 1) for i in range(0, len(parts), 3)]
         return self.proj(torch.cat(mixed).flatten(1)[:, None])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention of queries, keys and values, [B, N, h, d] each, as their result."""
-    return F.scaled_dot_product_attention(*(y.transpose(1, 2) for y in (q, k, v)), mask).transpose(1, 2)
+def attend(qkv: Sequence[Tensor], mask: Tensor | None) -> Tensor:
+    """What queries find among keys and values; all of them [B, N, h, d], as is the result."""
+    q, k, v = (y.transpose(1, 2) for y in qkv)  # [B, h, N, d]
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
 class _Parts(torch.autograd.Function):
@@ -264,14 +265,7 @@ def run_groups(
         [T, 1, D].
     """
     layers = cast(list[Block], list(blocks))
-    rate = _top_rate(layers)
-    keeps = [WHOLE] * len(layers)
-    if rate:
-        table = x.new_empty(2 * len(layers), len(x), dtype=torch.float32)
-        parts = table.split([rows * tokens for rows, tokens in groups], dim=1)
-        for part, (rows, tokens), drop in zip(parts, groups, drops, strict=True):
-            part.unflatten(1, (rows, tokens)).copy_(_table(rate, rows, len(layers), drop, x.device)[:, :, None])
-        keeps = _by_layer(table)
+    keeps = group_factors(_top_rate(layers), x, len(layers), groups, drops)
     return _run(layers, x, norm, 1, keeps, groups=groups)[0]
 
 
@@ -304,6 +298,17 @@ def branch_factors(rate: float, x: Tensor, layers: int, drop: Drop | None) -> li
         drop: what it is drawn from. None: PyTorch's generator.
     """
     return _by_layer(_table(rate, len(x), layers, drop, x.device)) if rate else [WHOLE] * layers
+
+
+def group_factors(rate: float, x: Tensor, layers: int, groups: Groups, drops: Sequence[Drop | None]) -> list[Keep]:
+    """`branch_factors` of several groups, [T]: each token of x [T, ..] has its row's factor."""
+    if not rate:
+        return [WHOLE] * layers
+    table = x.new_empty(2 * layers, len(x), dtype=torch.float32)
+    parts = table.split([rows * tokens for rows, tokens in groups], dim=1)
+    for part, (rows, tokens), drop in zip(parts, groups, drops, strict=True):
+        part.unflatten(1, (rows, tokens)).copy_(_table(rate, rows, layers, drop, x.device)[:, :, None])
+    return _by_layer(table)
 
 
 def _top_rate(layers: list[Block]) -> float:

@@ -56,7 +56,7 @@ class Chain(nn.Sequential):
     """A sequence in which a ReLU belongs to the norm before it, and which takes several groups at once: only norms
     keep them apart."""
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """What becomes of x, [B, D]."""
         return self.joined([x])
 

@@ -17,20 +17,19 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastssl.config import Config
-from fastssl.pretrain.bench_gpu import COPIES, RECIPES, SMALL_RECIPES, Results, recipe_file
+from fastssl.pretrain.bench_gpu import CASES, COPIES, RECIPES, SMALL_RECIPES, Results, recipe_file
 
 if TYPE_CHECKING:
     import torch
 
     from fastssl.kernels._spec import Case, Op
 
-BENCH_CASES = 3  # training sizes per op that are proven and timed
 SIDES = {"in": (256, 512), "cifar": (32, 32)}  # of the drawn images, in pixels
 DIES_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 
@@ -108,6 +107,8 @@ def facts(work: Work) -> None:
     from fastssl.loaders.pool import cores
 
     found: dict[str, Any] = {"python": platform.python_version(), "cores": cores(), **kernels.versions()}
+    if "commit" not in found and (commit := os.environ.get("FASTSSL_COMMIT", "").strip()):
+        found["commit"] = commit
     for package in ("torchvision", "numpy", "numba"):
         with contextlib.suppress(ImportError):
             found[package] = importlib.import_module(package).__version__
@@ -158,7 +159,7 @@ def _op(work: Work) -> Op:
 
 def _sizes(work: Work, op: Op) -> dict[str, Case]:
     """The sizes to time: those of training, or one small one on a CPU."""
-    return dict(list(op.proof.items())[:1] if work.small else list(op.bench.items())[:BENCH_CASES])
+    return dict(list(op.proof.items())[:1] if work.small else list(op.bench.items())[:CASES])
 
 
 def _dtype(op: Op, small: bool) -> torch.dtype:
@@ -175,7 +176,7 @@ def prove(work: Work) -> None:
 
     op = _op(work)
     cases = [(name, case, dtype) for name, case in op.proof.items() for dtype in op.dtypes]
-    cases += [(name, case, _dtype(op, False)) for name, case in list(op.bench.items())[:BENCH_CASES]]
+    cases += [(name, case, _dtype(op, False)) for name, case in list(op.bench.items())[:CASES]]
     past = work.results.of("proofs")
     for name, case, dtype in cases[:2] if work.small else cases:
         key = f"{op.name} | {name} | {str(dtype).removeprefix('torch.')}"
@@ -210,8 +211,8 @@ def time_kernels(work: Work) -> None:
     for case in cases.values():
         kernels.time_case(op, case, dtype, first, copy, rate, work.device, compiled)
         _free()
-    for _ in work.turns():
-        for name, case in cases.items():
+    for turn in work.turns():
+        for name, case in list(cases.items())[int(turn.split()[1]) - 1 :][:1]:
             rows = kernels.time_case(op, case, dtype, then, copy, rate, work.device, compiled)
             for row in rows:
                 row |= {"op": op.name, "case": name, "dtype": str(dtype).removeprefix("torch.")}
@@ -284,12 +285,12 @@ def time_steps(work: Work) -> None:
 def time_loader(work: Work) -> None:
     """Images per second of the default engine over the number of threads, after its first batches."""
     from fastssl.augment import augment
-    from fastssl.loaders.bench import CASES, cpu_seconds
+    from fastssl.loaders import bench as loaders
     from fastssl.loaders.engine import choose_engine, make_loader
     from fastssl.loaders.sources import open_source
 
     engine, _ = choose_engine("auto")
-    cases = {"single": CASES["single"]} if work.small else CASES
+    cases = {"single": loaders.CASES["single"]} if work.small else loaders.CASES
     seconds, first = (0.2, 2) if work.small else (1.2, 10)
     past = work.results.of("loader")
     with _repeated(work, "in") as path:
@@ -305,17 +306,17 @@ def time_loader(work: Work) -> None:
                     for count, one in enumerate(batches):
                         done = augment(one) if floats else one
                         if count == first:  # compiled, and what was ready has been taken
-                            begin, cpu = time.perf_counter(), cpu_seconds()
+                            begin, cpu = time.perf_counter(), loaders.cpu_seconds()
                         elif count > first:
                             images += len(done)
                             if time.perf_counter() - begin > seconds:
                                 break
-                    wall, cpu = time.perf_counter() - begin, cpu_seconds() - cpu
+                    wall, cpu = time.perf_counter() - begin, loaders.cpu_seconds() - cpu
                 more = {"images_per_s": images / wall, "cpu_ms_per_image": 1e3 * cpu / images}
                 work.add(f"{name} | {threads}", case=name, threads=threads, engine=engine, **more)
 
 
-def _batches(loader: Any) -> Iterator[Any]:
+def _batches(loader: Any) -> Generator[Any, None, None]:
     for epoch in itertools.count():
         with contextlib.closing(loader.epoch(epoch)) as stream:
             yield from stream

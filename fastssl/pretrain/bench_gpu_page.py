@@ -69,7 +69,7 @@ def _failures(records: list[Record]) -> list[str]:
 def _ends(records: list[Record]) -> list[list[str]]:
     ends = {record["part"]: record for record in records if record["key"] == "end"}
     return [
-        [part, ends[part]["how"], f"{ends[part]['seconds']:.0f}", f"`{part}.log`"] if part in ends else [part, "-"] * 2
+        [part, ends[part]["how"], f"{ends[part]['seconds']:.0f}", f"`{part}.log`"] if part in ends else [part, *"---"]
         for part in PARTS
     ]
 

@@ -23,11 +23,12 @@ from fastssl.methods import METHODS, view_list
 from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT
 from fastssl.pictures import save as save_picture
+from fastssl.pretrain.identity import identity, repeated, settings
 from fastssl.pretrain.monitor import KNNMonitor
 from fastssl.pretrain.preflight import preflight
 from fastssl.step import Values
 from fastssl.training import distributed
-from fastssl.training.checkpoint import Checkpoint
+from fastssl.training.checkpoint import Checkpoint, replace_file
 from fastssl.training.device import Transfer, choose_device, choose_dtype
 from fastssl.training.graph import StepGraph
 from fastssl.training.health import HealthWatch
@@ -106,11 +107,13 @@ class Trainer(Run[Batch, dict[str, Any]]):
         if config.monitor.every and distributed.is_main():
             self.monitor = KNNMonitor(config, device=device, dtype=dtype, workers=self.threads)
         self.last_line: dict[str, float] = {}
+        self.history: list[str] = []  # settings that were changed on the way
+        self.data = identity(self.source)
         self.knn: float | None = None
 
         # Where it stands.
         self.prepare(self.method, optimizer, pace, folder=folder, device=device, dtype=dtype, masters=masters)
-        self.begun = begin
+        self.begun, self.first_step = begin, self.step
         self.estimate = preflight(
             self.method,
             self.views,
@@ -202,11 +205,15 @@ class Trainer(Run[Batch, dict[str, Any]]):
     def fingerprint(self) -> dict[str, Any]:
         pace = self.pace
         return {
-            "method": self.config.method,
             "images_per_step": pace.images_per_step,
             "steps_per_epoch": pace.steps_per_epoch,
             "images": len(self.source),
+            "data": self.data,
+            **settings(self.config),
         }
+
+    def may_change(self) -> list[str]:
+        return [key.strip() for key in self.config.run.change.split(",") if key.strip()]
 
     def record(self) -> Checkpoint:
         return Checkpoint(
@@ -214,17 +221,19 @@ class Trainer(Run[Batch, dict[str, Any]]):
             self.config.as_dict(),
             self.masters.state_dict(),
             self.method.backbone_prefix,
-            extra={"health": self.watch.state_dict()},
+            extra={"health": self.watch.state_dict(), "changes": self.history},
         )
 
     def restore(self, saved: Checkpoint) -> None:
         self.watch.load_state_dict(saved.extra["health"])
+        self.history = [*saved.extra.get("changes", []), *(f"step {self.step}: {words}" for words in self.changes)]
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         if distributed.is_main() and self.folder is not None:
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config.as_dict(), sort_keys=False))
+            text = yaml.safe_dump(self.config.as_dict(), sort_keys=False)
+            self._keep("config.yaml", text)
 
     def observe(self, steps: list[int], rows: list[dict[str, float]]) -> None:
         self._judge([line for step, row in zip(steps, rows, strict=True) for line in self.watch.observe(step, row)])
@@ -270,8 +279,11 @@ class Trainer(Run[Batch, dict[str, Any]]):
         gpus = [self.device] if self.device.type == "cuda" else []
         with frozen(self.method), torch.random.fork_rng(gpus), self.autocast():
             pictures = self.method.pictures(self.on_device(batch), self.values)
-        for name, rows in pictures.items() if distributed.is_main() else ():
-            save_picture(self.folder / "pictures" / f"{name}-{self.step:07d}.png", rows)
+        try:
+            for name, rows in pictures.items() if distributed.is_main() else ():
+                save_picture(self.folder / "pictures" / f"{name}-{self.step:07d}.png", rows)
+        except OSError as error:
+            self.log.warn(f"pictures cannot be written ({error}); training goes on")
 
     def describe(self) -> list[str]:
         """The derived numbers of the run, one line each, as printed before the first step."""
@@ -287,7 +299,19 @@ class Trainer(Run[Batch, dict[str, Any]]):
             f"{c.run.accumulate} accumulated), {self.pace.steps_per_epoch} steps per epoch, {self.pace.total_steps} "
             f"in all; peak learning rate {self.peak_lr:.3g}",
             self.estimate.line(),
+            *self._warnings(),
         ]
+
+    def _warnings(self) -> list[str]:
+        """Lines on what is changed or looks wrong."""
+        lines = [f"changed: {words}" for words in self.changes]
+        if self.changes:
+            left = self.pace.total_steps - self.step
+            rate = self.schedule()["lr"]
+            lines.append(
+                f"the schedule goes on at step {self.step} with learning rate {rate:.3g}; {left} steps are left"
+            )
+        return lines + [f"data: {line}" for line in [repeated(self.source)] if line]
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -306,8 +330,23 @@ class Trainer(Run[Batch, dict[str, Any]]):
         if self.knn is not None:
             summary["knn_top1"] = self.knn
         if distributed.is_main() and self.folder is not None:
-            (self.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+            path = self.folder / "summary.json"
+            if self.step == self.first_step and path.exists():  # nothing was trained: what is known stays
+                with contextlib.suppress(json.JSONDecodeError, OSError):
+                    summary = {
+                        **json.loads(path.read_text()),
+                        **{key: summary[key] for key in ("total_steps", "finished")},
+                    }
+            self._keep("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
+
+    def _keep(self, name: str, text: str) -> None:
+        """Writes a small file of the run folder in one piece; where that fails it says so."""
+        assert self.folder is not None
+        try:
+            replace_file(self.folder / name, lambda part: part.write_text(text))
+        except OSError as error:
+            self.log.warn(f"{self.folder / name} cannot be written ({error})")
 
     def stopped(self, message: str, code: int) -> dict[str, Any]:
         """The summary as it stands, for a scheduler's signal; Ctrl-C ends the command with its code."""

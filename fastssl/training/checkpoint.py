@@ -6,8 +6,11 @@ it is not there.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -104,26 +107,36 @@ class Checkpoint:
         except (TypeError, ConfigError) as error:
             raise CheckpointError(f"{self.path}: the section '{name}' of its config is unusable ({error})") from None
 
-    def check(self, fingerprint: dict[str, Any], option: str) -> None:
+    def check(self, fingerprint: dict[str, Any], option: str, allowed: Collection[str] = ()) -> list[str]:
         """Whether the run that wrote this may be continued as it is asked for now.
 
         Args:
             fingerprint: of the present run.
             option: the option that names the run's folder.
+            allowed: keys that may differ.
+
+        Returns:
+            What differs among the allowed keys, "KEY (was A, now B)".
 
         Raises:
             CheckpointError: it may not; the message lists every key that differs.
         """
-        differing = [
-            f"{key} (was {self.fingerprint.get(key)!r}, now {fingerprint.get(key)!r})"
-            for key in dict.fromkeys([*self.fingerprint, *fingerprint])
+        keys = dict.fromkeys([*self.fingerprint, *fingerprint])
+        unknown = [key for key in allowed if key not in keys]
+        if unknown:
+            raise CheckpointError(f"'{unknown[0]}' is no setting that {self.path} was written with; nothing to change")
+        differing = {
+            key: f"{key} (was {self.fingerprint.get(key)!r}, now {fingerprint.get(key)!r})"
+            for key in keys
             if self.fingerprint.get(key) != fingerprint.get(key)
-        ]
-        if differing:
+        }
+        refused = [words for key, words in differing.items() if key not in allowed]
+        if refused:
             raise CheckpointError(
-                f"{self.path} was written with other settings: {', '.join(differing)}; continue it with the same "
+                f"{self.path} was written with other settings: {', '.join(refused)}; continue it with the same "
                 f"settings, or name another folder with {option}"
             )
+        return list(differing.values())
 
 
 STORED = {one.name for one in fields(Checkpoint)} - {"path"}
@@ -201,7 +214,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         path: the file; its folder exists.
         write: writes the new content to the path that it is given; what it raises is passed on.
     """
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # of this process alone
     try:
         write(part)
         with open(part, "rb") as file:
@@ -210,3 +223,37 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+class InUseError(ValueError):
+    """Another process writes into the folder."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path, option: str) -> Iterator[None]:
+    """While the block runs, this process alone writes into the folder. The lock ends with the process, however it ends.
+    What killed processes left half-written is removed.
+
+    Args:
+        folder: it exists.
+        option: the option that names it, for the message.
+
+    Raises:
+        InUseError: another process has it.
+    """
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "another process"
+            raise InUseError(f"{folder} is in use by {holder}; wait for it, or choose another {option}") from None
+        except OSError:  # a file system without locks
+            pass
+        else:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            for part in folder.glob(".*.part"):
+                part.unlink(missing_ok=True)
+        yield

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 GATHER_BYTES = 64 << 20  # of each process per exchange in gather_rows
 
 
@@ -16,6 +20,9 @@ def start(device: torch.device) -> None:
     """Joins the process group described by torchrun's environment (nccl on CUDA, gloo on the CPU), if there is one."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what asks for "the" GPU means this one (events, memory counters, DALI)
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # When torchrun dies, however it dies, this process is asked to end: it saves and goes.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
         if device.type == "cuda":
             dist.init_process_group("nccl", device_id=device)

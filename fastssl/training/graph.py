@@ -127,7 +127,7 @@ class StepGraph:
         buffers = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
         generator = torch.cuda.get_rng_state()
         gradients = [None if first or p.grad is None else p.grad.clone() for p in self.parameters]
-        out, terms = self._replay(captured, batch)
+        out, _ = self._replay(captured, batch)
         replayed = [None if p.grad is None else p.grad.clone() for p in self.parameters]
         moved = [buffer.clone() for buffer, _ in buffers]
 
@@ -154,7 +154,7 @@ TOLERANCE = 1e-2  # bfloat16 passes with atomic sums differ by less
 
 
 def difference(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> float:
-    """||a - b|| / ||b|| of all tensors as one vector; infinite where only one is there, or something is not a number."""
+    """||a - b|| / ||b|| of all tensors as one vector; infinite where one is missing or not a number."""
     apart, size = 0.0, 0.0
     for a, b in zip(ours, theirs, strict=True):
         if a is None or b is None:

@@ -51,7 +51,11 @@ class HealthWatch:
             share = scalars["data_wait"]
             line = f"the GPU or CPU waits for data {share:.0%} of the time; raise data.workers or use a faster engine"
             findings += [self._lasting("data_wait", step, share > self.config.data_wait, line) or ""]
-        findings.append(self._spike(step, scalars.get("grad_norm")) or "")
+        norm = scalars.get("grad_norm")
+        if norm is not None:
+            line = "every step is left out, for its gradients are not finite; use run.precision=bf16 or fp32"
+            findings.append(self._lasting("skipped", step, not math.isfinite(norm), line) or "")
+        findings.append(self._spike(step, norm) or "")
         return [line for line in findings if line]
 
     def _collapse(self, step: int, scalars: dict[str, float]) -> list[str | None]:

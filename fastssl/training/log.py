@@ -94,6 +94,7 @@ class RunLog:
         self.bar: tqdm | None = None
         self.begin, self.total_steps = step, total_steps
         self.files = self.main and folder is not None
+        self.said: set[str] = set()
         if folder is None or not self.main:
             return
         from torch.utils.tensorboard import SummaryWriter  # slow import, and only one process writes
@@ -116,10 +117,13 @@ class RunLog:
     def record(self, line: dict[str, float]) -> None:
         """Writes one line of numbers; `step` is one of them."""
         if self.files:
-            self.file.write(json.dumps(line) + "\n")
-            for name, value in line.items():
-                if name not in ("step", "epoch"):
-                    self.board.add_scalar(name, value, line["step"])
+            try:
+                self.file.write(json.dumps({**line, "time": round(time.time(), 3)}) + "\n")
+                for name, value in line.items():
+                    if name not in ("step", "epoch"):
+                        self.board.add_scalar(name, value, line["step"])
+            except (OSError, ValueError) as error:  # a full disk, or a writer that has given up before
+                self.warn(f"the log cannot be written ({error}); training goes on")
         if self.bar is None:
             return
         shown = {
@@ -130,6 +134,12 @@ class RunLog:
         }
         self.bar.set_postfix({key: value for key, value in shown.items() if value is not None}, refresh=False)
 
+    def warn(self, text: str) -> None:
+        """A line, once."""
+        if text not in self.said:
+            self.said.add(text)
+            self.say(text)
+
     def say(self, text: str) -> None:
         """One line above the progress bar, by the main process; standard output is kept for the result."""
         if self.main:
@@ -139,8 +149,11 @@ class RunLog:
         if self.bar is not None:
             self.bar.close()
         if self.files:
-            self.board.close()
-            self.file.close()
+            try:
+                self.board.close()
+                self.file.close()
+            except OSError as error:
+                self.warn(f"the log cannot be written ({error})")
 
 
 def _lines(path: Path) -> list[dict]:

@@ -15,7 +15,7 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,6 +115,10 @@ class Run(ABC, Generic[B, R]):
     def fingerprint(self) -> dict[str, Any]:
         """What a continuation must have in common with this run, as plain values."""
 
+    def may_change(self) -> Collection[str]:
+        """Keys of the fingerprint that the user lets differ from the checkpoint's."""
+        return ()
+
     @abstractmethod
     def sample_ids(self, batch: B) -> list[Any]:
         """Names or numbers of the batch's samples, for the message on a loss that is not finite."""
@@ -206,6 +210,7 @@ class Run(ABC, Generic[B, R]):
             synchronise_batch_norm(network, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.scales_loss and dtype == torch.float16)
         self.begun = time.perf_counter()
+        self.changes: list[str] = []  # what was asked to differ from the checkpoint
         self.step = self.saved_step = 0  # saved_step: of the checkpoint; 0: there is none
         self.signal = 0  # number of the signal that asked the run to stop
         self.ring, self.clock, self.agreement = MetricRing(), Clock(), distributed.Agreement()
@@ -240,7 +245,7 @@ class Run(ABC, Generic[B, R]):
         return DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
 
     def _resume(self, saved: Checkpoint) -> None:
-        saved.check(self.fingerprint(), self.folder_option)
+        self.changes = saved.check(self.fingerprint(), self.folder_option, self.may_change())
         try:
             self.masters.load_state_dict(saved.network)
             self.optimizer.load_state_dict(saved.optimizer)
@@ -361,11 +366,14 @@ class Run(ABC, Generic[B, R]):
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
-    def logging(self) -> AbstractContextManager[RunLog]:
-        """The run's log, open while the loop runs."""
-        if self.folder is not None and distributed.is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-        return contextlib.closing(RunLog(self.folder, self.step, self.pace.total_steps))
+    @contextlib.contextmanager
+    def logging(self) -> Iterator[RunLog]:
+        """The run's log, open while the loop runs; the folder is this run's alone meanwhile."""
+        with contextlib.ExitStack() as stack:
+            if self.folder is not None and distributed.is_main():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(checkpoint.locked(self.folder, self.folder_option))
+            yield stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, self.pace.total_steps)))
 
     def read_scalars(self) -> None:
         """Reads the scalars since the last reading; stops where one is not finite."""
@@ -421,6 +429,12 @@ class Run(ABC, Generic[B, R]):
         """Writes a checkpoint of this moment (main process; the others wait)."""
         if distributed.is_main():
             saved = self.record()
+            broken = [key for key, value in saved.network.items() if not _finite(value)]
+            if broken:
+                raise TrainingError(
+                    f"step {self.step}: {broken[0]} and {len(broken) - 1} more tensors of the network are not finite; "
+                    f"nothing is written; kept: {self.kept()}"
+                )
             saved.step, saved.fingerprint = self.step, self.fingerprint()
             saved.optimizer, saved.scaler = self.optimizer.state_dict(), self.scaler.state_dict()
             checkpoint.write(path, saved)
@@ -441,6 +455,10 @@ class Run(ABC, Generic[B, R]):
         if self.path is not None:
             where = f"step {self.step} is saved in {self.path}; the same command continues"
         return self.stopped(f"asked to stop ({name}): {where}", 128 + number)
+
+
+def _finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.isfinite().all())
 
 
 @contextlib.contextmanager

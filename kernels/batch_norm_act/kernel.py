@@ -203,18 +203,17 @@ def _normalise(
         tl.store(row + c, centre, mask=c < C)
         tl.store(row + C + c, spread, mask=c < C)
         tl.store(row + 2 * C + c, values + tl.zeros([BLOCK_C], tl.float32), mask=c < 1)
-    if RUNNING:
-        if program == 0:
-            moved_mean = tl.load(mean + c, mask=c < C, other=0.0).to(tl.float32)
-            moved_var = tl.load(var + c, mask=c < C, other=0.0).to(tl.float32)
-            moved_mean, moved_var = _moved(moved_mean, moved_var, centre, m2, values, momentum)
-            if PAIR:
-                more, other_centre, other_m2 = _merged(parts, rows, other_rows, c, C, LANES, BLOCK_C)
-                moved_mean, moved_var = _moved(moved_mean, moved_var, other_centre, other_m2, more, momentum)
-            tl.store(mean + c, moved_mean.to(mean.dtype.element_ty), mask=c < C)
-            tl.store(var + c, moved_var.to(var.dtype.element_ty), mask=c < C)
-            if tl.program_id(1) == 0:
-                tl.store(batches, tl.load(batches) + (2 if PAIR else 1))
+    if RUNNING and program == 0:
+        moved_mean = tl.load(mean + c, mask=c < C, other=0.0).to(tl.float32)
+        moved_var = tl.load(var + c, mask=c < C, other=0.0).to(tl.float32)
+        moved_mean, moved_var = _moved(moved_mean, moved_var, centre, m2, values, momentum)
+        if PAIR:
+            more, other_centre, other_m2 = _merged(parts, rows, other_rows, c, C, LANES, BLOCK_C)
+            moved_mean, moved_var = _moved(moved_mean, moved_var, other_centre, other_m2, more, momentum)
+        tl.store(mean + c, moved_mean.to(mean.dtype.element_ty), mask=c < C)
+        tl.store(var + c, moved_var.to(var.dtype.element_ty), mask=c < C)
+        if tl.program_id(1) == 0:
+            tl.store(batches, tl.load(batches) + (2 if PAIR else 1))
     if second:
         x = other
         y = other_y
@@ -339,16 +338,15 @@ def _differentiate_values(
     first = tl.where(second, rows, 0)
     count = tl.where(second, other_rows, rows)
     plain, weighted = _summed(parts, first, count, c, C, LANES, BLOCK_C)
-    if SUMS:
-        if program == 0:
-            all_plain = plain
-            all_weighted = weighted
-            if PAIR:
-                more_plain, more_weighted = _summed(parts, rows, other_rows, c, C, LANES, BLOCK_C)
-                all_plain += more_plain
-                all_weighted += more_weighted
-            tl.store(d_bias + c, all_plain.to(d_bias.dtype.element_ty), mask=c < C)
-            tl.store(d_weight + c, all_weighted.to(d_weight.dtype.element_ty), mask=c < C)
+    if SUMS and program == 0:
+        all_plain = plain
+        all_weighted = weighted
+        if PAIR:
+            more_plain, more_weighted = _summed(parts, rows, other_rows, c, C, LANES, BLOCK_C)
+            all_plain += more_plain
+            all_weighted += more_weighted
+        tl.store(d_bias + c, all_plain.to(d_bias.dtype.element_ty), mask=c < C)
+        tl.store(d_weight + c, all_weighted.to(d_weight.dtype.element_ty), mask=c < C)
     if second:
         x = other
         dy = other_dy
@@ -458,8 +456,9 @@ def forward(
     """
     sizes = _Sizes(x, other)
     last = sizes.last
-    x, residual, other, other_residual = (
-        None if v is None else _dense(v, last) for v in (x, residual, other, other_residual)
+    x = _dense(x, last)
+    other, residual, other_residual = (
+        None if v is None else _dense(v, last) for v in (other, residual, other_residual)
     )
     y = _empty(x, last)
     other_y = x.new_empty(0) if other is None else _empty(other, last)
@@ -467,8 +466,9 @@ def forward(
     stats = x.new_empty(1 if other is None else 2, 2 * sizes.channels + 1, dtype=torch.float32)
     given = *_both(x, other), *_both(residual, other_residual), *_both(y, other_y, other is not None)
     launch(
-        _normalise, sizes.grid, *given, weight, bias, parts, stats, mean, var, batches, *sizes.numbers, *rows, momentum, eps, WEIGHT=weight is not None, RESIDUAL=residual is not None,
-        RELU=relu, RUNNING=mean is not None, PAIR=other is not None, **sizes.merge, **sizes.constants,
+        _normalise, sizes.grid, *given, weight, bias, parts, stats, mean, var, batches, *sizes.numbers, *rows, momentum,
+        eps, WEIGHT=weight is not None, RESIDUAL=residual is not None, RELU=relu,
+        RUNNING=mean is not None, PAIR=other is not None, **sizes.merge, **sizes.constants,
     )  # fmt: skip
     return y, other_y, stats
 
@@ -504,7 +504,8 @@ def backward(
     """Gradients of both groups, both residuals (where asked for), weight and bias; empty where there is none."""
     sizes = _Sizes(x, other)
     last, channels = sizes.last, sizes.channels
-    x, other, dy, other_dy = (None if v is None else _dense(v, last) for v in (x, other, dy, other_dy))
+    x, dy = _dense(x, last), _dense(dy, last)
+    other, other_dy = (None if v is None else _dense(v, last) for v in (other, other_dy))
     parts = x.new_empty(sizes.grid[0], 2 * channels, dtype=torch.float32)
     given = *_both(x, other), *_both(y, other_y), *_both(dy, other_dy)
     launch(_sums, sizes.grid, *given, stats, parts, *sizes.numbers, eps, RELU=y is not None, **sizes.constants)
@@ -523,7 +524,8 @@ def backward(
     other_d_residual = _empty(other, last) if residual and other is not None else empty
     made = *_both(d_x, other_dx, other is not None), *_both(d_residual, other_d_residual, other is not None)
     launch(
-        _differentiate_values, sizes.grid, *given, *made, weight, d_weight, d_bias, stats, parts, *sizes.numbers, *rows, eps, WEIGHT=weight is not None,
+        _differentiate_values, sizes.grid, *given, *made, weight, d_weight, d_bias, stats, parts, *sizes.numbers, *rows,
+        eps, WEIGHT=weight is not None,
         SUMS=weight is not None and alone, RESIDUAL=residual, RELU=y is not None, PAIR=other is not None,
         **sizes.merge, **sizes.constants,
     )  # fmt: skip
@@ -540,7 +542,7 @@ def _(dy, other_dy, x, other, y, other_y, weight, stats, eps, residual, together
 
 
 def _save(ctx, inputs, output):
-    x, other, residual, other_residual, weight, *_, eps, relu, together = inputs
+    x, other, residual, _, weight, *_, eps, relu, together = inputs
     y, other_y, stats = output
     ctx.options = eps, relu, together
     ctx.residual = residual is not None and ctx.needs_input_grad[2]

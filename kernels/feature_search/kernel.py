@@ -2,7 +2,8 @@
 
     maps = dot(q, T) / (|q| |T|);  A y has the moments  mean = mean(a y),  m2 = sum(M (a y - mean)^2 + s y^2)
         with a and s the mean over crops of a position's A, and the sum of its squared deviations from it
-    out = relu((A y - mean) / sqrt(var + eps) * weight + bias);  pooled = mean(relu((z - mean) / sqrt(var + eps) * weight + bias + A T))
+    out = relu((A y - mean) / sqrt(var + eps) * weight + bias)
+    pooled = mean(relu((z - mean) / sqrt(var + eps) * weight + bias + A T))
 
 Letters: M crops, B images, C channels, P = H W positions; rows of [M B] are crop-major. No op has a gradient.
 """

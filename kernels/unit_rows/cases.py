@@ -15,7 +15,11 @@ from fastssl.kernels.unit_rows import reference, unit_rows
 def inputs(
     make: Maker, dtype: torch.dtype, *, N: int, D: int, gain: bool = False, strided: bool = False, scale: float = 1.0
 ) -> dict[str, Any]:
-    x = make.normal(N, 2 * D, dtype=dtype, scale=scale)[:, ::2] if strided else make.normal(N, D, dtype=dtype, scale=scale)
+    x = (
+        make.normal(N, 2 * D, dtype=dtype, scale=scale)[:, ::2]
+        if strided
+        else make.normal(N, D, dtype=dtype, scale=scale)
+    )
     return {"x": x, "gain": make.normal(N, 1) if gain else None}
 
 

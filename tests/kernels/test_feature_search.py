@@ -219,8 +219,8 @@ def test_compiles_without_a_graph_break(device, compiles_whole):
 )
 def test_bad_arguments_of_residual_pool_are_named(change, message):
     inputs = {"z": torch.zeros(6, 4, 3, 3), "maps": torch.zeros(3, 2, 3, 3), "feature": torch.zeros(2, 4, 3, 3)}
+    vectors = {name: torch.ones(4) for name in ("weight", "bias", "mean", "var")}
     with pytest.raises(KernelError, match=message):
-        vectors = {name: torch.ones(4) for name in ("weight", "bias", "mean", "var")}
         residual_pool(**{**inputs, **vectors, "eps": 1e-5, **change})
 
 

@@ -14,7 +14,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl.kernels import _launch
 from fastssl.kernels._path import forced
-from fastssl.models.blocks import Drop, branch_factors, last_norms, run_blocks, transformer_blocks
+from fastssl.models.blocks import (
+    Drop,
+    apart,
+    branch_factors,
+    group_factors,
+    last_norms,
+    run_blocks,
+    run_groups,
+    transformer_blocks,
+)
 from fastssl.models.vit import ViT
 
 D = 48
@@ -208,6 +217,27 @@ def test_without_a_key_the_drops_are_pytorchs():
     assert torch.equal(ours.eval()[2](x), ours[2](x))
 
 
+def test_groups_draw_what_they_draw_alone():
+    ours, _, norm = both(0.0, 0.5)
+    groups, ids = ((4, 5), (6, 3)), torch.tensor([9, 4])
+    drops = [Drop(ids, 1, 2, "test", 2), Drop(ids, 1, 2, "test", 3, first=2)]
+    x = torch.randn(4 * 5 + 6 * 3, 1, D)
+    keeps = group_factors(0.5, x, 3, groups, drops)
+    assert len(keeps) == 3
+    for layer, keep in enumerate(keeps):
+        for branch in (0, 1):
+            wanted = [
+                drop.table(0.5, 3, rows)[2 * layer + branch].repeat_interleave(tokens)
+                for drop, (rows, tokens) in zip(drops, groups, strict=True)
+            ]
+            assert torch.equal(keep[branch], torch.cat(wanted))
+    assert group_factors(0.0, x, 2, groups, drops) == [(None, None)] * 2
+    parts = [run_blocks(ours, part, norm, drop) for part, drop in zip(apart(x, groups), drops, strict=True)]
+    whole = run_groups(ours, x, norm, groups, drops)
+    for found, wanted in zip(apart(whole, groups), parts, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
 # -- torch.compile -----------------------------------------------------------------------------------------------------
 
 
@@ -243,3 +273,24 @@ def test_blocks_of_a_network_share_their_graphs():
             passes()
     assert len(graphs) == 3
     assert torch._dynamo.utils.counters["graph_break"] == {}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_groups_of_images_are_one_graph(backend):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    vit = ViT(width=24, depth=6, heads=2, patch_size=8, image_size=16, drop_path=0.3)
+    images = [torch.randn(4, 3, 16, 16), torch.randn(6, 3, 8, 8)]
+    drops = [Drop(torch.arange(2), 0, 0, "test", len(x) // 2) for x in images]
+
+    def passed():
+        tokens = vit.groups(images, drops)
+        return [*tokens, *torch.autograd.grad(sum(x.square().sum() for x in tokens), list(vit.parameters()))]
+
+    expected = passed()
+    torch._dynamo.utils.counters.clear()
+    for part in vit.compile_parts():
+        part.compile(backend=backend, fullgraph=True)
+    for found, wanted in zip(passed(), expected, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1

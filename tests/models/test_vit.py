@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer, vit_base_patch16_224
 
 from fastssl.config import ConfigError
+from fastssl.kernels._path import forced
 from fastssl.kernels.masked_attention_gather import gather_tokens
+from fastssl.models.blocks import Drop
 from fastssl.models.vit import ViT, cut_patches, sincos_positions, xavier_init_
 
 
@@ -138,6 +141,60 @@ def test_keeping_all_in_another_order_only_reorders():
     kept, whole = model.tokens(images, order), model.tokens(images)
     torch.testing.assert_close(kept[:, 0], whole[:, 0], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(kept[:, 1:], gather_tokens(whole[:, 1:], order), rtol=1e-4, atol=1e-5)
+
+
+SIZES = [(4, 32, 32), (6, 16, 24), (2, 40, 8)]  # images of a group, their height and width
+
+
+def in_groups(model, keyed=True, together=True, **how):
+    """Class tokens and gradients of images of several sizes, in one pass or in one per size."""
+    torch.manual_seed(1)
+    dtype = model.cls_token.dtype
+    images = [torch.randn(rows, 3, *size, dtype=dtype, requires_grad=True) for rows, *size in SIZES]
+    ids = torch.tensor([7, 3])
+    drops = [Drop(ids, 5, 2, "test", len(x) // 2, 3 * i) if keyed else None for i, x in enumerate(images)]
+    with torch.autocast("cpu", **how) if how else contextlib.nullcontext():
+        if together:
+            tokens = model.groups(images, drops)
+        else:
+            tokens = [model(x, drop) for x, drop in zip(images, drops, strict=True)]
+    assert [tuple(x.shape) for x in tokens] == [(rows, model.width) for rows, *_ in SIZES]
+    upstream = [torch.randn_like(x) for x in tokens]
+    learned = [p for p in model.parameters() if p.requires_grad]
+    return [*tokens, *torch.autograd.grad(tokens, [*images, *learned], upstream)]
+
+
+@pytest.mark.parametrize("keyed", [False, True], ids=["PyTorch's draws", "keyed draws"])
+@pytest.mark.parametrize("drop_path", [0.0, 0.6])
+@pytest.mark.parametrize("layer_scale", [0.0, 0.3])
+def test_images_of_several_sizes_in_one_pass(layer_scale, drop_path, keyed):
+    model = small_vit(layer_scale=layer_scale, drop_path=drop_path).train().double()
+    for found, wanted in zip(in_groups(model, keyed), in_groups(model, keyed, together=False), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+    model.eval()
+    for found, wanted in zip(in_groups(model, keyed), in_groups(model, keyed, together=False), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("short", [False, True], ids=["float32 weights", "bfloat16 weights"])
+def test_several_sizes_in_one_pass_in_bfloat16(short):
+    model = small_vit(drop_path=0.6).train()
+    if short:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.bfloat16()
+    with forced("triton"):
+        found = in_groups(model, dtype=torch.bfloat16)
+        wanted = in_groups(model, together=False, dtype=torch.bfloat16)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours.float(), theirs.float(), rtol=0.05, atol=0.02 * theirs.abs().max().item())
+
+
+def test_one_size_is_the_plain_pass():
+    model, images = small_vit(), torch.randn(2, 3, 32, 32)
+    (found,) = model.groups([images], [None])
+    assert torch.equal(found, model(images))
 
 
 def test_represent_is_the_protocol_of_dino():

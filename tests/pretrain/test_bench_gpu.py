@@ -48,6 +48,7 @@ def small(tmp_path_factory):
     return folder, given
 
 
+@pytest.mark.slow
 def test_every_part_has_results(small):
     folder, _ = small
     known = Results(folder / "results.jsonl").read()
@@ -75,6 +76,7 @@ def test_every_part_has_results(small):
     assert json.loads((folder / "results.json").read_text()) == list(known.values())
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again(small, monkeypatch, capsys):
     folder, given = small
     before = (folder / "results.jsonl").read_text()
@@ -84,6 +86,7 @@ def test_what_is_done_is_not_done_again(small, monkeypatch, capsys):
     assert capsys.readouterr().err.count("done before") == len(PARTS)
 
 
+@pytest.mark.slow
 def test_a_part_is_done_again_where_that_is_asked_for(small, tmp_path, monkeypatch):
     folder, given = small
     (tmp_path / "results.jsonl").write_bytes((folder / "results.jsonl").read_bytes())

@@ -49,7 +49,7 @@ def test_parts_add_up_to_the_step(images, tmp_path, capsys, monkeypatch):
         assert row["memory"] > 1e7
         assert row["launches"] > 200
         assert 0 < row["host"] < 10 * row["milliseconds"]
-        assert "aten::addmm" in row["operations"]
+        assert sum(row["operations"].values()) > 100
     assert result["run"]["images_per_step"] == 8
     assert not run.exists()
     assert list(tmp_path.iterdir()) == []

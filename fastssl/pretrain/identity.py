@@ -1,0 +1,76 @@
+"""What makes two starts the same run: the settings that shape it, and the images it learns from."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from typing import Any
+
+import numpy as np
+
+from fastssl.config import Config
+from fastssl.loaders.decode import DecodeError
+from fastssl.loaders.sources import FolderSource, Source
+
+FREE = ("data.path", "data.val", "data.batch_size", "data.workers", "data.engine", "data.prefetch", "data.max_bad")
+"""Keys that may change when a run goes on, beside run.* (but its seed), monitor.* and health.*; what they stand for
+(the images, the images per step) is compared instead."""
+LOOKED_AT = 64  # images that are compared with one another
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """The keys that a continuation must have in common with the run, flat and as plain values. A file that exists
+    counts by its content."""
+    flat = dict(_flat("", config.as_dict()))
+    kept = {
+        key: value
+        for key, value in flat.items()
+        if key not in FREE and (key == "run.seed" or not key.startswith(("run.", "monitor.", "health.")))
+    }
+    return {key: _content(value) if isinstance(value, str) and os.path.isfile(value) else value
+            for key, value in kept.items()}  # fmt: skip
+
+
+def _flat(prefix: str, value: Any) -> Any:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else key, item)
+    else:
+        yield prefix, value
+
+
+def _content(path: str) -> str:
+    """The checksum of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            crc = zlib.crc32(piece, crc)
+    return f"a file with CRC-32 {crc:08x}"
+
+
+def identity(source: Source) -> str:
+    """A short text that is the same for the same images in the same order, wherever they lie: by labels and the
+    checksums of a .beton's tables and samples, or by a folder's names, sizes and labels."""
+    digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
+    if isinstance(source, FolderSource):
+        for i in range(len(source)):
+            path = source.name(i)
+            digest.update(f"{os.path.relpath(path, source.path)}:{os.path.getsize(path)}\n".encode())
+    else:
+        digest.update(source.fingerprint().encode())
+    return digest.hexdigest()[:16]
+
+
+def repeated(source: Source) -> str | None:
+    """A line where most of some images, evenly spaced over the data, have the same bytes; else None."""
+    found = []
+    for i in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)):
+        try:
+            found.append(zlib.crc32(source.read(int(i)).data))
+        except DecodeError:
+            continue
+    different = len(set(found))
+    if len(found) < 8 or different > len(found) // 2:
+        return None
+    return f"of {len(found)} images looked at only {different} differ; a network learns nothing from repeated images"
