@@ -474,6 +474,8 @@ class _Bench:
         elif part in ("proofs", "kernels"):
             turns = tuple(f"case {n}" for n in range(1, CASES + 1)) if part == "kernels" else ()
             wanted = listed(self.options.ops) or (SMALL_OPS if self.small else self._facts().get("ops", []))
+            if not wanted:
+                raise RuntimeError("no ops are known: triton is missing, or see facts.log")
             yield [self._job(part, op, turns, threads=1, op=op) for op in wanted], self.cores
         else:
             yield self._drawing(), self.cores

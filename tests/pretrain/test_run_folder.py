@@ -1,4 +1,4 @@
-"""A run folder cannot lie: other settings or data, two runs at once, weights that are not finite, a disk that refuses."""
+"""A run folder cannot lie: other settings or data, two runs at once, weights that are not finite, a full disk."""
 
 import json
 import multiprocessing
@@ -125,7 +125,7 @@ def test_a_change_that_is_asked_for_is_said_and_kept(finished, images, capsys):
     assert saved.extra["changes"] == ["step 8: schedule.epochs (was 2, now 3)"]
     with pytest.raises(CheckpointError, match=r"optim\.lr"):
         Trainer(config(images, finished, **more, optim__lr=0.5))
-    with pytest.raises(CheckpointError, match="'optim.rate' is no setting"):
+    with pytest.raises(CheckpointError, match=r"'optim\.rate' is no setting"):
         Trainer(config(images, finished, schedule__epochs=3, run__change="optim.rate"))
 
 
