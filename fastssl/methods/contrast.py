@@ -6,11 +6,13 @@ Letters: B images per process, N = B x processes, K numbers per code.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastssl.kernels.unit_rows import unit_rows
 from fastssl.training import distributed
 
 
@@ -33,13 +35,22 @@ def nt_xent(codes: Tensor, temperature: float, gather: bool = True) -> Tensor:
         Scalar; ln(2N - 1) where all codes are equal, 0 for a single image. Float32 (float64) also under autocast.
     """
     with torch.autocast(codes.device.type, enabled=False):
-        query = _of_length_one(codes)
-        keys, place = _gathered(query) if gather else (query, torch.arange(codes.shape[1], device=codes.device))
-        count = keys.shape[1]
-        logits = query.flatten(0, 1) @ keys.flatten(0, 1).t() / temperature  # [2B, 2N]
-        own, other = torch.cat([place, count + place]), torch.cat([count + place, place])
-        itself = own[:, None] == torch.arange(2 * count, device=codes.device)
-        return F.cross_entropy(logits.masked_fill(itself, -math.inf), other)
+        query = _of_length_one(codes)  # [2, B, K]
+        keys = _gathered(query) if gather else query
+        first = codes.shape[1] * distributed.rank() if gather else 0
+        itself, other = _pairs(codes.shape[1], keys.shape[1], first, query.dtype, codes.device)
+        rows, columns = query.flatten(0, 1), keys.flatten(0, 1)
+        return F.cross_entropy(torch.addmm(itself, rows, columns.t(), alpha=1 / temperature), other)  # [2B, 2N]
+
+
+@cache
+def _pairs(images: int, count: int, first: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What is added to the logits, [2B, 2N]: minus infinity for a view with itself; and the place of each view's
+    partner, int64 [2B]. Constants, made once."""
+    place = first + torch.arange(images, device=device)
+    own, other = torch.cat([place, count + place]), torch.cat([count + place, place])
+    itself = own[:, None] == torch.arange(2 * count, device=device)
+    return torch.zeros(itself.shape, dtype=dtype, device=device).masked_fill_(itself, -math.inf), other
 
 
 def teacher_contrast(codes: Tensor, keys: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -63,19 +74,27 @@ def teacher_contrast(codes: Tensor, keys: Tensor, temperature: float) -> tuple[T
         right one, detached. Float32 (float64) also under autocast.
     """
     with torch.autocast(codes.device.type, enabled=False):
-        every, place = _gathered(_of_length_one(keys.detach()))
+        every = _gathered(_of_length_one(keys.detach()))
         logits = _of_length_one(codes) @ every.flip(0).transpose(1, 2) / temperature  # [2, B, N]
-        loss = F.cross_entropy(logits.flatten(0, 1), place.repeat(2))  # mean over 2B
-        right = (logits.detach().argmax(-1) == place).float().mean()
+        place = _places(codes.shape[1], codes.shape[1] * distributed.rank(), codes.device)
+        loss = F.cross_entropy(logits.flatten(0, 1), place)  # mean over 2B
+        right = (logits.detach().flatten(0, 1).argmax(-1) == place).float().mean()
         return 4 * temperature * loss, right
 
 
+@cache
+def _places(images: int, first: int, device: torch.device) -> Tensor:
+    """Where this process's images are among those of all, int64 [2B]: for one view and the other. Made once."""
+    return (first + torch.arange(images, device=device)).repeat(2)
+
+
 def _of_length_one(codes: Tensor) -> Tensor:
-    return F.normalize(codes.to(torch.promote_types(codes.dtype, torch.float32)), dim=-1)
+    """[2, B, K], float32 (float64)."""
+    return unit_rows(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
 
 
-def _gathered(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """[2, B, K] -> the codes of all processes [2, N, K], and where this process's images are among them, int64 [B]."""
-    every = distributed.gather(codes.transpose(0, 1).contiguous()).transpose(0, 1)
-    place = torch.arange(codes.shape[1], device=codes.device)
-    return every, place + len(place) * distributed.rank()
+def _gathered(codes: Tensor) -> Tensor:
+    """[2, B, K] -> the codes of all processes [2, N, K]."""
+    if distributed.world() == 1:
+        return codes
+    return distributed.gather(codes.transpose(0, 1).contiguous()).transpose(0, 1)

@@ -77,7 +77,7 @@ def all_reduce_max(value: Tensor) -> Tensor:
 
 def all_reduce_mean(value: Tensor) -> Tensor:
     """The mean of `value` over all processes, in place; no gradient flows through it."""
-    return all_reduce_sum(value).div_(world())
+    return value if world() == 1 else all_reduce_sum(value).div_(world())
 
 
 def gather(value: Tensor) -> Tensor:

@@ -125,6 +125,7 @@ BENCH: dict[str, Case] = {
     "teacher, stage 2, contiguous": {"C": 512, "groups": [(32, 28, 28)], "layout": "first", "residual": True},
     "teacher, stage 2, contiguous norm": {"C": 512, "groups": [(32, 28, 28)], "layout": "first"},
     "stage head": {"C": 2048, "groups": [(64,), (256,)]},
+    "stage head, traced": {"C": 2048, "groups": [(64,), (256,)], "running": False},
     "SAAE's projector": {"C": 4096, "groups": [(12608,)]},
     "SAAE's code": {"C": 256, "groups": [(12608,)], "affine": False, "relu": False},
     "SiT's head in one type": {"C": 4096, "groups": [(64,)], "relu": False, "parameters": None},

@@ -43,10 +43,6 @@ def matrices(first: Tensor, n: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 def seen(box: Tensor, rows: int, columns: int) -> Tensor:
     """Which canvas cells lie inside the box: bool [V, rows, columns]."""
-
-    def along(first: Tensor, n: Tensor, size: int) -> Tensor:
-        i = torch.arange(size, device=box.device)
-        return (i >= first[:, None]) & (i < (first + n)[:, None])
-
-    top, left, height, width = box.unbind(1)
-    return along(top, height, rows)[:, :, None] & along(left, width, columns)[:, None, :]
+    place = torch.arange(max(rows, columns), device=box.device) - box[:, :2, None]  # [V, 2, cells], from the box's first
+    inside = (place >= 0) & (place < box[:, 2:, None])
+    return inside[:, 0, :rows, None] & inside[:, 1, None, :columns]

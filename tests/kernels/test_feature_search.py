@@ -13,6 +13,7 @@ from fastssl.kernels.feature_search import (
     residual_pool,
     scale_norm_relu,
     scaled_moments,
+    scaled_statistics,
     search_maps,
 )
 
@@ -143,6 +144,21 @@ def test_a_large_mean_costs_the_variance_no_digits(path, device):
     assert count == x.shape[1]
     torch.testing.assert_close(mean.double(), x.mean(dim=1), rtol=1e-6, atol=0)
     torch.testing.assert_close(m2.double() / count, x.var(dim=1, correction=0), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+def test_running_statistics_move_as_in_pytorchs_module(path, device):
+    torch.manual_seed(0)
+    y, maps = torch.randn(3, 6, 4, 5, device=device) + 2, torch.rand(2, 3, 4, 5, device=device)
+    norm, buffers = torch.nn.BatchNorm2d(6).to(device), [torch.zeros(6), torch.ones(6), torch.tensor(0)]
+    x = torch.cat([maps[m][:, None] * y for m in range(2)])
+    norm(x)
+    buffers = [buffer.to(device) for buffer in buffers]
+    with forced(path):
+        mean, var = scaled_statistics(y, maps, *buffers, 0.1)
+    torch.testing.assert_close(mean, x.mean((0, 2, 3)))
+    torch.testing.assert_close(var, x.var((0, 2, 3), correction=0))
+    torch.testing.assert_close(buffers, [norm.running_mean, norm.running_var, norm.num_batches_tracked])
 
 
 @pytest.mark.parametrize("path", ["reference", "triton"])
