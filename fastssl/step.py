@@ -30,7 +30,7 @@ class Values:
     @property
     def clock(self) -> Tensor | int:
         """The step, on the device in training: what draws are keyed by, so that a captured step can be repeated."""
-        return self.numbers["step"] if "step" in self.numbers else self.step
+        return self.numbers.get("step", self.step)
 
     @property
     def epoch(self) -> int:

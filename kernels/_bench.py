@@ -40,6 +40,8 @@ FOLDERS = (
     "corrupt",
     "residual_norm",
     "drop_path",
+    "batch_norm_act",
+    "unit_rows",
 )
 SLOW = 200.0  # milliseconds of a call that is not captured, because that calls it too often
 PATHS = ("triton", "eager", "compile", "library")

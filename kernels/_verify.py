@@ -131,7 +131,7 @@ def _error(op: Op, dtype: torch.dtype, name: str, got: Tensor, expected: Tensor)
     if got.numel() == 0:
         return Error(name, 0.0, 0.0, True)
     bound, worst_bound = op.bounds(dtype)
-    if dtype == torch.bfloat16 and got.is_cuda:  # rounds to the nearest; the interpreter cuts off, which is twice as far
+    if dtype == torch.bfloat16 and got.is_cuda:  # rounded to the nearest; the interpreter cuts off
         bound, worst_bound = bound / 2, worst_bound / 2
     got, expected = got.double(), expected.double()
     same = got == expected  # also infinities

@@ -385,13 +385,15 @@ class RegressorBlock(nn.Module):
         k = self.key(add_norm(both, self.norm_k, working, places)[1])  # [B, V+M, D]
         v = self.value(add_norm(both, self.norm_v, working)[1])
         q, k, v = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
-        answer = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        n = self.norm2
-        _, y = residual_norm(u, answer, self.gamma1, keep[0], n.weight, n.bias, n.eps, u.dtype)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        answer = F.linear(mixed, self.proj.weight)  # the bias comes with the sum; so it does below
+        n, bias = self.norm2, self.proj.bias
+        _, y = residual_norm(u, answer, self.gamma1, keep[0], n.weight, n.bias, n.eps, u.dtype, bias)
         answer = self.mlp(y.to(working))
+        sum_of = y, answer, self.gamma2, keep[1]
         if norm is None:
-            return residual_add(y, answer, self.gamma2, keep[1])
-        return residual_norm(y, answer, self.gamma2, keep[1], norm.weight, norm.bias, norm.eps, u.dtype)[1]
+            return residual_add(*sum_of, self.mlp.fc2.bias)
+        return residual_norm(*sum_of, norm.weight, norm.bias, norm.eps, u.dtype, self.mlp.fc2.bias)[1]
 
 
 class Decoder(nn.Module):

@@ -6,6 +6,9 @@ stream, and the sum is normed for the next branch. `residual_norm` does this in 
 the first norm of the next one belong together too, so a block that is one of several (`run_blocks`) takes its tokens
 with their norm, and hands on its own with the norm that comes next.
 
+The linear layer that ends a branch leaves its bias to this sum: there the bias' gradient comes with those of the norm,
+where in the layer it would be a launch of its own.
+
 Images of several sizes pass the blocks together (`run_groups`): the tokens of all lie one behind the other, and only
 attention tells the groups apart.
 
@@ -121,25 +124,26 @@ class Block(nn.Module):
         if normed is not None:
             assert norm is not None
             x, branch = self._branches(x, normed, attn_mask, keep[0], groups)
-            return add_norm(x, norm, dtype, branch, self.ls2, keep[1])
+            return add_norm(x, norm, dtype, branch, self.ls2, keep[1], self.mlp.fc2.bias)
         if self.training and self.rate > 0:
             first, second = _draw(self.rate, len(x), 1, x.device, rising=False).unbind()
             keep = first, second
         _, normed = add_norm(x, self.norm1, working_type(x, self.attn.qkv.weight))
         x, branch = self._branches(x, normed, attn_mask, keep[0])
-        return residual_add(x, branch, gain_of(self.ls2), keep[1])
+        return residual_add(x, branch, gain_of(self.ls2), keep[1], self.mlp.fc2.bias)
 
     def _branches(
         self, x: Tensor, normed: Tensor, attn_mask: Tensor | None, keep: Tensor | None, groups: Groups | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The stream with the attention added, and what the MLP makes of it."""
+        """The stream with the attention added, and what the MLP makes of it, less its bias."""
         branch = self.attn(normed, attn_mask, groups)
-        x, normed = add_norm(x, self.norm2, working_type(branch, self.mlp.fc1.weight), branch, self.ls1, keep)
+        working = working_type(branch, self.mlp.fc1.weight)
+        x, normed = add_norm(x, self.norm2, working, branch, self.ls1, keep, self.attn.proj.bias)
         return x, self.mlp(normed)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention, all but the bias of `proj`: whoever adds the result to something adds it too."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -152,10 +156,10 @@ class Attention(nn.Module):
         """[B, N, D] -> [B, N, D]; the mask is added to the logits. With `groups` [T, 1, D] -> [T, 1, D]."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         if groups is None:
-            return self.proj(attend(qkv.unbind(2), attn_mask).flatten(2))
+            return F.linear(attend(qkv.unbind(2), attn_mask).flatten(2), self.proj.weight)
         parts = _Parts.apply(qkv, groups)
         mixed = [attend(parts[i : i + 3], attn_mask).flatten(0, 1) for i in range(0, len(parts), 3)]
-        return self.proj(torch.cat(mixed).flatten(1)[:, None])
+        return F.linear(torch.cat(mixed).flatten(1)[:, None], self.proj.weight)
 
 
 def attend(qkv: Sequence[Tensor], mask: Tensor | None) -> Tensor:
@@ -192,7 +196,7 @@ def apart(x: Tensor, groups: Groups) -> list[Tensor]:
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them."""
+    """Two linear layers with a GELU between them, all but the bias of `fc2`, as in `Attention`."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -200,7 +204,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return F.linear(F.gelu(self.fc1(x)), self.fc2.weight)
 
 
 class LayerScale(nn.Module):
@@ -350,9 +354,10 @@ def add_norm(
     branch: Tensor | None = None,
     scale: nn.Module | None = None,
     keep: Tensor | None = None,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x + keep x gain x branch, and its norm in `dtype`; `scale` holds the gain, if any."""
-    return residual_norm(x, branch, gain_of(scale), keep, norm.weight, norm.bias, norm.eps, dtype)
+    """x + keep x gain x (branch + shift), and its norm in `dtype`; `scale` holds the gain, if any."""
+    return residual_norm(x, branch, gain_of(scale), keep, norm.weight, norm.bias, norm.eps, dtype, shift)
 
 
 def gain_of(scale: nn.Module | None) -> Tensor | None:

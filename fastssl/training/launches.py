@@ -12,7 +12,7 @@ from fastssl.kernels import _launch
 
 FREE = {  # neither launches anything
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias", "_unsafe_view",
-    "lift_fresh", "set_", "_record_function_enter_new", "_record_function_exit",
+    "lift_fresh", "promote_types", "set_", "_record_function_enter_new", "_record_function_exit",
 }  # fmt: skip
 
 

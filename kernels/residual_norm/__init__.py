@@ -22,10 +22,11 @@ def residual_norm(
     bias: Tensor,
     eps: float,
     out_dtype: torch.dtype,
+    shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The stream with a branch added to it, and the layer norm of that sum (pre-norm transformers).
 
-        s = x + keep[b] * gain * branch  # what is None is left out
+        s = x + keep[b] * gain * (branch + shift)  # what is None is left out
         normed = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias  # over the channels, var biased
 
     Computed in float32 also under autocast; the sum has x's type, and what is normed is the sum as it is stored.
@@ -38,6 +39,8 @@ def residual_norm(
         weight, bias: [D], of the norm, of one type.
         eps: added to the variance.
         out_dtype: of the norm: what the next matrix product takes.
+        shift: [D], float of any type: the bias of the linear layer that made the branch without it. Its gradient is
+            found with those of gain, weight and bias; in the layer it would cost a launch of its own.
 
     Returns:
         The sum, and its norm, [B, N, D] both.
@@ -45,43 +48,47 @@ def residual_norm(
     Raises:
         KernelError: a shape or type that does not fit.
     """
-    channels = _check(x, branch, gain, keep, weight, bias, out_dtype)
+    channels = _check(x, branch, gain, keep, weight, bias, out_dtype, shift)
     if use_triton(NAME, x) and x.dtype in FLOATS[:3] and channels <= WIDEST:
         from fastssl.kernels.residual_norm import kernel
 
-        total, normed, _ = kernel.forward(x, branch, gain, keep, weight, bias, eps, out_dtype)
+        total, normed, _ = kernel.forward(x, branch, gain, keep, weight, bias, eps, out_dtype, shift)
         return x if branch is None else total, normed
-    return reference.residual_norm(x, branch, gain, keep, weight, bias, eps, out_dtype)
+    return reference.residual_norm(x, branch, gain, keep, weight, bias, eps, out_dtype, shift)
 
 
-def residual_add(x: Tensor, branch: Tensor, gain: Tensor | None, keep: Tensor | None) -> Tensor:
+def residual_add(
+    x: Tensor, branch: Tensor, gain: Tensor | None, keep: Tensor | None, shift: Tensor | None = None
+) -> Tensor:
     """`residual_norm`'s sum alone, [B, N, D].
 
     Raises:
         KernelError: a shape or type that does not fit.
     """
-    channels = _check(x, branch, gain, keep, None, None, x.dtype)
+    channels = _check(x, branch, gain, keep, None, None, x.dtype, shift)
     if use_triton(NAME, x) and x.dtype in FLOATS[:3] and channels <= WIDEST:
         from fastssl.kernels.residual_norm import kernel
 
-        return kernel.forward(x, branch, gain, keep, None, None, 0.0, x.dtype)[0]
-    return reference.residual_add(x, branch, gain, keep)
+        return kernel.forward(x, branch, gain, keep, None, None, 0.0, x.dtype, shift)[0]
+    return reference.residual_add(x, branch, gain, keep, shift)
 
 
 @once
 def _check(
     x: Tensor, branch: Tensor | None, gain: Tensor | None, keep: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, out_dtype: torch.dtype,
+    bias: Tensor | None, out_dtype: torch.dtype, shift: Tensor | None,
 ) -> int:  # fmt: skip
     """The number of channels."""
     shapes = Shapes(NAME)
     channels = shapes("x", x, "B N D")[2]
-    check(branch is not None or (gain is None and keep is None), NAME, "gain and keep", "None where branch is None",
-          "given")  # fmt: skip
+    alone = gain is None and keep is None and shift is None
+    check(branch is not None or alone, NAME, "gain, keep and shift", "None where branch is None", "given")
     if branch is not None:
         shapes("branch", branch, "B N D")
     if gain is not None:
         shapes("gain", gain, "D")
+    if shift is not None:
+        shapes("shift", shift, "D")
     if keep is not None:
         shapes("keep", keep, "B")
     if weight is not None and bias is not None:

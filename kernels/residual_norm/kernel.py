@@ -1,10 +1,11 @@
 """Residual sum and layer norm in Triton: one program per row, which is read once and kept in registers.
 
-    s = x + keep gain branch;  r = 1 / sqrt(var(s) + eps);  h = (s - mean(s)) r;  y = h weight + bias
+    s = x + keep gain (branch + shift);  r = 1 / sqrt(var(s) + eps);  h = (s - mean(s)) r;  y = h weight + bias
     g = dy weight;  dx = ds + r (g - mean(g) - h mean(g h));  dbranch = keep gain dx
-    dweight = sum of dy h;  dbias = sum of dy;  dgain = sum of keep branch dx, over all rows
+    dweight = sum of dy h;  dbias = sum of dy;  dgain = sum of keep (branch + shift) dx;  dshift = sum of dbranch,
+    over all rows
 
-The backward pass has programs of many rows each; each writes its part of the three sums, a second launch adds the parts
+The backward pass has programs of many rows each; each writes its part of the four sums, a second launch adds the parts
 up, in one order. Saved are the sum, mean and r of each row, and the branch where there is a gain.
 
 Letters: B images, N tokens, D channels; a row is one token.
@@ -29,6 +30,7 @@ ROWS = 8  # at least so many per program, so that its part of the sums costs lit
 def _forward(
     x,  # [B, N, D]
     branch,  # [B, N, D] or nothing
+    shift,  # [D] or nothing
     gain,  # [D] or nothing
     keep,  # [B] or nothing
     weight,  # [D] or nothing: the sum alone; so the next
@@ -42,6 +44,7 @@ def _forward(
     D: tl.constexpr,
     BLOCK: tl.constexpr,  # overruns the channels
     BRANCH: tl.constexpr,
+    SHIFT: tl.constexpr,
     GAIN: tl.constexpr,
     KEEP: tl.constexpr,
     NORM: tl.constexpr,
@@ -53,6 +56,8 @@ def _forward(
     s = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if BRANCH:
         more = tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
+        if SHIFT:
+            more += tl.load(shift + lane, mask=inside, other=0.0).to(tl.float32)
         if GAIN:
             more *= tl.load(gain + lane, mask=inside, other=0.0).to(tl.float32)
         if KEEP:
@@ -75,6 +80,7 @@ def _forward(
 def _backward(
     total,  # [B, N, D]: s
     branch,  # [B, N, D], where there is a gain
+    shift,  # [D] or nothing
     gain,  # [D] or nothing
     keep,  # [B] or nothing
     weight,  # [D] or nothing
@@ -83,7 +89,7 @@ def _backward(
     d_normed,  # [B, N, D] or nothing
     d_x,  # [B, N, D], out
     d_branch,  # [B, N, D], out, or nothing
-    partial,  # float32 [programs, sums, D], out: parts of dweight and dbias (with NORM), dgain (with GAIN)
+    partial,  # float32 [programs, sums, D], out: parts of dweight, dbias (NORM), dgain (GAIN), dshift (SHIFT)
     rows,  # B N
     N,
     each,  # rows of a program
@@ -93,6 +99,7 @@ def _backward(
     TOTAL: tl.constexpr,
     NORMED: tl.constexpr,
     BRANCH: tl.constexpr,
+    SHIFT: tl.constexpr,
     GAIN: tl.constexpr,
     KEEP: tl.constexpr,
 ):
@@ -104,6 +111,7 @@ def _backward(
     d_weight = tl.zeros([BLOCK], tl.float32)
     d_bias = tl.zeros([BLOCK], tl.float32)
     d_gain = tl.zeros([BLOCK], tl.float32)
+    d_shift = tl.zeros([BLOCK], tl.float32)
     if GAIN:
         gains = tl.load(gain + lane, mask=inside, other=0.0).to(tl.float32)
     for n in range(first, min(first + each, rows)):
@@ -123,28 +131,37 @@ def _backward(
             d += tl.load(d_total + at, mask=inside, other=0.0).to(tl.float32)
         tl.store(d_x + at, d.to(d_x.dtype.element_ty), mask=inside)
         if KEEP:
-            d *= tl.load(keep + row // N).to(tl.float32)
+            d *= tl.load(keep + n // N).to(tl.float32)  # n, not row: 32 bits take fewer registers
+        if SHIFT:
+            d_shift += d
         if GAIN:
             d_gain += d * tl.load(branch + at, mask=inside, other=0.0).to(tl.float32)
             d *= gains
         if BRANCH:
             tl.store(d_branch + at, d.to(d_branch.dtype.element_ty), mask=inside)
+    if SHIFT and GAIN:
+        d_gain += d_shift * tl.load(shift + lane, mask=inside, other=0.0).to(tl.float32)
+        d_shift *= gains
     norms: tl.constexpr = 2 if NORM else 0
-    sums: tl.constexpr = norms + 1 if GAIN else norms
+    others: tl.constexpr = norms + 1 if GAIN else norms
+    sums: tl.constexpr = others + 1 if SHIFT else others
     out = partial + tl.program_id(0).to(tl.int64) * sums * D + lane
     if NORM:
         tl.store(out, d_weight, mask=inside)
         tl.store(out + D, d_bias, mask=inside)
     if GAIN:
         tl.store(out + norms * D, d_gain, mask=inside)
+    if SHIFT:
+        tl.store(out + others * D, d_shift, mask=inside)
 
 
 @triton.jit
 def _add_up(
     partial,  # float32 [programs, sums, D]
-    first,  # [D], out; so the next two, as many as there are sums
+    first,  # [D], out; so the next three, as many as there are sums
     second,
     third,
+    fourth,
     programs,
     D,
     SUMS: tl.constexpr,
@@ -165,6 +182,8 @@ def _add_up(
         tl.store(second + column, found.to(second.dtype.element_ty), mask=column < D)
     if SUMS > 2 and which == 2:
         tl.store(third + column, found.to(third.dtype.element_ty), mask=column < D)
+    if SUMS > 3 and which == 3:
+        tl.store(fourth + column, found.to(fourth.dtype.element_ty), mask=column < D)
 
 
 def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
@@ -178,12 +197,13 @@ def _sizes(x: Tensor) -> tuple[int, dict[str, int]]:
 @op("fastssl::residual_norm")
 def forward(
     x: Tensor, branch: Tensor | None, gain: Tensor | None, keep: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, eps: float, out_dtype: torch.dtype,
+    bias: Tensor | None, eps: float, out_dtype: torch.dtype, shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Sum (empty without a branch), norm and float32 [2, B N], mean and r of each row (both empty without a weight)."""
     rows, constants = _sizes(x)
     x = x.contiguous()
-    gain, keep, weight, bias = (None if v is None else v.contiguous() for v in (gain, keep, weight, bias))
+    vectors = (shift, gain, keep, weight, bias)
+    shift, gain, keep, weight, bias = (None if v is None else v.contiguous() for v in vectors)
     total = x.new_empty(0)
     normed, stats = x.new_empty(0), x.new_empty(0)
     if weight is not None:
@@ -192,15 +212,15 @@ def forward(
     if branch is not None:
         total, branch = torch.empty_like(x), branch.contiguous()
     launch(
-        _forward, (rows,), x, branch, gain, keep, weight, bias, total, normed, stats, rows, x.shape[1], eps,
-        BRANCH=branch is not None, GAIN=gain is not None, KEEP=keep is not None, NORM=weight is not None,
-        **constants, **EXACT,
+        _forward, (rows,), x, branch, shift, gain, keep, weight, bias, total, normed, stats, rows, x.shape[1], eps,
+        BRANCH=branch is not None, SHIFT=shift is not None, GAIN=gain is not None, KEEP=keep is not None,
+        NORM=weight is not None, **constants, **EXACT,
     )  # fmt: skip
     return total, normed, stats
 
 
 @forward.register_fake
-def _(x, branch, gain, keep, weight, bias, eps, out_dtype):
+def _(x, branch, gain, keep, weight, bias, eps, out_dtype, shift):
     total = x.new_empty(0 if branch is None else x.shape)
     if weight is None:
         return total, x.new_empty(0), x.new_empty(0)
@@ -209,39 +229,43 @@ def _(x, branch, gain, keep, weight, bias, eps, out_dtype):
 
 @op("fastssl::residual_norm_backward")
 def backward(
-    d_total: Tensor | None, d_normed: Tensor | None, total: Tensor, branch: Tensor | None, gain: Tensor | None,
-    keep: Tensor | None, weight: Tensor | None, stats: Tensor, branch_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of x, branch (empty without a `branch_dtype`), weight, bias (empty without) and gain (likewise)."""
+    d_total: Tensor | None, d_normed: Tensor | None, total: Tensor, branch: Tensor | None, shift: Tensor | None,
+    gain: Tensor | None, keep: Tensor | None, weight: Tensor | None, stats: Tensor, branch_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, branch (empty without a `branch_dtype`), weight, bias (empty without), gain, shift (likewise)."""
     rows, constants = _sizes(total)
+    if weight is None:  # no sums along a row, so more threads cost nothing: with half the channels each, none spills
+        constants["num_warps"] = max(1, min(16, constants["BLOCK"] // 128))
     total = total.contiguous()
-    gain, keep, weight = (None if v is None else v.contiguous() for v in (gain, keep, weight))
+    shift, gain, keep, weight = (None if v is None else v.contiguous() for v in (shift, gain, keep, weight))
     each = max(ROWS, cdiv(rows, PROGRAMS))
     programs = cdiv(rows, each)
     d_x = torch.empty_like(total)
     d_branch = total.new_empty(0) if branch_dtype is None else torch.empty_like(total, dtype=branch_dtype)
-    d_weight, d_bias, d_gain = (_like(v, total) for v in (weight, weight, gain))
-    results = [*([] if weight is None else [d_weight, d_bias]), *([] if gain is None else [d_gain])]
+    vectors = (weight, weight, gain, shift)
+    d_weight, d_bias, d_gain, d_shift = sums = [_like(v, total) for v in vectors]
+    results = [d for d, v in zip(sums, vectors, strict=True) if v is not None]
     partial = total.new_empty(programs, len(results), total.shape[2], dtype=torch.float32)
     given = (None if d is None else d.contiguous() for d in (d_total, d_normed))
     launch(
-        _backward, (programs,), total, None if branch is None else branch.contiguous(), gain, keep, weight, stats,
-        *given, d_x, d_branch, partial, rows, total.shape[1], each,
+        _backward, (programs,), total, None if branch is None else branch.contiguous(), shift, gain, keep, weight,
+        stats, *given, d_x, d_branch, partial, rows, total.shape[1], each,
         NORM=weight is not None, TOTAL=d_total is not None, NORMED=d_normed is not None,
-        BRANCH=branch_dtype is not None, GAIN=gain is not None, KEEP=keep is not None, **constants, **EXACT,
+        BRANCH=branch_dtype is not None, SHIFT=shift is not None, GAIN=gain is not None, KEEP=keep is not None,
+        **constants, **EXACT,
     )  # fmt: skip
     block = 16
     launch(
-        _add_up, (cdiv(total.shape[2], block), len(results)), partial, *(results + [None] * 3)[:3],
+        _add_up, (cdiv(total.shape[2], block), len(results)), partial, *(results + [None] * 4)[:4],
         programs, total.shape[2], SUMS=len(results), ROWS=128, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    return d_x, d_branch, d_weight, d_bias, d_gain
+    return d_x, d_branch, d_weight, d_bias, d_gain, d_shift
 
 
 @backward.register_fake
-def _(d_total, d_normed, total, branch, gain, keep, weight, stats, branch_dtype):
+def _(d_total, d_normed, total, branch, shift, gain, keep, weight, stats, branch_dtype):
     d_branch = total.new_empty(0) if branch_dtype is None else total.new_empty(total.shape, dtype=branch_dtype)
-    return total.new_empty(total.shape), d_branch, *(_like(v, total) for v in (weight, weight, gain))
+    return total.new_empty(total.shape), d_branch, *(_like(v, total) for v in (weight, weight, gain, shift))
 
 
 def _like(vector: Tensor | None, total: Tensor) -> Tensor:
@@ -249,7 +273,7 @@ def _like(vector: Tensor | None, total: Tensor) -> Tensor:
 
 
 def _save(ctx, inputs, output):
-    x, branch, gain, keep, weight, *_ = inputs
+    x, branch, gain, keep, weight, _, _, _, shift = inputs
     total, normed, stats = output
     ctx.branch_dtype = None
     if branch is not None:
@@ -260,16 +284,17 @@ def _save(ctx, inputs, output):
     ctx.shared = gain is None and keep is None and ctx.branch_dtype == x.dtype
     unused = [*([total] if branch is None else []), *([normed] if weight is None else [])]
     ctx.mark_non_differentiable(stats, *unused)
-    ctx.save_for_backward(x, None if gain is None else branch, gain, keep, weight, stats)
+    ctx.save_for_backward(x, None if gain is None else branch, shift, gain, keep, weight, stats)
 
 
 def _differentiate(ctx, d_total, d_normed, _):
     branch_dtype = None if ctx.shared else ctx.branch_dtype
-    d_x, d_branch, d_weight, d_bias, d_gain = backward(d_total, d_normed, *ctx.saved_tensors, branch_dtype)
-    _, _, gain, _, weight, _ = ctx.saved_tensors
+    d_x, d_branch, d_weight, d_bias, d_gain, d_shift = backward(d_total, d_normed, *ctx.saved_tensors, branch_dtype)
+    _, _, shift, gain, _, weight, _ = ctx.saved_tensors
     d_branch = d_x if ctx.shared else None if branch_dtype is None else d_branch
-    vectors = (None if weight is None else d_weight, None if weight is None else d_bias, None, None)
-    return d_x, d_branch, None if gain is None else d_gain, None, *vectors
+    norm = (None, None) if weight is None else (d_weight, d_bias)
+    vectors = (None if gain is None else d_gain, None, *norm, None, None, None if shift is None else d_shift)
+    return d_x, d_branch, *vectors
 
 
 forward.register_autograd(_differentiate, setup_context=_save)

@@ -43,6 +43,8 @@ def matrices(first: Tensor, n: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 def seen(box: Tensor, rows: int, columns: int) -> Tensor:
     """Which canvas cells lie inside the box: bool [V, rows, columns]."""
-    place = torch.arange(max(rows, columns), device=box.device) - box[:, :2, None]  # [V, 2, cells], from the box's first
+    place = (
+        torch.arange(max(rows, columns), device=box.device) - box[:, :2, None]
+    )  # [V, 2, cells], from the box's first
     inside = (place >= 0) & (place < box[:, 2:, None])
     return inside[:, 0, :rows, None] & inside[:, 1, None, :columns]

@@ -349,7 +349,8 @@ def test_one_launch_for_the_step_and_the_average(device, launches):
     with forced("triton"):
         adamw(
             params, grads, m, v, 1, **STEP, teacher=teacher, momentum=0.9, copies=copies,
-            teacher_copies=teacher_copies, grad_scale=torch.ones((), device=device), scales=torch.ones(4, 2, device=device),
+            teacher_copies=teacher_copies, grad_scale=torch.ones((), device=device),
+            scales=torch.ones(4, 2, device=device),
         )  # fmt: skip
         adamw(params, [None] * 4, m, v, 1, **STEP)  # nothing to do
     assert [grid for grid, _ in launches] == [(6,), (0,)]

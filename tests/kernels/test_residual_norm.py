@@ -36,14 +36,14 @@ def given(device="cpu", B=3, N=4, D=20, **changes):
 
 @pytest.mark.parametrize("path", ["reference", "triton"])
 def test_row_by_row(path, device):
-    inputs = given(device)
+    inputs = given(device, shift=torch.randn(20, device=device))
+    made = inputs["branch"] + inputs["shift"]
     with forced(path):
         total, normed = residual_norm(**inputs)
     for b in range(3):
         for n in range(4):
             row = [
-                (inputs["x"][b, n, d] + inputs["keep"][b] * inputs["gain"][d] * inputs["branch"][b, n, d]).item()
-                for d in range(20)
+                (inputs["x"][b, n, d] + inputs["keep"][b] * inputs["gain"][d] * made[b, n, d]).item() for d in range(20)
             ]
             mean = sum(row) / 20
             deviation = (sum((v - mean) ** 2 for v in row) / 20 + 1e-6) ** 0.5
@@ -67,6 +67,40 @@ def test_the_plain_path_gives_the_bits_of_timms_modules():
         total, normed = residual_norm(**inputs)
         assert torch.equal(total, expected)
         assert torch.equal(normed, norm(expected))
+
+
+def test_on_the_plain_path_a_shift_is_the_layers_bias_bit_by_bit():
+    inputs, linear, y = given(), nn.Linear(20, 20), torch.randn(3, 4, 20)
+    leaves = [linear.weight, linear.bias, inputs["gain"].requires_grad_()]
+    results = []
+    for branch, shift in ((linear(y), None), (F.linear(y, linear.weight), linear.bias)):
+        total, normed = residual_norm(**inputs | {"branch": branch, "shift": shift})
+        results.append([total, normed, *torch.autograd.grad(total.sin().sum() + normed.cos().sum(), leaves)])
+    for apart, joined in zip(*results, strict=True):
+        assert torch.equal(joined, apart)
+
+
+@pytest.mark.parametrize("path", ["reference", "triton"])
+@pytest.mark.parametrize("short", [True, False])
+def test_a_shift_of_another_type(path, short, device):
+    """The bias of a working copy, or a float32 one under autocast: added as it is, its gradient of its type."""
+    shift, branch = torch.randn(20, device=device), torch.randn(3, 4, 20, device=device)
+    if not short:
+        branch = branch.to(BF16)
+    else:
+        shift = shift.to(BF16)
+    shift.requires_grad_()
+    inputs = given(device, branch=branch, shift=shift)
+    with forced(path), torch.autocast(device, BF16):
+        total, _ = residual_norm(**inputs)
+        assert torch.equal(residual_add(**{k: inputs[k] for k in ("x", "branch", "gain", "keep", "shift")}), total)
+    made = inputs["gain"] * (branch.float() + shift.float()) * inputs["keep"][:, None, None]
+    torch.testing.assert_close(total, inputs["x"] + made)
+    upstream = torch.randn_like(total)
+    (found,) = torch.autograd.grad(total, shift, upstream)
+    assert found.dtype == shift.dtype
+    wanted = (upstream * inputs["keep"][:, None, None] * inputs["gain"]).sum((0, 1))
+    torch.testing.assert_close(found.float(), wanted, rtol=2**-7 if short else 1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("path", ["reference", "triton"])
@@ -103,17 +137,18 @@ def test_the_sum_alone(path, device):
 
 
 def test_launches_of_the_sum_alone():
-    """One each way, and another for the gain."""
-    for gain, wanted in ((None, 2), (torch.ones(20, requires_grad=True), 3)):
+    """One each way, and another for gain and shift together."""
+    ones = torch.ones(20, requires_grad=True)
+    for gain, shift, wanted in ((None, None, 2), (ones, None, 3), (None, ones, 3), (ones, ones, 3)):
         inputs = given(gain=gain)
         with _launch.record() as launches, forced("triton"):
-            residual_add(inputs["x"].requires_grad_(), inputs["branch"], gain, inputs["keep"]).sum().backward()
+            residual_add(inputs["x"].requires_grad_(), inputs["branch"], gain, inputs["keep"], shift).sum().backward()
         assert len(launches) == wanted
 
 
 @pytest.mark.parametrize("path", ["reference", "triton"])
 def test_a_dropped_branch_has_no_part_in_anything(path, device):
-    inputs = given(device)
+    inputs = given(device, shift=torch.ones(20, device=device))
     leaf = inputs["branch"].requires_grad_()
     gain = inputs["gain"].requires_grad_()
     with forced(path):
@@ -132,7 +167,8 @@ def test_a_dropped_branch_has_no_part_in_anything(path, device):
 @pytest.mark.parametrize("used", ["sum", "norm"])
 @pytest.mark.parametrize("branch", [True, False])
 def test_gradients_where_one_output_is_not_used(used, branch, device):
-    inputs = given(device) if branch else given(device, branch=None, gain=None, keep=None)
+    shift = {"shift": torch.randn(20, device=device)}
+    inputs = given(device, **shift) if branch else given(device, branch=None, gain=None, keep=None)
     leaves = [v.requires_grad_() for k, v in inputs.items() if isinstance(v, torch.Tensor) and k != "keep"]
     grads = {}
     for path in ("reference", "triton"):
@@ -147,8 +183,8 @@ def test_gradients_where_one_output_is_not_used(used, branch, device):
 
 
 def test_a_branch_without_gradient(device):
-    inputs = given(device)
-    leaves = [inputs[name].requires_grad_() for name in ("x", "gain", "weight", "bias")]
+    inputs = given(device, shift=torch.randn(20, device=device))
+    leaves = [inputs[name].requires_grad_() for name in ("x", "gain", "weight", "bias", "shift")]
     grads = []
     for path in ("reference", "triton"):
         with forced(path):
@@ -161,8 +197,8 @@ def test_a_branch_without_gradient(device):
 def test_many_programs_add_up_the_same_way_every_time(device, monkeypatch):
     """Parts of several programs, the last with fewer rows; two runs give the same bits."""
     monkeypatch.setattr(kernel, "ROWS", 3)
-    inputs = given(device, N=7)
-    leaves = [inputs[name].requires_grad_() for name in ("gain", "weight", "bias")]
+    inputs = given(device, N=7, shift=torch.randn(20, device=device))
+    leaves = [inputs[name].requires_grad_() for name in ("gain", "weight", "bias", "shift")]
     runs = []
     for path in ("reference", "triton", "triton"):
         with forced(path):
@@ -173,10 +209,11 @@ def test_many_programs_add_up_the_same_way_every_time(device, monkeypatch):
         assert torch.equal(once, twice)
 
 
+@pytest.mark.parametrize("shift", [True, False])
 @pytest.mark.parametrize("options", [{}, {"gain": None}, {"keep": None}, {"gain": None, "keep": None}])
-def test_launches(options):
+def test_launches(options, shift):
     """One forward, two back."""
-    inputs = given(**options)
+    inputs = given(**options, shift=torch.ones(20, requires_grad=True) if shift else None)
     for name in ("x", "branch", "weight"):
         inputs[name].requires_grad_()
     with _launch.record() as launches, forced("triton"):
@@ -190,16 +227,16 @@ def test_launches(options):
 def test_compiles_without_a_graph_break(branch, device, compiles_whole):
     inputs = given(device)
     x, weight = inputs["x"].requires_grad_(), inputs["weight"].requires_grad_()
-    leaf = inputs["branch"].requires_grad_()
+    leaf, shift = inputs["branch"].requires_grad_(), torch.randn(20, device=device, requires_grad=True)
 
-    def f(x, leaf, weight):
+    def f(x, leaf, weight, shift):
         norm = (weight, inputs["bias"], 1e-6, FP32)
-        total, normed = residual_norm(x, leaf, inputs["gain"], inputs["keep"], *norm)
+        total, normed = residual_norm(x, leaf, inputs["gain"], inputs["keep"], *norm, shift)
         if not branch:
-            _, normed = residual_norm(residual_add(total, leaf, None, None), None, None, None, *norm)
+            _, normed = residual_norm(residual_add(total, leaf, None, None, shift), None, None, None, *norm)
         return total.sin() + normed.cos()
 
-    compiles_whole(f, x, leaf, weight)
+    compiles_whole(f, x, leaf, weight, shift)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +247,9 @@ def test_compiles_without_a_graph_break(branch, device, compiles_whole):
         ({"keep": torch.zeros(3, 1)}, r"keep must be \[B\] with B = 3, not \[3, 1\]"),
         ({"bias": torch.zeros(20, dtype=BF16)}, "bias must be float32, not bfloat16"),
         ({"x": torch.zeros(3, 4)}, r"x must be \[B, N, D\], not \[3, 4\]"),
-        ({"branch": None}, "gain and keep must be None where branch is None"),
+        ({"shift": torch.zeros(20, 1)}, r"shift must be \[D\] with D = 20, not \[20, 1\]"),
+        ({"branch": None}, "gain, keep and shift must be None where branch is None"),
+        ({"branch": None, "gain": None, "keep": None, "shift": torch.zeros(20)}, "must be None where branch is None"),
         ({"out_dtype": torch.int64}, "out_dtype must be a floating-point type"),
     ],
 )

@@ -55,6 +55,7 @@ def test_keys_order_and_start_values_are_timms(layer_scale):
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
 @pytest.mark.parametrize("layer_scale", [0.0, 0.1])
 def test_values_and_gradients_are_timms_bits(layer_scale, half):
+    """Under autocast they are near: a branch is rounded without its last bias."""
     ours, theirs, norm = both(layer_scale)
     x = torch.randn(2, 17, D, requires_grad=True)
     upstream = torch.randn(2, 17, D)
@@ -71,8 +72,11 @@ def test_values_and_gradients_are_timms_bits(layer_scale, half):
         blocks = theirs if way == "timm" else ours
         results.append([y, *torch.autograd.grad(y, [x, *blocks.parameters()], upstream)])
     for timm, together, alone in zip(*results, strict=True):
-        assert torch.equal(together, timm)
-        assert torch.equal(alone, timm)
+        assert torch.equal(alone, together)
+        if half:
+            assert (together - timm).norm() < 0.01 * timm.norm()
+        else:
+            assert torch.equal(together, timm)
 
 
 def test_a_mask_is_added_to_the_logits():
@@ -99,6 +103,9 @@ def test_linear_weights_of_a_short_type(half):
     """The linear layers of a network that trains in bfloat16 hold it; norms and the stream stay float32."""
     ours, _, norm = both(0.1)
     x = torch.randn(2, 9, D)
+    for block in ours:
+        for bias in (block.attn.proj.bias, block.mlp.fc2.bias):  # they are added as they are, in float32
+            bias.data = bias.data.bfloat16().float()
     with torch.autocast("cpu", torch.bfloat16):
         expected = run_blocks(ours, x, norm)
     for module in ours.modules():
@@ -150,7 +157,7 @@ def launches(blocks, norm, x, drop):
 @pytest.mark.parametrize("layer_scale", [0.0, 0.1])
 @pytest.mark.parametrize("drop_path", [0.0, 0.2])
 def test_launches_of_a_block(layer_scale, drop_path):
-    """Working copies in bfloat16, autocast on: 8 forward, 19 back; stochastic depth costs one for all blocks."""
+    """Working copies in bfloat16, autocast on: 8 forward, 17 back; stochastic depth costs one for all blocks."""
     totals = []
     drop = Drop(torch.arange(2), 0, 1, "test")
     for depth in (2, 3):
@@ -162,7 +169,7 @@ def test_launches_of_a_block(layer_scale, drop_path):
         totals.append(launches(blocks, norm, x, drop))
     forward, back = (b - a for a, b in zip(*totals, strict=True))
     assert forward == 8
-    assert back == 19
+    assert back == 17
     assert totals[0][0] == 2 * 8 + 1 + (drop_path > 0)  # and the first norm
 
 

@@ -1,4 +1,4 @@
-"""How many operations a step of each method queues, at the recipes' depth and views: host cost that must not creep back.
+"""How many operations a step of each method queues, at the recipes' depth and views: the host's cost is bounded.
 
 Widths and batch are small, bfloat16 autocast is on, and the kernels are forced but not run: their launches are counted.
 The counts of the first version, for the same measure, stand beside the bounds.
@@ -64,14 +64,17 @@ def images(tmp_path_factory):
 @pytest.fixture
 def zeros(monkeypatch):
     """What kernels that do not run would have filled holds zeros: numbers that all else can go on with."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
 
-        def cleared(*args, make=getattr(owner, name), **kwargs):
+    def clearing(make):
+        def cleared(*args, **kwargs):
             made = make(*args, **kwargs)
             ctypes.memset(made.data_ptr(), 0, made.nbytes)
             return made
 
-        monkeypatch.setattr(owner, name, cleared)
+        return cleared
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, clearing(getattr(owner, name)))
 
 
 def open_run(method, images, folder, **more):

@@ -134,7 +134,7 @@ def test_relative_positions_start_without_effect_and_act_on_their_pair(given):
         table[-2] = 1e4
     attended = {}
     attn = biased.backbone.blocks[1].attn
-    hook = attn.proj.register_forward_pre_hook(lambda module, inputs: attended.update(x=inputs[0]))
+    hook = attn.register_forward_hook(lambda module, inputs, output: attended.update(x=output))
     biased.features(images)
     hook.remove()
     patches = attended["x"][:, 1:]
