@@ -32,6 +32,7 @@ from fastssl.config import (
     check,
 )
 from fastssl.loaders.convert import ConvertOptions, convert
+from fastssl.loaders.decode import Places
 from fastssl.loaders.engine import ENGINES, make_loader, working_engines
 from fastssl.loaders.loader import Loader
 from fastssl.loaders.peers import PEERS, Missing, Peer
@@ -187,6 +188,9 @@ class _Part(Source):
 
     def read(self, i: int) -> Encoded:
         return self._whole.read(int(self._ids[i]))
+
+    def places(self, ids: np.ndarray) -> Places | None:
+        return self._whole.places(self._ids[ids])
 
     def name(self, i: int) -> str:
         return self._whole.name(int(self._ids[i]))
