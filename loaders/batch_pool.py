@@ -50,7 +50,8 @@ class BatchPool:
             RuntimeError: `close` was called meanwhile.
             ValueError: an array is not as stated.
         """
-        rows = np.concatenate([places.table, np.stack([heights, widths], axis=-1)], axis=-1, dtype=np.int64)
+        rows = np.empty((len(heights), 6), np.int64)
+        rows[:, :4], rows[:, 4], rows[:, 5] = places.table, heights, widths
         table = np.array([_describe(group, len(rows)) for group in groups], np.int64)
         status = np.empty(len(rows), np.uint8)
         done = self._end.alive and _run(
@@ -75,8 +76,8 @@ def _describe(group: Crops, rows: int) -> tuple[int, ...]:
     ):
         if array.dtype != kind or array.shape != shape or not array.flags.c_contiguous:
             raise ValueError(f"views.{view.name}: {array.dtype} {array.shape}, not contiguous {kind.__name__} {shape}")
-    addresses = (array.__array_interface__["data"][0] for array in (group.box, group.flip, group.out))
-    return *addresses, n, view.size, resample.FILTERS[view.interpolation], view.squash
+    box, flip, out = [array.__array_interface__["data"][0] for array in (group.box, group.flip, group.out)]
+    return box, flip, out, n, view.size, resample.FILTERS[view.interpolation], view.squash
 
 
 def _typed(name: str, result: type | None, *arguments: type):

@@ -141,8 +141,9 @@ class Beton:
         size, end = self._sizes[at], np.uint64(self.data_end)
         good = (self._ptrs[at] == begin) & (begin <= end) & (size <= end - begin) & (rows["mode"] < len(MODES))
         kind = np.where(good, rows["mode"] + JPEG, UNKNOWN)
-        return Places(np.stack([kind, np.full(len(kind), self._file.fileno()), begin, size], axis=-1, dtype=np.int64,
-                               casting="unsafe"))  # fmt: skip
+        table = np.empty((len(kind), 4), np.int64)
+        table[:, 0], table[:, 1], table[:, 2], table[:, 3] = kind, self._file.fileno(), begin, size
+        return Places(table)
 
     def stored(self, i: int, index: int) -> np.ndarray:
         """The bytes that sample `i` keeps for field `index`: uint8 [size], read-only."""

@@ -55,7 +55,8 @@ class CompiledDraws:
 
     def __call__(self, heights: np.ndarray, widths: np.ndarray, *, epoch: int, ids: np.ndarray) -> dict[str, Drawn]:
         """See `draw_all`."""
-        rows = len(ids) * self._ends[-1]
+        images = len(ids)
+        rows = images * self._ends[-1]
         box, flip = np.empty((rows, 4), np.int64), np.empty(rows, np.bool_)
         fields = {
             "jitter": np.empty(rows, np.bool_),
@@ -66,17 +67,17 @@ class CompiledDraws:
             "solarize": np.empty(rows, np.float32),
         }
         _draw(
-            np.require(ids, np.int64, "CW"), np.require(heights, np.int64, "CW"), np.require(widths, np.int64, "CW"),
-            np.uint64(epoch), self._seed, self._whole, self._real, box, flip, *fields.values(),
+            np.array(ids, np.int64), np.array(heights, np.int64), np.array(widths, np.int64), np.uint64(epoch),
+            self._seed, self._whole, self._real, box, flip, *fields.values(),
         )  # fmt: skip
         drawn = {}
         begin = 0
         for view, end, photometric in zip(self._views, self._ends, self._whole[:, 3], strict=True):
-            part, shape = slice(begin * len(ids), end * len(ids)), (len(ids), view.count)
-            mine = {key: value[part].reshape(*shape, *value.shape[1:]) for key, value in fields.items()}
-            drawn[view.name] = Drawn(
-                box[part].reshape(*shape, 4), flip[part].reshape(shape), mine if photometric else None
-            )
+            part, shape = slice(begin * images, end * images), (images, view.count)
+            mine = None
+            if photometric:
+                mine = {key: value[part].reshape(*shape, *value.shape[1:]) for key, value in fields.items()}
+            drawn[view.name] = Drawn(box[part].reshape(*shape, 4), flip[part].reshape(shape), mine)
             begin = end
         return drawn
 

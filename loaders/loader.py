@@ -248,7 +248,7 @@ class Loader(ABC):
         """What is drawn for samples of known size: as arrays for cutting, and as a batch without pixels."""
         drawn = self._draw_all(heights, widths, epoch, ids)
         batch = Batch(id=torch.tensor(ids), label=torch.tensor(self._source.labels[ids]), epoch=epoch)
-        sides = np.stack([heights, widths, heights, widths], axis=-1)[:, None]
+        sides = np.array([heights, widths, heights, widths]).T[:, None]
         for view in self._views:
             mine = drawn[view.name]
             batch.box[view.name] = torch.tensor(mine.box / (view.squash or sides), dtype=torch.float32)

@@ -145,7 +145,7 @@ class FolderSource(Source):
         self._sizes = np.full((2, len(self._files)), -1, np.int64)  # threads may fill an entry twice, with equal values
 
     def sizes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        for i in np.unique(ids[self._sizes[0, ids] < 0]):
+        for i in np.unique(np.asarray(ids)[self._sizes[0, ids] < 0]):
             self._sizes[:, i] = self._header_size(i)
         return self._sizes[0, ids], self._sizes[1, ids]
 
