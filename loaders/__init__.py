@@ -7,11 +7,13 @@ beton.py              the format: FFCV's file, and beside it a file with names a
 decode.py             the one way to open an image: bytes -> upright RGB; jpeg.py checks a file's structure
 sources.py            a .beton, its shards or a folder, as encoded samples numbered from 0
 index.py              the order of the samples: a function of seed and epoch
-draw.py               boxes, flips, colour numbers: functions of seed, epoch, sample and view, by philox.py
+draw.py               boxes, flips, colour numbers: functions of seed, epoch, sample and view, by philox.py;
+                      draw_compiled.py has the same for a whole batch at once
 masks.py              what a method hides, drawn likewise, by masks_compiled.py
 loader.py             what all engines share: batches, threads (ahead.py), bad samples, part labels
 engine.py             which engine works here, and its loader: one of the next three
-ffcv_loader.py        compiled code: window_decoder.py (on _window.c) decodes, resample.py cuts
+ffcv_loader.py        compiled code: window_decoder.py (on _window.c) decodes, resample.py cuts; batch_pool.py (on
+                      _pool.c) does both for whole batches
 dali_loader.py        NVIDIA's DALI
 reference_loader.py   PIL, slow and exact: what tests compare the others with
 views.py              evaluation: every image once, its centre or all of it, by the same compiled code

@@ -32,11 +32,13 @@ class Ahead:
     Args:
         workers: threads; 0 counts as 1.
         prefetch: items in work beyond the one that is asked for.
+        halt: called first when the pass ends, from any thread and perhaps more than once: shortens the work in hand.
     """
 
-    def __init__(self, workers: int, prefetch: int) -> None:
+    def __init__(self, workers: int, prefetch: int, halt: Callable[[], None] = lambda: None) -> None:
         self._pool = ThreadPoolExecutor(max(1, workers), thread_name_prefix="fastssl-loader")
         self._prefetch = prefetch
+        self._halt = halt
         self._closed = False
 
     def run(self, prepare: Prepare[Key, Item], keys: Iterable[Key]) -> Generator[Item, None, None]:
@@ -79,4 +81,5 @@ class Ahead:
     def close(self) -> None:
         """Drop the work that has not begun and wait for the threads to end."""
         self._closed = True
+        self._halt()
         self._pool.shutdown(wait=True, cancel_futures=True)

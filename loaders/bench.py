@@ -10,6 +10,7 @@ import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,13 +26,13 @@ from fastssl.config import (
     Checked,
     ConfigError,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     View,
     check,
 )
 from fastssl.loaders.convert import ConvertOptions, convert
+from fastssl.loaders.decode import Places
 from fastssl.loaders.engine import ENGINES, make_loader, working_engines
 from fastssl.loaders.loader import Loader
 from fastssl.loaders.peers import PEERS, Missing, Peer
@@ -69,8 +70,10 @@ class LoaderBenchOptions(Checked):
     """About this long per contender and round."""
     rounds: PositiveInt = 3
     """Interleaved rounds."""
-    workers: NonNegativeInt = 0
-    """Decoding threads or worker processes of each contender. 0: the usable cores."""
+    workers: str = "0"
+    """Decoding threads or worker processes of each contender. 0: the usable cores. Several numbers, separated by
+    commas: a sweep over them, whose rows are also printed to stderr as they come, with the share of its speed that a
+    thread of small tensor operations keeps beside the contender."""
     batch_size: PositiveInt = 64
     """Images per batch."""
     images: PositiveInt = 500
@@ -86,6 +89,11 @@ class LoaderBenchOptions(Checked):
         for key, known in (("case", [*CASES, DECODE]), ("engine", [*ENGINES, *PEERS])):
             for name in _listed(getattr(self, key)):
                 check(name in known, key, name, f"of {', '.join(known)}")
+        check(all(item.isdigit() for item in _listed(self.workers)), "workers", self.workers, "numbers such as 1,2,4")
+
+    @property
+    def worker_counts(self) -> list[int]:
+        return [int(item) or cores() for item in _listed(self.workers)] or [cores()]
 
 
 @dataclass
@@ -105,15 +113,21 @@ class LoaderBench:
     def table(self) -> str:
         """Fixed-width text."""
         lines = [", ".join(f"{key} {value}" for key, value in self.env.items()), ""]
-        lines.append(
-            f"{'case':<11} {'engine':<16} {'stage':<12} {'img/s':>8} {'low':>8} {'high':>8} {'CPU ms':>7} {'CPU %':>6}"
-        )
-        for row in self.rows:
-            lines.append(
-                f"{row['case']:<11} {row['engine']:<16} {row['stage']:<12} {row['images_per_s']:8.1f} "
-                f"{row['low']:8.1f} {row['high']:8.1f} {row['cpu_ms_per_image']:7.2f} {row['cpu_percent']:6.0f}"
-            )
+        lines += [_HEAD, *map(_line, self.rows)]
         return "\n".join([*lines, "", *self.missing, *self.advice])
+
+
+_HEAD = f"{'case':<11} {'engine':<16} {'stage':<12} {'img/s':>8} {'low':>8} {'high':>8} {'CPU ms':>7} {'CPU %':>6}"
+
+
+def _line(row: dict[str, Any]) -> str:
+    line = (
+        f"{row['case']:<11} {row['engine']:<16} {row['stage']:<12} {row['images_per_s']:8.1f} "
+        f"{row['low']:8.1f} {row['high']:8.1f} {row['cpu_ms_per_image']:7.2f} {row['cpu_percent']:6.0f}"
+    )
+    if "workers" in row:
+        line += f"  {row['workers']} workers; a thread beside keeps {row['beside_percent']:.0f} %"
+    return line
 
 
 def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
@@ -130,13 +144,13 @@ def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
     if options.plot:
         _figure()  # before the work, not after it
     source = open_source(options.data)
-    workers = options.workers or cores()
+    counts = options.worker_counts
     ids = np.unique(np.linspace(0, len(source) - 1, min(options.images, len(source))).round().astype(np.int64))
     batch_size = min(options.batch_size, len(ids))
     wanted = _listed(options.engine) or [*working_engines(), *PEERS]
     env = {
         "images": len(ids),
-        "workers": workers,
+        "workers": counts[0] if len(counts) == 1 else counts,
         "batch": batch_size,
         "cores": cores(),
         "torch": torch.__version__,
@@ -146,29 +160,43 @@ def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
         beton = outer.enter_context(_as_beton(options.data)) if "peer-ffcv" in wanted else None
         for case in _listed(options.case):
             views, floats = CASES.get(case, (SINGLE, False))
-            peer = Peer(source, ids, views, floats=floats, batch_size=batch_size, workers=workers, beton=beton)
-            with ExitStack() as stack:
-                epochs: dict[str, Callable[[], int]] = {}
-                for name in wanted:
-                    if case not in ((DECODE, "single") if name == "bare-decode" else CASES):
-                        continue
-                    try:
-                        if name in ENGINES:
-                            epochs[name] = _engine_epoch(name, peer, augment, stack)
-                        else:
-                            epochs[name] = PEERS[name](peer, stack)
-                    except (Missing, ImportError) as error:
-                        result.missing.append(f"{name} is left out of {case}: {error}")
-                result.rows += _measure(case, epochs, options)
-            for name in wanted:
-                if case != DECODE and name in ENGINES and name in epochs:
-                    result.rows += _stages(case, name, peer, augment)
+            for workers in counts:
+                peer = Peer(source, ids, views, floats=floats, batch_size=batch_size, workers=workers, beton=beton)
+                with ExitStack() as stack:
+                    epochs = _contenders(case, wanted, peer, augment, stack, result.missing)
+                    if len(counts) == 1:
+                        result.rows += _measure(case, epochs, options)
+                    else:
+                        result.rows += _sweep(case, epochs, options, workers)
+                if len(counts) == 1 and case != DECODE:
+                    for name in epochs:
+                        result.rows += _stages(case, name, peer, augment) if name in ENGINES else []
     if not result.rows:
         raise ConfigError("none of the contenders asked for works here: " + "; ".join(result.missing))
-    result.advice = advise(result.rows, source, ids, workers, options.step_images_per_s)
+    result.missing = list(dict.fromkeys(result.missing))
+    if len(counts) == 1:
+        result.advice = advise(result.rows, source, ids, counts[0], options.step_images_per_s)
     if options.plot:
         draw(result, options.plot)
     return result
+
+
+def _contenders(
+    case: str, wanted: list[str], peer: Peer, augment: Augment, stack: ExitStack, missing: list[str]
+) -> dict[str, Callable[[], int]]:
+    """What runs one epoch of each contender; why some are left out is added to `missing`."""
+    epochs: dict[str, Callable[[], int]] = {}
+    for name in wanted:
+        if case not in ((DECODE, "single") if name == "bare-decode" else CASES):
+            continue
+        try:
+            if name in ENGINES:
+                epochs[name] = _engine_epoch(name, peer, augment, stack)
+            else:
+                epochs[name] = PEERS[name](peer, stack)
+        except (Missing, ImportError) as error:
+            missing.append(f"{name} is left out of {case}: {error}")
+    return epochs
 
 
 def _listed(text: str) -> list[str]:
@@ -187,6 +215,9 @@ class _Part(Source):
 
     def read(self, i: int) -> Encoded:
         return self._whole.read(int(self._ids[i]))
+
+    def places(self, ids: np.ndarray) -> Places | None:
+        return self._whole.places(self._ids[ids])
 
     def name(self, i: int) -> str:
         return self._whole.name(int(self._ids[i]))
@@ -251,6 +282,43 @@ def _measure(case: str, epochs: dict[str, Callable[[], int]], options: LoaderBen
             "cpu_ms_per_image": 1e3 * statistics.median(cpu for _, cpu, _ in found),
             "cpu_percent": 100 * statistics.median(share for _, _, share in found),
         }
+
+
+def _sweep(
+    case: str, epochs: dict[str, Callable[[], int]], options: LoaderBenchOptions, workers: int
+) -> Iterator[dict[str, Any]]:
+    """Rows as of `_measure`, one contender after the other, with `workers` and `beside_percent`; also to stderr."""
+    for name, epoch in epochs.items():
+        for row in _measure(case, {name: epoch}, options):
+            row |= {"workers": workers, "beside_percent": 100 * _beside(epoch, min(options.seconds, 2.0))}
+            print(_line(row), file=sys.stderr, flush=True)
+            yield row
+
+
+def _beside(epoch: Callable[[], int], seconds: float) -> float:
+    """Share of its speed that a thread keeps while this one runs epochs: it does small operations on a tensor, like a
+    training loop that queues kernels. Each of them gives Python's lock away and has to get it back."""
+    counts, ended = [0], threading.Event()
+
+    def spin() -> None:
+        small = torch.zeros(1)
+        while not ended.is_set():
+            small.add_(1)
+            counts[0] += 1
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    rates = []
+    try:
+        for work in (lambda: time.sleep(min(seconds, 0.1)), epoch):
+            begin, before = time.perf_counter(), counts[0]
+            while time.perf_counter() - begin < seconds:
+                work()
+            rates.append((counts[0] - before) / (time.perf_counter() - begin))
+    finally:
+        ended.set()
+        thread.join()
+    return rates[1] / rates[0]
 
 
 def cpu_seconds() -> float:
@@ -372,7 +440,8 @@ def draw(result: LoaderBench, path: str) -> None:
             [row["high"] - row["images_per_s"] for row in mine],
         ]
         colours = ["tab:blue" if row["engine"] in ENGINES else "tab:gray" for row in mine]
-        axes.barh([row["engine"] for row in mine], rates, xerr=spread, color=colours)
+        names = [row["engine"] + (f" {row['workers']}" if "workers" in row else "") for row in mine]
+        axes.barh(names, rates, xerr=spread, color=colours)
         axes.set(title=case, xlabel="images per second")
     partial = f"{path}.partial"
     figure.savefig(partial, format="png", dpi=120)

@@ -23,7 +23,7 @@ from typing import Literal
 
 import numpy as np
 
-from fastssl.loaders.decode import DecodeError, Encoded
+from fastssl.loaders.decode import JPEG, UNKNOWN, DecodeError, Encoded, Places
 
 VERSION = 2
 PAGE_SIZE = 8 << 20  # FFCV's default, in bytes
@@ -132,6 +132,18 @@ class Beton:
             raise DecodeError(f"has the unknown storage mode {row['mode']} in its metadata")
         data = self.stored(i, self._image)
         return Encoded(data, MODES[row["mode"]], int(row["height"]), int(row["width"]))
+
+    def places(self, ids: np.ndarray) -> Places:
+        """Where the images of some samples lie; those that `image` refuses are `UNKNOWN`."""
+        rows = self.rows[f"f{self._image}"][ids]
+        begin = rows["data_ptr"]
+        at = np.searchsorted(self._ptrs, begin, side="right") - 1
+        size, end = self._sizes[at], np.uint64(self.data_end)
+        good = (self._ptrs[at] == begin) & (begin <= end) & (size <= end - begin) & (rows["mode"] < len(MODES))
+        kind = np.where(good, rows["mode"] + JPEG, UNKNOWN)
+        table = np.empty((len(kind), 4), np.int64)
+        table[:, 0], table[:, 1], table[:, 2], table[:, 3] = kind, self._file.fileno(), begin, size
+        return Places(table)
 
     def stored(self, i: int, index: int) -> np.ndarray:
         """The bytes that sample `i` keeps for field `index`: uint8 [size], read-only."""

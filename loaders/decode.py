@@ -44,6 +44,25 @@ class Encoded:
     width: int
 
 
+UNKNOWN, JPEG, RAW, FILE_BY_NAME = range(4)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the bytes of some samples lie, for compiled code that reads them.
+
+    Attributes:
+        table: int64 [B, 4], one row per sample: a kind and three numbers:
+            UNKNOWN       to be read by Python, which may find that it cannot be
+            JPEG, RAW     file descriptor, first byte, bytes; the modes 'jpg' and 'raw' of `Encoded`
+            FILE_BY_NAME  0, address of the file's name, 0; the mode 'file'
+        names: what the addresses lead to.
+    """
+
+    table: np.ndarray
+    names: bytes = b""
+
+
 def decode(encoded: Encoded) -> np.ndarray:
     """Pixels of a sample: uint8 [H, W, 3], RGB, writable.
 

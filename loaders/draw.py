@@ -45,11 +45,15 @@ class Drawn:
 
 def check_views(views: Sequence[View]) -> None:
     """Raise ConfigError if the groups do not fit together: names, and what `same_crop_as` refers to."""
+    crop_owners(views)
+
+
+def crop_owners(views: Sequence[View]) -> dict[str, View]:
+    """By name, the group whose crops each group uses; raises ConfigError like `check_views`."""
     by_name = {view.name: view for view in views}
     if len(by_name) != len(views) or "" in by_name:
         raise ConfigError(f"view groups need different, non-empty names; these are {[view.name for view in views]}")
-    for view in views:
-        _crop_owner(view, by_name)
+    return {view.name: _crop_owner(view, by_name) for view in views}
 
 
 def draw(view: View, heights: np.ndarray, widths: np.ndarray, *, seed: int, epoch: int, ids: np.ndarray) -> Drawn:
@@ -71,12 +75,11 @@ def draw_all(
     Raises:
         ConfigError: the groups do not fit together.
     """
-    check_views(views)
-    by_name = {view.name: view for view in views}
+    owners = crop_owners(views)
     crops = {}
     drawn = {}
     for view in views:
-        owner = _crop_owner(view, by_name)
+        owner = owners[view.name]
         if owner.name not in crops:
             crops[owner.name] = _draw_crops(owner, heights, widths, seed, epoch, ids)
         box, flip = crops[owner.name]
@@ -145,11 +148,16 @@ def _central_crop(ratio: tuple[float, float], height: np.ndarray, width: np.ndar
     return np.maximum(h, 1).astype(np.int64), np.maximum(w, 1).astype(np.int64)
 
 
+def has_photometric(view: View) -> bool:
+    """Whether a group has any photometric operation."""
+    return bool((any(view.jitter) and view.jitter_p) or view.gray or view.blur or view.solarize)
+
+
 def _draw_photometric(view: View, seed: int, epoch: int, ids: np.ndarray) -> dict[str, np.ndarray] | None:
     """The fields of `fastssl.batch.Photometric` as arrays [B, n, ...]; None when the group has no such operation."""
-    jitter_p = view.jitter_p if any(view.jitter) else 0.0
-    if not (jitter_p or view.gray or view.blur or view.solarize):
+    if not has_photometric(view):
         return None
+    jitter_p = view.jitter_p if any(view.jitter) else 0.0
     sample, crop, block = ids[:, None, None], np.arange(view.count)[:, None], np.arange(5, 9)
     words = np.stack(random_words(seed, f"view/{view.name}", sample, epoch, crop, block), axis=-1)  # [B, n, 4, 4]
     chance, strength = uniform(words[:, :, 1]), words[:, :, 2]

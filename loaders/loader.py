@@ -33,6 +33,9 @@ log = logging.getLogger(__name__)
 
 PIECES = 8  # pieces of work per thread and batch
 
+Prepare = Callable[[np.ndarray, int, int], tuple[Batch, list[Callable[[], None]]]]
+"""(ids, epoch, schedule epoch) -> a batch, and the work that fills it."""
+
 
 class BadSampleError(RuntimeError):
     """A sample cannot be read, or too many cannot; the message names index, source and reason of each."""
@@ -182,13 +185,13 @@ class Loader(ABC):
         return self._epoch(epoch, start, epoch if schedule_epoch is None else schedule_epoch)
 
     def _epoch(self, epoch: int, start: int, schedule_epoch: int) -> Generator[Batch, None, None]:
-        stream = Ahead(self._workers, self._prefetch)
-        self._streams.add(stream)
         ids = order(len(self._source), self._seed, epoch, self._pages, self._page_window)
+        stream, make = self._stream()
+        self._streams.add(stream)
 
         def prepare(position: int) -> tuple[Batch, list[Callable[[], None]]]:
             mine = batch_ids(ids, position, self._batch_size, self._rank, self._world)
-            return self._prepare(mine, epoch, schedule_epoch)
+            return make(mine, epoch, schedule_epoch)
 
         try:
             for batch in stream.run(prepare, range(start, self.batches_per_epoch)):
@@ -197,25 +200,44 @@ class Loader(ABC):
             stream.close()
             self._streams.discard(stream)
 
+    def _stream(self) -> tuple[Ahead, Prepare]:
+        """The threads of one epoch, and what makes a batch in them."""
+        return Ahead(self._workers, self._prefetch), self._prepare
+
     def _prepare(self, ids: np.ndarray, epoch: int, schedule_epoch: int) -> tuple[Batch, list[Callable[[], None]]]:
         """A batch with its draws alone, and the work that fills in pixels, part labels and masks, some rows each."""
+        batch, drawn, heights, widths = self._begin(ids, epoch)
+        sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
+
+        def fill(row: int) -> None:
+            self._fill(batch, drawn, row, sizes[row], self._cut)
+
+        return batch, self._pieces(batch, range(len(ids)), fill, schedule_epoch)
+
+    def _begin(self, ids: np.ndarray, epoch: int) -> tuple[Batch, dict[str, Drawn], np.ndarray, np.ndarray]:
+        """A batch with its draws and memory for its pixels; its draws as arrays; its images' heights and widths."""
         heights, widths = (np.maximum(sides, 1) for sides in self._source.sizes(ids))  # 0: no readable header
         drawn, batch = self._draw(ids, heights, widths, epoch)
         for view in self._views:
             shape = (len(ids), view.count, 3, view.size, view.size)
             batch.views[view.name] = self._memory.take(shape)
-        sizes = list(zip(heights.tolist(), widths.tolist(), strict=True))
-        rows = -(-len(ids) // (PIECES * max(1, self._workers)))
-        pieces = [range(begin, min(begin + rows, len(ids))) for begin in range(0, len(ids), rows)]
+        return batch, drawn, heights, widths
+
+    def _pieces(
+        self, batch: Batch, todo: Sequence[int], fill: Callable[[int], None], schedule_epoch: int
+    ) -> list[Callable[[], None]]:
+        """The work of filling the rows `todo`, some rows each; the piece that ends last draws the masks."""
+        rows = -(-len(todo) // (PIECES * max(1, self._workers)))
+        pieces = [todo[begin : begin + rows] for begin in range(0, len(todo), max(1, rows))]
         left = list(range(len(pieces)))  # each piece takes one off when it is done
 
-        def fill(piece: range) -> None:
+        def work(piece: Sequence[int]) -> None:
             for row in piece:
-                self._fill(batch, drawn, row, sizes[row], self._cut)
+                fill(row)
             if left.pop() == 0:  # the last one: ids and part labels are final
                 self._add_masks(batch, schedule_epoch)
 
-        return batch, [partial(fill, piece) for piece in pieces]
+        return [partial(work, piece) for piece in pieces]
 
     def _add_masks(self, batch: Batch, schedule_epoch: int) -> None:
         add_masks(batch, self._masks, seed=self._seed, schedule_epoch=schedule_epoch, take=self._memory.take)
@@ -224,9 +246,9 @@ class Loader(ABC):
         self, ids: np.ndarray, heights: np.ndarray, widths: np.ndarray, epoch: int
     ) -> tuple[dict[str, Drawn], Batch]:
         """What is drawn for samples of known size: as arrays for cutting, and as a batch without pixels."""
-        drawn = draw_all(self._views, heights, widths, seed=self._seed, epoch=epoch, ids=ids)
+        drawn = self._draw_all(heights, widths, epoch, ids)
         batch = Batch(id=torch.tensor(ids), label=torch.tensor(self._source.labels[ids]), epoch=epoch)
-        sides = np.stack([heights, widths, heights, widths], axis=-1)[:, None]
+        sides = np.array([heights, widths, heights, widths]).T[:, None]
         for view in self._views:
             mine = drawn[view.name]
             batch.box[view.name] = torch.tensor(mine.box / (view.squash or sides), dtype=torch.float32)
@@ -237,6 +259,9 @@ class Loader(ABC):
         for name, grid in self._part_grid.items():
             batch.parts[name] = torch.empty((*batch.box[name].shape[:2], grid, grid), dtype=torch.int64)
         return drawn, batch
+
+    def _draw_all(self, heights: np.ndarray, widths: np.ndarray, epoch: int, ids: np.ndarray) -> dict[str, Drawn]:
+        return draw_all(self._views, heights, widths, seed=self._seed, epoch=epoch, ids=ids)
 
     def _fill(
         self,
@@ -264,11 +289,16 @@ class Loader(ABC):
                 self._note_bad(sample, str(error))
             sample = replacement(wanted, attempt, len(self._source), self._seed, epoch)
             attempt += 1
+        if maps is not None:
+            self._label_parts(batch, drawn, row, drawn_row, maps, (encoded.height, encoded.width))
+
+    def _label_parts(
+        self, batch: Batch, drawn: dict[str, Drawn], row: int, drawn_row: int, maps: np.ndarray, size: tuple[int, int]
+    ) -> None:
         for name, grid in self._part_grid.items():
             box, flip = drawn[name].box[drawn_row], drawn[name].flip[drawn_row]
             squash = next(view.squash for view in self._views if view.name == name)
-            frame = (squash, squash) if squash else (encoded.height, encoded.width)
-            assert maps is not None
+            frame = (squash, squash) if squash else size
             batch.parts[name][row] = torch.from_numpy(part_labels(maps, box, flip, frame, grid))
 
     def _crops(self, batch: Batch, drawn: dict[str, Drawn], view: View, row: int, drawn_row: int) -> Crops:

@@ -21,11 +21,13 @@ band.
 from __future__ import annotations
 
 import math
+import threading
+from functools import cache
 
 import numpy as np
 import PIL
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -117,6 +119,28 @@ def squash(frame: np.ndarray, side: int) -> np.ndarray:
     out = np.empty((1, side * side * 3), np.uint8)
     _cut_all(frame, (0, 0), box, np.zeros(1, bool), (side, side), (0, 0), side, "bilinear", out, False)
     return out.reshape(side, side, 3)
+
+
+def cut_address() -> int:
+    """Address of a C function that cuts crops as `cut_all` and `squash` do, for threads that know nothing of Python:
+
+        void cut(const uint8_t *frame, int64_t stride, int64_t height, int64_t width, int64_t top, int64_t left,
+                 const int64_t *boxes, const uint8_t *flips, int64_t count, int64_t size, int64_t kind, int64_t planar,
+                 uint8_t *out, int64_t *bad)
+
+    The frame's rows are `stride` bytes apart, top and left are its origin; bad becomes -1, or the number of a box that
+    has no pixels or leaves the frame.
+    """
+    with _compiling:
+        return _compile_cut().address
+
+
+_compiling = threading.Lock()
+
+
+@cache
+def _compile_cut():
+    return cfunc(types.void(*[types.int64] * 14), cache=True)(_cut_by_address)
 
 
 def _cut_all(
@@ -266,6 +290,18 @@ def _cut_boxes(frame, stride, shape, origin, boxes, flips, grid, corner, size, k
             for k in range(planes):
                 _resize_columns(middle + k * length, 3 * size, length, down, target + k * size * length, length)
     return -1
+
+
+def _cut_by_address(
+    frame, stride, height, width, top, left, boxes, flips, count, size, kind, planar, out, bad
+):  # fmt: skip
+    """See `cut_address`."""
+    box, flip = carray(_pointer(boxes), (count, 4), np.int64), carray(_pointer(flips), count, np.bool_)
+    pixels = carray(_pointer(out), (count, 3 * size * size), np.uint8)
+    carray(_pointer(bad), 1, np.int64)[0] = _cut_boxes(
+        frame, stride, (height, width), (top, left), box, flip, (size, size), (0, 0), size, kind, TALL_FIRST, pixels,
+        planar != 0,
+    )  # fmt: skip
 
 
 @njit(nogil=True, cache=True)

@@ -13,7 +13,16 @@ from typing import overload
 import numpy as np
 
 from fastssl.loaders.beton import Beton, BetonError
-from fastssl.loaders.decode import SUFFIXES, DecodeError, Encoded, decode, open_image, upright_size
+from fastssl.loaders.decode import (
+    FILE_BY_NAME,
+    SUFFIXES,
+    DecodeError,
+    Encoded,
+    Places,
+    decode,
+    open_image,
+    upright_size,
+)
 
 __all__ = ["DecodeError", "Encoded", "Source", "SourceError", "decode", "open_source", "scan_folder"]
 
@@ -47,6 +56,10 @@ class Source(ABC):
     @abstractmethod
     def read(self, i: int) -> Encoded:
         """The encoded image of sample `i`, for `decode`. Raises DecodeError, without the sample's name."""
+
+    def places(self, ids: np.ndarray) -> Places | None:
+        """Where compiled code finds the encoded images of some samples; None where only `read` has them."""
+        return None
 
     @abstractmethod
     def name(self, i: int) -> str:
@@ -107,6 +120,9 @@ class BetonSource(Source):
     def read(self, i: int) -> Encoded:
         return self.beton.image(i)
 
+    def places(self, ids: np.ndarray) -> Places:
+        return self.beton.places(ids)
+
     def name(self, i: int) -> str:
         return self.beton.name(i)
 
@@ -129,9 +145,8 @@ class FolderSource(Source):
         self._sizes = np.full((2, len(self._files)), -1, np.int64)  # threads may fill an entry twice, with equal values
 
     def sizes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        for i in np.unique(ids):
-            if self._sizes[0, i] < 0:
-                self._sizes[:, i] = self._header_size(i)
+        for i in np.unique(np.asarray(ids)[self._sizes[0, ids] < 0]):
+            self._sizes[:, i] = self._header_size(i)
         return self._sizes[0, ids], self._sizes[1, ids]
 
     def read(self, i: int) -> Encoded:
@@ -140,6 +155,16 @@ class FolderSource(Source):
             self._sizes[:, i] = upright_size(open_image(data))
         height, width = (int(side) for side in self._sizes[:, i])
         return Encoded(np.frombuffer(data, np.uint8), "file", height, width)
+
+    def places(self, ids: np.ndarray) -> Places:
+        folder = os.path.join(self.path, "")
+        names = os.fsencode("".join([f"{folder}{self._files[i]}\0" for i in ids.tolist()]))
+        text = np.frombuffer(names, np.uint8)
+        table = np.zeros((len(ids), 4), np.int64)
+        table[:, 0] = FILE_BY_NAME
+        table[:, 2] = text.ctypes.data
+        table[1:, 2] += np.flatnonzero(text == 0)[:-1] + 1
+        return Places(table, names)
 
     def name(self, i: int) -> str:
         return os.path.join(self.path, self._files[i])
@@ -185,6 +210,14 @@ class Shards(Source):
     def read(self, i: int) -> Encoded:
         shard, i = self._find(i)
         return shard.read(i)
+
+    def places(self, ids: np.ndarray) -> Places:
+        table = np.empty((len(ids), 4), np.int64)
+        shards = np.searchsorted(self._begins, ids, side="right") - 1
+        for k in np.unique(shards).tolist():
+            mine = shards == k
+            table[mine] = self._shards[k].places(ids[mine] - self._begins[k]).table
+        return Places(table)
 
     def name(self, i: int) -> str:
         shard, i = self._find(i)

@@ -12,6 +12,7 @@ import importlib.util
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -95,14 +96,25 @@ def _is_upright(encoded: Encoded) -> bool:
     return images.orientation(images.open_image(bytes(encoded.data))) == 1
 
 
-def _load() -> Callable[..., int] | None:
-    """The C function of `_window`; None where it was not built or cannot be loaded."""
+def load(name: str) -> Any:
+    """A C function of `_window`; None where it was not built or cannot be loaded."""
     spec = importlib.util.find_spec("fastssl.loaders._window")
     if not spec or not spec.origin:
         return None
     try:
-        function = ctypes.CDLL(spec.origin).fastssl_decode_window
+        return getattr(ctypes.CDLL(spec.origin), name)
     except (OSError, AttributeError):
+        return None
+
+
+def works() -> bool:
+    """Whether the C functions of `_window` are there and decode as PIL does."""
+    return _library is not None
+
+
+def _load() -> Callable[..., int] | None:
+    function = load("fastssl_decode_window")
+    if not function:
         return None
     address, number, size = ctypes.c_void_p, ctypes.c_int64, ctypes.c_size_t
     function.argtypes = [address, size, number, number, ctypes.c_int, address, address, size, address]

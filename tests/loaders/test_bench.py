@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 def test_stages_and_the_whole_of_our_engines(folder, capsys, tmp_path):
     options = LoaderBenchOptions(
         str(folder), "dino,single,decode", "ffcv,reference,bare-decode", seconds=0.05, rounds=2, batch_size=4,
-        workers=1, step_images_per_s=1000.0, plot=str(tmp_path / "rates.png"),
+        workers="1", step_images_per_s=1000.0, plot=str(tmp_path / "rates.png"),
     )  # fmt: skip
     result = bench(options, augment)
     assert all(row.keys() == KEYS for row in result.rows)
@@ -50,6 +50,26 @@ def test_stages_and_the_whole_of_our_engines(folder, capsys, tmp_path):
     assert "a step that takes 1000 img/s needs" in result.table()
     assert (tmp_path / "rates.png").read_bytes()[:4] == b"\x89PNG"
     json.dumps(result.as_dict())
+
+
+def test_a_sweep_over_workers_tells_its_rows_as_they_come(folder, capsys, tmp_path):
+    options = LoaderBenchOptions(
+        str(folder), "single,decode", "ffcv,bare-decode", seconds=0.05, rounds=1, batch_size=4, workers="1, 2",
+        plot=str(tmp_path / "rates.png"),
+    )  # fmt: skip
+    result = bench(options, augment)
+    expected = [(c, e, w) for c, e in (("single", "ffcv"), ("single", "bare-decode")) for w in (1, 2)]
+    expected += [("decode", "bare-decode", w) for w in (1, 2)]
+    found = [(row["case"], row["engine"], row["workers"]) for row in result.rows]
+    assert sorted(found) == sorted(expected)
+    lines = capsys.readouterr().err.splitlines()
+    for row in result.rows:
+        assert row.keys() == KEYS | {"workers", "beside_percent"}
+        assert row["beside_percent"] > 0
+        [line] = [line for line in result.table().splitlines() if line in lines and line.startswith(row["case"])
+                  and f" {row['engine']} " in line and f" {row['workers']} workers" in line]  # fmt: skip
+        assert line.endswith(f"{row['workers']} workers; a thread beside keeps {row['beside_percent']:.0f} %")
+    assert (tmp_path / "rates.png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -104,6 +124,7 @@ def test_the_command(folder, capsys):
         (["--case", "dinosaur"], "case is 'dinosaur'; it must be of dino, dino-uint8, single, decode"),
         (["--data", "/nowhere"], "/nowhere does not exist"),
         (["--rounds", "0"], "rounds is 0; it must be 1 or more"),
+        (["--workers", "1,two"], "workers is '1,two'; it must be numbers such as 1,2,4"),
     ):
         assert main([*arguments, *wrong]) != 0
         assert message in capsys.readouterr().err

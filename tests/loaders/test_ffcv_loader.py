@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from fastssl.config import ConfigError, View
+from fastssl.loaders import batch_pool, window_decoder
 from fastssl.loaders.beton import Beton
 from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.ffcv_loader import FFCVLoader, window
@@ -181,11 +182,15 @@ def test_a_file_replaced_while_training_changes_nothing(beton, folder, tmp_path)
     assert_equal(batches(FFCVLoader, source)[0], expected)
 
 
-def test_an_error_in_a_worker_reaches_the_consumer(beton, monkeypatch):
+@pytest.mark.parametrize("where", ["resample.cut_all", "batch_pool.BatchPool.fill"])
+def test_an_error_in_a_worker_reaches_the_consumer(beton, where, monkeypatch):
     def fail(*_):
         raise ZeroDivisionError("in a worker")
 
-    monkeypatch.setattr("fastssl.loaders.resample.cut_all", fail)
+    if where == "resample.cut_all" or not batch_pool.start(1):
+        monkeypatch.setattr(window_decoder, "_library", None)
+        where = "resample.cut_all"
+    monkeypatch.setattr(f"fastssl.loaders.{where}", fail)
     with pytest.raises(ZeroDivisionError, match="in a worker"):
         batches(FFCVLoader, open_source(str(beton)))
 
@@ -210,7 +215,7 @@ def test_a_new_process_compiles_nothing_anew_and_loads_after_a_fork(beton):
     list(FFCVLoader(open_source(str(beton)), [View(name="a", size=16)], batch_size=4, seed=0).epoch(0))
     code = f"""
 import os
-from fastssl.loaders import resample
+from fastssl.loaders import draw_compiled, resample
 from fastssl.config import View
 from fastssl.loaders.ffcv_loader import FFCVLoader
 from fastssl.loaders.sources import open_source
@@ -219,12 +224,13 @@ first = [batch.views["a"].sum().item() for batch in loader.epoch(0)]
 child = os.fork()
 if child == 0:
     os._exit(first != [batch.views["a"].sum().item() for batch in loader.epoch(0)])
-compiled = resample._cut_boxes.stats
-print(sum(compiled.cache_hits.values()), sum(compiled.cache_misses.values()))
+boxes, draws, cut = resample._cut_boxes.stats, draw_compiled._draw.stats, resample._compile_cut()
+print(sum(boxes.cache_hits.values()) + cut.cache_hits, sum(draws.cache_hits.values()))
+print(sum(boxes.cache_misses.values()) + sum(draws.cache_misses.values()))
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), first == [b.views["a"].sum().item() for b in loader.epoch(0)])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["1", "0", "0", "True"], done.stderr
+    assert done.stdout.split() == ["1", "1", "0", "0", "True"], done.stderr
 
 
 def test_tiny_data_sets(folder, tmp_path):

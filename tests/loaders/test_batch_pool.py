@@ -1,0 +1,321 @@
+"""The threads that fill whole batches: what they fill and what they leave, how they end, forks, and doing without."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastssl.config import View
+from fastssl.loaders import batch_pool, window_decoder
+from fastssl.loaders.convert import ConvertOptions, convert
+from fastssl.loaders.draw import draw_all
+from fastssl.loaders.ffcv_loader import FFCVLoader
+from fastssl.loaders.loader import BadSampleError, Crops
+from fastssl.loaders.reference_loader import ReferenceLoader
+from fastssl.loaders.sources import FolderSource, open_source
+
+pytestmark = [
+    pytest.mark.timeout(600),  # nothing hangs
+    pytest.mark.skipif(not (window_decoder.works() and batch_pool._start), reason="the C part was not built"),
+]
+VIEWS = [
+    View(name="a", count=2, size=24),
+    View(name="b", size=16, squash=40, interpolation="lanczos"),
+    View(name="c", count=3, size=8, squash=40, interpolation="bilinear"),
+    View(name="d", size=12, squash=33),
+]
+
+
+def decode_threads():
+    """How many threads of pools this process has."""
+    names = []
+    for task in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError), open(f"/proc/self/task/{task}/comm") as file:
+            names.append(file.read().strip())
+    return names.count("fastssl-decode")
+
+
+def assert_no_decode_threads():
+    """The system may list a thread for a moment after it was joined."""
+    end = time.monotonic() + 10
+    while decode_threads() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert decode_threads() == 0
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    yield
+    assert_no_decode_threads()
+    assert not [t for t in threading.enumerate() if t.name.startswith("fastssl-loader")]
+
+
+def picture(k, height=90, width=120):
+    rng = np.random.default_rng(k)
+    small = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for k in range(24):
+        path = tmp_path / "images" / f"class{k % 3}" / f"{k:02}-ä.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(k, 60 + k, 90 - 2 * k).save(path)
+    return tmp_path / "images"
+
+
+def make_beton(folder, path, **options):
+    convert(ConvertOptions(str(folder), str(path), **options))
+    return open_source(str(path))
+
+
+def same(mine, other):
+    assert len(mine) == len(other)
+    for a, b in zip(mine, other, strict=True):
+        assert torch.equal(a.id, b.id)
+        for name in b.views:
+            assert torch.equal(a.box[name], b.box[name])
+            assert torch.equal(a.views[name], b.views[name]), name
+
+
+def batches(kind, source, views=VIEWS, **options):
+    with kind(source, views, **dict(batch_size=4, seed=3, workers=3, prefetch=2) | options) as loader:
+        return list(loader.epoch(1))
+
+
+def fill(source, ids, views=VIEWS, heights=None):
+    """Which rows the pool fills, and the crops."""
+    known, widths = source.sizes(ids)
+    heights = known if heights is None else heights
+    drawn = draw_all(views, heights, widths, seed=0, epoch=0, ids=ids)
+    groups = [
+        Crops(v, drawn[v.name].box, drawn[v.name].flip, np.zeros((len(ids), v.count, 3, v.size, v.size), np.uint8))
+        for v in views
+    ]
+    pool = batch_pool.start(2)
+    try:
+        return pool.fill(source.places(ids), heights, widths, groups).tolist(), groups
+    finally:
+        pool.close()
+
+
+def test_folders_files_raw_pixels_and_shards_are_filled(folder, tmp_path):
+    expected = batches(ReferenceLoader, open_source(str(folder)))
+    for k in range(2):
+        make_beton(folder, tmp_path / f"s-{k}.beton", shard=f"{k}/2")
+    raw = make_beton(folder, tmp_path / "raw.beton", mode="raw")
+    one, shards = make_beton(folder, tmp_path / "one.beton"), open_source(str(tmp_path / "s-*.beton"))
+    backwards = np.arange(len(shards))[::-1].copy()
+    assert all(fill(shards, backwards)[0])
+    for row, i in zip(shards.places(backwards).table, backwards.tolist(), strict=True):
+        assert os.pread(row[1], row[3], row[2]) == bytes(shards.read(i).data)
+    same(batches(FFCVLoader, shards), batches(ReferenceLoader, shards))
+    sources = [open_source(str(folder)), one, raw]
+    for source in sources:
+        filled, _ = fill(source, np.arange(len(source)))
+        assert all(filled)
+        same(batches(FFCVLoader, source), expected)
+        same(batches(FFCVLoader, source, VIEWS[:1]), batches(ReferenceLoader, source, VIEWS[:1]))
+
+
+def test_what_is_no_usual_image_is_left_and_comes_all_the_same(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for k in range(8):
+        picture(k).save(folder / f"{k}.jpg")
+    picture(1).save(folder / "1.jpg", exif=turned)
+    (folder / "2.jpg").unlink()
+    picture(2).save(folder / "2.png")
+    picture(3).convert("CMYK").save(folder / "3.jpg")
+    source = FolderSource(str(folder))
+    filled, _ = fill(source, np.arange(8))
+    assert filled == [True, False, False, False, True, True, True, True]
+    expected = batches(ReferenceLoader, source)
+    same(batches(FFCVLoader, source), expected)
+    same(batches(FFCVLoader, source, workers=1, prefetch=5), expected)
+
+
+def test_faults_are_left(folder, tmp_path):
+    source = open_source(str(folder))
+    files = [source.name(k) for k in range(6)]
+    source.sizes(np.arange(6))
+    with open(files[0], "rb") as file:
+        data = file.read()
+    for file, content in zip(files, (b"", data[: len(data) // 2], b"text", data, None), strict=False):
+        if content is None:
+            os.unlink(file)
+        else:
+            with open(file, "wb") as out:
+                out.write(content)
+    filled, groups = fill(source, np.arange(6))
+    assert filled == [False, False, False, False, False, True]  # the fourth is of another size
+    assert not groups[0].out[:5].any()
+    assert groups[0].out[5].any()
+
+
+def test_metadata_that_leads_nowhere_is_left(folder, tmp_path):
+    source = make_beton(folder, tmp_path / "a.beton")
+    beton = source.beton
+    rows = beton.rows[f"f{beton._image}"]
+    rows["data_ptr"][0] += 1
+    rows["data_ptr"][1] = 2**64 - 1
+    rows["mode"][2] = 9
+    rows["data_ptr"][3] = 0
+    beton.heights[4] += 1
+    rows["mode"][5] = 1  # raw, but not of that size
+    beton.data_end = int(rows["data_ptr"][7]) + 1
+    ids = np.arange(8)
+    table = source.places(ids).table
+    assert (table[[0, 1, 2, 3, 7], 0] == 0).all()
+    for k in (4, 5, 6):
+        assert table[k, 1:].tolist() == [beton._file.fileno(), rows["data_ptr"][k], beton.image(k).data.size]
+    filled, _ = fill(source, ids)
+    assert filled == [False] * 6 + [True, False]
+
+
+def test_boxes_that_leave_the_image_are_left(folder):
+    source = open_source(str(folder))
+    heights, _ = source.sizes(np.arange(2))
+    assert fill(source, np.arange(2), VIEWS[:1], heights * 4)[0] == [False, False]
+
+
+def test_arrays_that_do_not_fit_are_refused(folder):
+    source = open_source(str(folder))
+    group = Crops(
+        VIEWS[0], np.zeros((1, 2, 4), np.int64), np.zeros((1, 2), bool), np.zeros((1, 2, 3, 24, 25), np.uint8)
+    )
+    pool = batch_pool.start(1)
+    with pytest.raises(ValueError, match=r"views.a: uint8 \(1, 2, 3, 24, 25\), not contiguous uint8"):
+        pool.fill(source.places(np.arange(1)), *source.sizes(np.arange(1)), [group])
+    pool.close()
+
+
+def test_closing_wakes_what_waits_and_ends_the_threads(folder):
+    source = open_source(str(folder))
+    ids = np.arange(24).repeat(4000)
+    heights, widths = source.sizes(ids)
+    drawn = draw_all(VIEWS[:1], heights, widths, seed=0, epoch=0, ids=ids)["a"]
+    group = Crops(VIEWS[0], drawn.box, drawn.flip, np.empty((len(ids), 2, 3, 24, 24), np.uint8))
+    pool = batch_pool.start(2)
+    assert decode_threads() == 2
+    caught = []
+
+    def wait():
+        try:
+            pool.fill(source.places(ids), heights, widths, [group])
+        except RuntimeError as error:
+            caught.append(str(error))
+
+    waiting = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in waiting:
+        thread.start()
+    time.sleep(0.3)
+    pool.close()
+    pool.close()
+    for thread in waiting:
+        thread.join(60)
+    assert caught == ["the pool was closed"] * 3
+    wait()  # too late
+    assert len(caught) == 4
+
+
+@pytest.mark.parametrize("leave", ["close", "drop", "loader", "error", "end"])
+def test_however_an_epoch_ends_its_threads_end(folder, leave):
+    source = open_source(str(folder))
+    on_bad = "raise" if leave == "error" else "skip"
+    loader = FFCVLoader(source, VIEWS, batch_size=2, seed=0, workers=3, prefetch=2, on_bad=on_bad)
+    stream = loader.epoch(0)
+    next(stream)
+    assert decode_threads() == 3
+    if leave == "close":
+        stream.close()
+    elif leave == "drop":
+        del stream
+    elif leave == "loader":
+        loader.close()
+    elif leave == "end":
+        list(stream)
+    else:
+        for k in range(24):
+            os.truncate(source.name(k), 100)
+        with pytest.raises(BadSampleError):
+            list(stream)
+    assert_no_decode_threads()
+    assert len(list(loader.epoch(1))) == 12 if leave != "error" else True
+
+
+def test_many_epochs_of_many_threads(folder):
+    source = open_source(str(folder))
+    expected = batches(FFCVLoader, source)
+    for workers in (1, 16):
+        for _ in range(20):
+            same(batches(FFCVLoader, source, workers=workers, prefetch=7), expected)
+
+
+def test_without_the_c_part_batches_are_the_same(folder, monkeypatch):
+    source = open_source(str(folder))
+    expected = batches(FFCVLoader, source)
+    monkeypatch.setattr(batch_pool, "_start", None)  # an older build, without the pool
+    same(batches(FFCVLoader, source), expected)
+    monkeypatch.setattr(window_decoder, "_library", None)
+    assert batch_pool.start(1) is None
+    same(batches(FFCVLoader, source), expected)
+
+
+@pytest.mark.parametrize("how", ["end", "exit", "error"])
+def test_a_process_that_ends_in_mid_epoch_ends(folder, how):
+    code = f"""
+import sys
+from fastssl.config import View
+from fastssl.loaders.ffcv_loader import FFCVLoader
+from fastssl.loaders.sources import open_source
+loader = FFCVLoader(open_source({str(folder)!r}), [View(name="a", size=16)], batch_size=2, seed=0, workers=2)
+stream = loader.epoch(0)
+next(stream)
+print("first", flush=True)
+{dict(end="", exit="sys.exit(0)", error="raise SystemExit(0) from ValueError()")[how]}
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "first\n"), done.stderr
+    assert done.stderr == ""
+
+
+def test_a_child_forked_in_mid_epoch_drops_that_epoch_and_reads_its_own(folder):
+    code = f"""
+import gc, os, warnings
+warnings.simplefilter("ignore")
+from fastssl.config import View
+from fastssl.loaders.ffcv_loader import FFCVLoader
+from fastssl.loaders.sources import open_source
+source = open_source({str(folder)!r})
+def make():
+    return FFCVLoader(source, [View(name="a", size=16)], batch_size=2, seed=0, workers=2)
+loader = make()
+stream = loader.epoch(0)
+sums = [next(stream).views["a"].sum().item()]
+children = []
+for leave in (False, True):
+    child = os.fork()
+    if child == 0:
+        if leave:
+            loader.close()
+            del stream
+            gc.collect()
+        mine = [batch.views["a"].sum().item() for batch in make().epoch(0)]
+        os._exit(mine[0] != sums[0] or len(mine) != 12)
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+print(len(list(stream)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.stdout == "[0, 0]\n11\n", done.stderr
