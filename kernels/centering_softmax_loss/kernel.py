@@ -312,8 +312,13 @@ def _parts(partial: Tensor) -> dict[str, int]:
 
 @op("fastssl::centering_softmax_loss")
 def forward(
-    student: Tensor, teacher: Tensor, center: Tensor | None, warmth: Tensor | None, student_temp: float,
-    teacher_temp: float, matching: bool,
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor | None,
+    warmth: Tensor | None,
+    student_temp: float,
+    teacher_temp: float,
+    matching: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, column sums [K], mean entropy, mean divergence; for the backward pass the centre as it is now (the method
     moves its own before that; empty without one), and log-sum-exps of the students [V, B] and the teacher [T, B].
@@ -348,7 +353,8 @@ def forward(
     launch(
         _student_forward, (images, partial.shape[1]), student, teacher, center, teacher_lse, partial, images, classes,
         *student.stride()[:2], *teacher.stride()[:2], stretch, 1 / student_temp, 1 / teacher_temp,
-        warmth, WARMTH=warmth is not None, V=crops, T=teachers, CENTERED=center is not None, MATCHING=matching, **EXACT, **tile,
+        warmth, WARMTH=warmth is not None, V=crops, T=teachers, CENTERED=center is not None, MATCHING=matching,
+        **EXACT, **tile,
     )  # fmt: skip
     loss, entropy, divergence, column_sum, student_lse = empty(), empty(), empty(), empty(classes), empty(crops, images)
     kept = empty(0 if center is None else classes)

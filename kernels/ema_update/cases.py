@@ -228,8 +228,9 @@ def fused_adamw(
         g = [grad.to(param.dtype) for param, grad in zip(p, g, strict=True)]
         steps = [torch.full((), 3.0, device=params[0].device)] * len(members)
         torch._fused_adamw_(
-            p, g, m, v, [], steps, lr=1e-3 * rate, beta1=betas[0], beta2=betas[1], weight_decay=0.05 * decay / rate, eps=eps,
-            amsgrad=False, maximize=False, grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
+            p, g, m, v, [], steps, lr=1e-3 * rate, beta1=betas[0], beta2=betas[1], weight_decay=0.05 * decay / rate,
+            eps=eps, amsgrad=False, maximize=False,
+            grad_scale=None if grad_scale is None else grad_scale.reciprocal(),
         )  # fmt: skip
     moved = [(t, p) for t, p in zip(teacher or [], params, strict=False) if t is not None]
     foreach_lerp([t for t, _ in moved], [p for _, p in moved], 0.996)
