@@ -16,9 +16,14 @@ _address, _number, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _DECODED = 0
 
 
+def available() -> bool:
+    """Whether the C part was built, here and for this version, and works."""
+    return bool(window_decoder.works() and _start)
+
+
 def start(threads: int) -> BatchPool | None:
-    """A pool of so many threads; None where the C part was not built or does not work, or there are no threads."""
-    if not window_decoder.works() or not _start:
+    """A pool of so many threads; None where the C part is not `available`, or there are no threads."""
+    if not available():
         return None
     handle = _start(max(1, threads), resample.cut_address())
     return BatchPool(handle) if handle else None

@@ -178,7 +178,11 @@ class DINO(Method):
     def teacher_temp(self, values: Values) -> float:
         """Temperature of the teacher's softmax in this epoch."""
         s = self.settings
-        return linear_ramp(values.epoch, s.warmup_teacher_temp_epochs - 1, s.warmup_teacher_temp, s.teacher_temp)
+        if values.epoch >= s.warmup_teacher_temp_epochs:
+            return s.teacher_temp
+        return s.warmup_teacher_temp + linear_ramp(
+            values.epoch, max(s.warmup_teacher_temp_epochs - 1, 1), 0.0, s.teacher_temp - s.warmup_teacher_temp
+        )
 
     def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
         """Per image: both large crops, each followed by where the teacher looks in it (`attention`)."""

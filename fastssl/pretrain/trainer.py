@@ -17,6 +17,7 @@ from fastssl.augment import augment
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError
 from fastssl.evaluation.data import frozen
+from fastssl.loaders import batch_pool
 from fastssl.loaders.engine import choose_engine, decoding_threads, open_loader
 from fastssl.loaders.sources import open_source
 from fastssl.methods import METHODS, view_list
@@ -289,6 +290,8 @@ class Trainer(Run[Batch, dict[str, Any]]):
         """The derived numbers of the run, one line each, as printed before the first step."""
         c = self.config
         engine, why = choose_engine(c.data.engine)
+        if engine == "ffcv" and not batch_pool.available():
+            why += "; image by image, for its C part is missing: install again where a C compiler and libjpeg-turbo are"
         start = f"from step {self.step} of {self.path}" if self.step else "from scratch"
         return [
             f"{c.method} with {c.model.name} on {self.device}, {_name(self.dtype)}, "

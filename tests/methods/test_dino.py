@@ -375,3 +375,12 @@ def test_messages(settings, message):
 def test_crop_that_the_patch_does_not_divide():
     with pytest.raises(ConfigError, match=r"views.local.size is 20; it must be a multiple of model.patch_size, 8"):
         make_method(make_config(small=20))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"), [(0, [0.07] * 4), (1, [0.04, 0.07, 0.07, 0.07]), (3, [0.04, 0.055, 0.07, 0.07])]
+)
+def test_the_teachers_temperature_rises_over_its_epochs_as_the_authors(epochs, expected):
+    """numpy.linspace(0.04, 0.07, epochs), then 0.07: with one epoch it has the first temperature alone."""
+    method = make_method(make_config(teacher_temp=0.07, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=epochs))
+    assert [method.teacher_temp(Values(epoch * 5, 100, 5)) for epoch in range(4)] == pytest.approx(expected)

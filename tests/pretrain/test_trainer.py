@@ -332,3 +332,10 @@ def test_pictures_show_masks_of_epoch_0_with_schedules_as_they_stand(images, tmp
     expected = draw(mask, batch.id.numpy(), seed=3, epoch=0, parts=parts, schedule_epoch=2)  # 4 steps per epoch
     for a, b in zip(batch.masks["main"], expected, strict=True):
         assert torch.equal(a, torch.from_numpy(b))
+
+
+def test_a_loader_without_its_compiled_part_is_said(images, tmp_path, monkeypatch):
+    trainer = Trainer(config(images, tmp_path))
+    assert not any("image by image" in line for line in trainer.describe())
+    monkeypatch.setattr("fastssl.loaders.batch_pool.available", lambda: False)
+    assert any("image by image, for its C part is missing" in line for line in trainer.describe())
