@@ -25,6 +25,11 @@ MODES = ("auto", "reference", "triton")
 _mode = os.environ.get(VARIABLE) or "auto"
 
 
+def kernel_mode() -> str:
+    """The mode at present, one of MODES where the environment is right."""
+    return _mode
+
+
 def use_triton(op: str, *tensors: Tensor) -> bool:
     """Whether a call with these tensors goes to the kernel.
 

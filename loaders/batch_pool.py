@@ -92,7 +92,7 @@ def _typed(name: str, result: type | None, *arguments: type):
     return function
 
 
-_start = _typed("fastssl_pool_start", _address, _int, _address)
+_start = _typed("fastssl_pool_start_1", _address, _int, _address)
 _run = _typed("fastssl_pool_run", _int, _address, _number, _address, _number, _address, _address)
 _stop = _typed("fastssl_pool_stop", None, _address)
 _free = _typed("fastssl_pool_free", None, _address)

@@ -140,7 +140,7 @@ _compiling = threading.Lock()
 
 @cache
 def _compile_cut():
-    return cfunc(types.void(*[types.int64] * 14), cache=True)(_cut_by_address)
+    return cfunc(types.void(*[types.int64] * 14), cache=True)(_cut_by_address(TALL_FIRST))
 
 
 def _cut_all(
@@ -292,16 +292,19 @@ def _cut_boxes(frame, stride, shape, origin, boxes, flips, grid, corner, size, k
     return -1
 
 
-def _cut_by_address(
-    frame, stride, height, width, top, left, boxes, flips, count, size, kind, planar, out, bad
-):  # fmt: skip
-    """See `cut_address`."""
-    box, flip = carray(_pointer(boxes), (count, 4), np.int64), carray(_pointer(flips), count, np.bool_)
-    pixels = carray(_pointer(out), (count, 3 * size * size), np.uint8)
-    carray(_pointer(bad), 1, np.int64)[0] = _cut_boxes(
-        frame, stride, (height, width), (top, left), box, flip, (size, size), (0, 0), size, kind, TALL_FIRST, pixels,
-        planar != 0,
-    )  # fmt: skip
+def _cut_by_address(tall_first):
+    """See `cut_address`. What numba keeps on disk it tells apart by what a closure holds, not by a module's globals:
+    PIL's version must be the former."""
+
+    def cut(frame, stride, height, width, top, left, boxes, flips, count, size, kind, planar, out, bad):
+        box, flip = carray(_pointer(boxes), (count, 4), np.int64), carray(_pointer(flips), count, np.bool_)
+        pixels = carray(_pointer(out), (count, 3 * size * size), np.uint8)
+        carray(_pointer(bad), 1, np.int64)[0] = _cut_boxes(
+            frame, stride, (height, width), (top, left), box, flip, (size, size), (0, 0), size, kind, tall_first,
+            pixels, planar != 0,
+        )  # fmt: skip
+
+    return cut
 
 
 @njit(nogil=True, cache=True)

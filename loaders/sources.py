@@ -185,7 +185,7 @@ class Shards(Source):
     """Several .beton files as one data set, one after the other."""
 
     def __init__(self, path: str, shards: list[BetonSource]) -> None:
-        self.path, self._shards = path, shards
+        self.path, self.shards = path, shards
         first = shards[0]
         for shard in shards[1:]:
             for what, mine, other in (
@@ -205,7 +205,7 @@ class Shards(Source):
         return self._heights[ids], self._widths[ids]
 
     def fingerprint(self) -> str:
-        return " ".join(shard.fingerprint() for shard in self._shards)
+        return " ".join(shard.fingerprint() for shard in self.shards)
 
     def read(self, i: int) -> Encoded:
         shard, i = self._find(i)
@@ -216,7 +216,7 @@ class Shards(Source):
         shards = np.searchsorted(self._begins, ids, side="right") - 1
         for k in np.unique(shards).tolist():
             mine = shards == k
-            table[mine] = self._shards[k].places(ids[mine] - self._begins[k]).table
+            table[mine] = self.shards[k].places(ids[mine] - self._begins[k]).table
         return Places(table)
 
     def name(self, i: int) -> str:
@@ -228,13 +228,13 @@ class Shards(Source):
         return shard.parts(i)
 
     def pages(self) -> np.ndarray:
-        each = [shard.pages() for shard in self._shards]
+        each = [shard.pages() for shard in self.shards]
         begins = np.cumsum([0, *(pages.max() + 1 for pages in each)])
         return np.concatenate([pages + begin for pages, begin in zip(each, begins[:-1], strict=True)])
 
     def _find(self, i: int) -> tuple[BetonSource, int]:
         k = int(np.searchsorted(self._begins, i, side="right")) - 1
-        return self._shards[k], i - int(self._begins[k])
+        return self.shards[k], i - int(self._begins[k])
 
 
 def _check_complete(path: str, shards: list[BetonSource]) -> None:

@@ -163,7 +163,7 @@ class SCFS(DINO):
             targets = [self.targets(i, student, teacher) for i in range(len(self.taps))]
 
         with section("loss"):
-            temps = s.student_temp, self.teacher_temp(values)
+            temps = s.student_temp, self.number("teacher_temp", values)
             results = [centering_softmax_loss(student.logits, teacher.logits, self.center, *temps)]
             searched: list[CenteringSoftmaxLoss] = []
             for i, tap in enumerate(self.taps):

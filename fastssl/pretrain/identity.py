@@ -5,22 +5,23 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from fastssl.config import Config
 from fastssl.loaders.decode import DecodeError
-from fastssl.loaders.sources import FolderSource, Source
+from fastssl.loaders.sources import BetonSource, FolderSource, Shards, Source
 
 FREE = ("data.path", "data.val", "data.batch_size", "data.workers", "data.engine", "data.prefetch", "data.max_bad")
 """Keys that may change when a run goes on, beside run.* (but its seed), monitor.* and health.*; what they stand for
 (the images, the images per step) is compared instead."""
+FILES = ("cae.tokenizer",)
 LOOKED_AT = 64  # images that are compared with one another
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """The keys that a continuation must have in common with the run, flat and as plain values. A file that exists
+    """The keys that a continuation must have in common with the run, flat and as plain values. A tokenizer's file
     counts by its content."""
     flat = dict(_flat("", config.as_dict()))
     kept = {
@@ -28,8 +29,7 @@ def settings(config: Config) -> dict[str, Any]:
         for key, value in flat.items()
         if key not in FREE and (key == "run.seed" or not key.startswith(("run.", "monitor.", "health.")))
     }
-    return {key: _content(value) if isinstance(value, str) and os.path.isfile(value) else value
-            for key, value in kept.items()}  # fmt: skip
+    return {key: _content(value) if key in FILES and os.path.isfile(value) else value for key, value in kept.items()}
 
 
 def _flat(prefix: str, value: Any) -> Any:
@@ -56,9 +56,16 @@ def identity(source: Source) -> str:
     if isinstance(source, FolderSource):
         for i in range(len(source)):
             path = source.name(i)
-            digest.update(f"{os.path.relpath(path, source.path)}:{os.path.getsize(path)}\n".encode())
+            try:
+                size = os.path.getsize(path)
+            except OSError:
+                size = -1  # the loader will say what is wrong with it
+            digest.update(os.fsencode(f"{os.path.relpath(path, source.path)}:{size}\n"))
     else:
-        digest.update(source.fingerprint().encode())
+        shards = source.shards if isinstance(source, Shards) else [cast(BetonSource, source)]
+        for beton in (shard.beton for shard in shards):
+            samples = zlib.crc32(np.ascontiguousarray(beton.side.crc32)) if beton.side else "unknown"
+            digest.update(f"{beton.size}:{beton.tables_crc32()}:{samples}\n".encode())
     return digest.hexdigest()[:16]
 
 

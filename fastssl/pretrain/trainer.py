@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import time
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -97,7 +98,6 @@ class Trainer(Run[Batch, dict[str, Any]]):
         if device.type == "cuda":
             backbone = cast(ViT | ResNet, self.method.backbone)
             self.method = self.method.to(memory_format=backbone.memory_format)
-            torch.backends.cudnn.benchmark = isinstance(backbone, ResNet)  # its convolutions always see the same sizes
         # Gradients of several micro-batches are added up in float32, so the copies are for one.
         masters = Masters(self.method, dtype if dtype == torch.bfloat16 and pace.accumulate == 1 else torch.float32)
         optimizer = build_optimizer(self.method, config.optim, masters, self.method.averages())
@@ -109,7 +109,8 @@ class Trainer(Run[Batch, dict[str, Any]]):
             self.monitor = KNNMonitor(config, device=device, dtype=dtype, workers=self.threads)
         self.last_line: dict[str, float] = {}
         self.history: list[str] = []  # settings that were changed on the way
-        self.data = identity(self.source)
+        self.data = distributed.from_main(lambda: identity(self.source))
+        self.settings = settings(config)
         self.knn: float | None = None
 
         # Where it stands.
@@ -127,7 +128,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
             _compile(self.method)
         if config.run.graph != "never" and device.type == "cuda" and distributed.world() == 1:
             check = config.run.graph == "check"
-            self.graph = StepGraph(self.method, self.one_pass, check=check, say=lambda line: self.log.say(line))
+            self.graph = StepGraph(self.method, self.one_pass, check=check, say=self._say)
 
     def _pace(self) -> Pace:
         """The run's numbers, from the configuration and the size of the data."""
@@ -193,7 +194,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
     def scheduled(self) -> dict[str, float]:
         numbers = self.method.scheduled(self.values)
         cast(Optimizer, self.optimizer).teacher_momentum = numbers.get("momentum", 1.0)
-        return {**numbers, "step": self.step}
+        return {**{name: float(value) for name, value in numbers.items()}, "step": self.step}
 
     def gradient_factors(self) -> list[tuple[Sequence[Tensor], Tensor]]:
         return [(parameters, self.numbers[name]) for name, parameters in self.method.factors().items()]
@@ -210,7 +211,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
             "steps_per_epoch": pace.steps_per_epoch,
             "images": len(self.source),
             "data": self.data,
-            **settings(self.config),
+            **self.settings,
         }
 
     def may_change(self) -> list[str]:
@@ -342,6 +343,13 @@ class Trainer(Run[Batch, dict[str, Any]]):
                     }
             self._keep("summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
+
+    def _say(self, line: str) -> None:
+        """A line for people, in the log if there is one yet."""
+        if hasattr(self, "log"):
+            self.log.say(line)
+        else:
+            print(line, file=sys.stderr)
 
     def _keep(self, name: str, text: str) -> None:
         """Writes a small file of the run folder in one piece; where that fails it says so."""

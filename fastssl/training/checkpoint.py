@@ -121,6 +121,11 @@ class Checkpoint:
         Raises:
             CheckpointError: it may not; the message lists every key that differs.
         """
+        if "data" in fingerprint and "data" not in self.fingerprint:
+            raise CheckpointError(
+                f"{self.path} was written by an earlier version, which did not keep the run's settings; start in "
+                f"another folder ({option})"
+            )
         keys = dict.fromkeys([*self.fingerprint, *fingerprint])
         unknown = [key for key in allowed if key not in keys]
         if unknown:
@@ -225,6 +230,15 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def stamp(path: Path | None) -> tuple[int, ...]:
+    """What tells a file from a later one of its name; () where there is none."""
+    try:
+        found = path.stat() if path is not None else None
+    except OSError:
+        found = None
+    return () if found is None else (found.st_mtime_ns, found.st_ino, found.st_size)
+
+
 class InUseError(ValueError):
     """Another process writes into the folder."""
 
@@ -241,7 +255,11 @@ def locked(folder: Path, option: str) -> Iterator[None]:
     Raises:
         InUseError: another process has it.
     """
-    with open(folder / ".lock", "a+") as file:
+    try:
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be written ({error.strerror}); choose another {option}") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -251,9 +269,22 @@ def locked(folder: Path, option: str) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         else:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {platform.node()}\n")
-            file.flush()
+            with contextlib.suppress(OSError):  # a full disk: then the holder stays unnamed
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {platform.node()}\n")
+                file.flush()
             for part in folder.glob(".*.part"):
-                part.unlink(missing_ok=True)
+                if not _alive(part.name.split(".")[-2]):
+                    part.unlink(missing_ok=True)
         yield
+
+
+def _alive(number: str) -> bool:
+    """Whether a process of this machine has the number."""
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True

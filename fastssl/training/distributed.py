@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -165,6 +166,24 @@ def merge_moments(count: int, mean: Tensor, m2: Tensor) -> tuple[int, Tensor, Te
     means, squares = gather(torch.stack([mean, m2])[None]).unbind(1)  # [world, C] each
     merged = means.mean(dim=0)
     return count * world(), merged, squares.sum(dim=0) + count * (means - merged).square().sum(dim=0)
+
+
+def from_main(make: Callable[[], str]) -> str:
+    """What the main process makes of a call, on all of them."""
+    if world() == 1:
+        return make()
+    box = [make() if is_main() else ""]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_in_float32(_: Any, bucket: dist.GradBucket) -> Any:
+    """For DistributedDataParallel: the mean of a bucket of gradients over the processes. bfloat16 gradients are added
+    up in float32, so that the sum does not lose digits with every process."""
+    gradients = bucket.buffer()
+    wide = gradients.float() if gradients.dtype == torch.bfloat16 else gradients
+    work = dist.all_reduce(wide.div_(world()), async_op=True)
+    return work.get_future().then(lambda done: gradients.copy_(done.value()[0]))
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastssl.batch import Batch
+from fastssl.kernels._path import kernel_mode
 
 WARM_UP = 3  # eager steps before a capture: libraries make their plans and workspaces
 Pass = Callable[[Batch], tuple[Tensor, dict[str, Tensor]]]  # forward and backward; loss and scalars
@@ -68,7 +69,7 @@ class StepGraph:
             batch: on the device, with the epoch as a number.
             first: whether this is the step's first micro-batch: gradients that are there count for nothing.
         """
-        key = (first, *shapes(batch))
+        key = (first, kernel_mode(), *shapes(batch))
         if first:
             for parameter in self.parameters:
                 parameter.grad = None

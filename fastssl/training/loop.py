@@ -217,6 +217,7 @@ class Run(ABC, Generic[B, R]):
         self.recent_ids: dict[int, list[Any]] = {}  # step -> this process's sample ids, since the last reading
         self.unlogged: list[dict[str, float]] = []  # scalars of the steps since the last log line
         self.rates: dict[str, float] = {}
+        self.found = checkpoint.stamp(self.path)
         if self.path is not None and self.path.exists():
             self._resume(checkpoint.read(self.path, self.kind))
 
@@ -242,7 +243,10 @@ class Run(ABC, Generic[B, R]):
         if distributed.world() == 1:
             return self.network
         devices = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
+        parallel = DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
+        if len(self.masters):
+            parallel.register_comm_hook(None, distributed.sum_in_float32)
+        return parallel
 
     def _resume(self, saved: Checkpoint) -> None:
         self.changes = saved.check(self.fingerprint(), self.folder_option, self.may_change())
@@ -373,6 +377,8 @@ class Run(ABC, Generic[B, R]):
             if self.folder is not None and distributed.is_main():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(checkpoint.locked(self.folder, self.folder_option))
+                if checkpoint.stamp(self.path) != self.found:
+                    raise checkpoint.InUseError(f"{self.path} has moved on since this start read it; start again")
             yield stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, self.pace.total_steps)))
 
     def read_scalars(self) -> None:

@@ -215,6 +215,16 @@ class AdamW(Optimizer):
     def __init__(self, groups: list[dict[str, Any]], optim: Optim, masters: Masters, averages: Pairs) -> None:
         super().__init__(groups, optim, masters, averages)
         self.betas, self.eps = optim.betas, optim.eps
+        self.counts: Tensor | None = None  # steps that each value has taken, where these differ
+
+    def state_dict(self) -> dict[str, Any]:
+        """PyTorch's, and `counts`: how many steps each value has taken, where these differ."""
+        return super().state_dict() | {"counts": None if self.counts is None else self.counts.tolist()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        counts = state_dict["counts"]
+        self.counts = None if counts is None else self._none.new_tensor(counts, dtype=torch.float64)
 
     def host_numbers(self) -> list[float]:
         lr, weight_decay, step = _numbers(self.param_groups)
@@ -223,9 +233,30 @@ class AdamW(Optimizer):
     def _update(self, grads: list[Tensor | None], numbers: Tensor, scale: Tensor | None) -> None:
         moments = self._moments("exp_avg"), self._moments("exp_avg_sq")
         adamw_ema(
-            self.values, grads, *moments, numbers, betas=self.betas, eps=self.eps, scales=self.scales,
+            self.values, grads, *moments, numbers, betas=self.betas, eps=self.eps, scales=self._corrected(grads, scale),
             grad_scale=scale, **self._lists,
         )  # fmt: skip
+
+    def _corrected(self, grads: list[Tensor | None], scale: Tensor | None) -> Tensor:
+        """`scales` for moments that have seen fewer steps than there were: a parameter that rests for a while begins
+        its corrections when it begins to move, as in torch.optim.AdamW (exactly so but for eps)."""
+        trained = len(self.trained)
+        missing = [i for i in range(trained) if grads[i] is None]
+        resting = scale is not None and (scale.ndim > 0 or hasattr(self, "found_inf"))
+        steps = self.param_groups[0]["step"]  # before this one
+        if self.counts is None:
+            if not missing and not resting:
+                return self.scales
+            self.counts = torch.full((len(self.values),), float(steps), dtype=torch.float64, device=self._none.device)
+        taken = torch.ones_like(self.counts) if scale is None else (scale != 0).to(torch.float64).expand_as(self.counts)
+        if missing:
+            taken = taken.clone().index_fill_(0, torch.tensor(missing, device=taken.device), 0.0)
+        self.counts += taken
+        beta1, beta2 = self.betas
+        done = self.counts.clamp(min=1.0)
+        first = (1 - beta1 ** (steps + 1)) / (1 - beta1**done)
+        second = ((1 - beta2**done) / (1 - beta2 ** (steps + 1))).sqrt()
+        return torch.stack([self.scales[:, 0] * first * second, self.scales[:, 1]], dim=1).to(self.scales.dtype)
 
 
 class SGD(Optimizer):
@@ -287,10 +318,15 @@ class LARS(SGD):
                 torch._foreach_add_(updates, params, alpha=weight_decay)
                 size, change = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(updates))
                 updates = list(torch._foreach_mul(updates, list(trust_ratio(size, change, self.trust).unbind())))
+            moving = [f != 0 if isinstance(f, Tensor) else True for f in factor]
+            old = [None if still is True else m.clone() for m, still in zip(moments, moving, strict=True)]
             torch._foreach_mul_(moments, self.decay)
             torch._foreach_add_(moments, updates)
-            moved = [m * (f != 0) if isinstance(f, Tensor) else m for m, f in zip(moments, factor, strict=True)]
+            moved = [m if still is True else m * still for m, still in zip(moments, moving, strict=True)]
             torch._foreach_add_(params, moved, alpha=-lr)
+            for moment, before, still in zip(moments, old, moving, strict=True):
+                if before is not None and isinstance(still, Tensor):
+                    moment.copy_(torch.where(still, moment, before))
         for value, copy in zip(self.values, self.copies, strict=True):
             if copy is not None:
                 copy.copy_(value)

@@ -319,3 +319,29 @@ print(len(list(stream)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.stdout == "[0, 0]\n11\n", done.stderr
+
+
+def test_the_cut_follows_pils_version_whatever_is_cached():
+    """numba's cache on disk does not know of globals: a process with another PIL must not find this one's code."""
+    code = """
+import sys, PIL
+PIL.__version__ = sys.argv[1]
+import ctypes, numpy as np
+from fastssl.loaders import resample
+frame = np.random.default_rng(0).integers(0, 256, (400, 64, 3), np.uint8)
+box, flip = np.array([[0, 0, 400, 64]]), np.zeros(1, bool)
+out, other, bad = np.empty((1, 3, 32, 32), np.uint8), np.empty((1, 3, 32, 32), np.uint8), np.zeros(1, np.int64)
+resample.cut_all(frame, (0, 0), box, flip, 32, "bicubic", out)
+kind = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * 14)(resample.cut_address())
+kind(frame.ctypes.data, frame.strides[0], 400, 64, 0, 0, box.ctypes.data, flip.ctypes.data, 1, 32,
+     resample.FILTERS["bicubic"], 1, other.ctypes.data, bad.ctypes.data)
+assert bad[0] == -1
+assert np.array_equal(out, other), (out != other).sum()
+print(out.sum())
+"""
+    sums = []
+    for version in ("13.0.0", "12.2.0", "13.0.0"):
+        done = subprocess.run([sys.executable, "-c", code, version], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        sums.append(done.stdout)
+    assert sums[0] == sums[2] != sums[1]

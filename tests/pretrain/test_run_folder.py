@@ -139,6 +139,22 @@ def test_one_run_at_a_time(finished, images):
     pretrain(config(images, finished))
 
 
+def test_a_checkpoint_that_moved_on_after_it_was_read_is_not_overwritten(finished, images):
+    """A requeued start reads the checkpoint while the old one is still writing its last."""
+    late = Trainer(config(images, finished, schedule__epochs=3, run__change="schedule.epochs"))
+    pretrain(config(images, finished, schedule__epochs=3, run__change="schedule.epochs"))
+    with pytest.raises(InUseError, match="has moved on since this start read it; start again"):
+        late.train()
+    assert checkpoint.read(finished / "last.pt").step == 12
+
+
+def test_a_file_that_cannot_be_read_does_not_end_the_start(images, tmp_path):
+    shutil.copytree(images / "train", tmp_path / "train")
+    first = next(path for path in (tmp_path / "train").rglob("*") if path.is_file())
+    (first.parent / f"dangling{first.suffix}").symlink_to(tmp_path / "nowhere")
+    assert pretrain(config(tmp_path, tmp_path / "run", "train", run__steps=1))["step"] == 1
+
+
 def test_a_killed_process_leaves_no_lock_and_no_half_written_file(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from fastssl.training.checkpoint import locked\n"

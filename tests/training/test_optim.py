@@ -285,3 +285,58 @@ def test_a_state_of_gradients_that_are_not_finite_is_left_out():
         fill_gradients(module, 0)
         optimizer.step()
         assert not any(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("rest", [1, 40])
+def test_corrections_begin_when_a_parameter_begins_to_move(rest):
+    """DINO's prototypes rest for an epoch: their first steps are then as long as torch.optim.AdamW's first steps."""
+    module, twin = make_module(), make_module()
+    optim = Optim(lr=0.01, weight_decay=0.1, betas=(0.9, 0.999))
+    ours = build_optimizer(module, optim)
+    plain = torch.optim.AdamW(param_groups(twin), lr=0.01, betas=(0.9, 0.999), eps=optim.eps)
+    for group in plain.param_groups:
+        group["weight_decay"] = 0.1 if group["decay"] else 0.0
+    for step in range(rest + 6):
+        if step == rest + 3:  # a resumed run knows how many steps each has taken
+            state = io.BytesIO()
+            torch.save(ours.state_dict(), state)
+            state.seek(0)
+            ours = build_optimizer(module, optim)
+            ours.load_state_dict(torch.load(state, weights_only=True))
+        fill_gradients(module, step)
+        fill_gradients(twin, step)
+        learn = torch.tensor(float(step >= rest), dtype=torch.float64)
+        if step < rest:
+            twin[2].weight.grad = None
+        ours.clip(0.0, False, [([module[2].weight], learn)])
+        ours.step()
+        plain.step()
+    for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_steps_that_were_left_out_do_not_count():
+    module, twin = make_module().float(), make_module().float()
+    ours, plain = (build_optimizer(one, Optim(lr=0.01)) for one in (module, twin))
+    for step, broken in enumerate((True, True, False, True, False)):
+        fill_gradients(module, step)
+        ours.found_inf = torch.tensor(float(broken))
+        ours.step()
+        del ours.found_inf
+        if not broken:
+            fill_gradients(twin, step)
+            plain.step()
+    for a, b in zip(module.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_lars_keeps_the_sums_of_a_resting_parameter():
+    module = make_module()
+    optimizer = build_optimizer(module, Optim(name="lars", lr=0.1, weight_decay=0.5))
+    fill_gradients(module, 0)
+    optimizer.step()
+    before = optimizer.state[module[2].weight]["momentum"].clone()
+    fill_gradients(module, 1)
+    optimizer.clip(0.0, False, [([module[2].weight], torch.zeros((), dtype=torch.float64))])
+    optimizer.step()
+    assert torch.equal(optimizer.state[module[2].weight]["momentum"], before)
