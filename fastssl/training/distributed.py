@@ -177,7 +177,7 @@ def from_main(make: Callable[[], str]) -> str:
     return box[0]
 
 
-def sum_in_float32(_: Any, bucket: dist.GradBucket) -> Any:
+def sum_in_float32(bucket: dist.GradBucket) -> Any:
     """For DistributedDataParallel: the mean of a bucket of gradients over the processes. bfloat16 gradients are added
     up in float32, so that the sum does not lose digits with every process."""
     gradients = bucket.buffer()

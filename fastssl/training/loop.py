@@ -245,7 +245,8 @@ class Run(ABC, Generic[B, R]):
         devices = [self.device] if self.device.type == "cuda" else None
         parallel = DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
         if len(self.masters):
-            parallel.register_comm_hook(None, distributed.sum_in_float32)
+            # Without annotations: PyTorch compares them with types, and here they are texts.
+            parallel.register_comm_hook(None, lambda _, bucket: distributed.sum_in_float32(bucket))
         return parallel
 
     def _resume(self, saved: Checkpoint) -> None:
