@@ -276,7 +276,11 @@ def locked(folder: Path, option: str) -> Iterator[None]:
             for part in folder.glob(".*.part"):
                 if not _alive(part.name.split(".")[-2]):
                     part.unlink(missing_ok=True)
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                fcntl.flock(file, fcntl.LOCK_UN)  # also of what forked processes have inherited
 
 
 def _alive(number: str) -> bool:

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastssl.config import ConfigError
+from fastssl.config import ConfigError, Optim
 from fastssl.evaluation.data import EvaluationError
 from fastssl.evaluation.frozen import linear_probe as probe
 from fastssl.evaluation.frozen.features import Features
 from fastssl.evaluation.frozen.linear_probe import linear_probe
+from fastssl.training.masters import Masters
 from fastssl.training.optim import LARS, set_hyperparameters
 from fastssl.training.schedule import warmup_cosine
 
@@ -175,7 +176,7 @@ def plain_mae_probe(train, val, lr, epochs, batch_size, seed):
         network[1].weight.copy_(start[:, 0].T)
         network[1].bias.zero_()
     groups = [{"params": [network[1].weight], "decay": True}, {"params": [network[1].bias], "decay": False}]
-    optimizer = LARS(groups, lr)
+    optimizer = LARS(groups, Optim(lr=lr), Masters(network, torch.float32), ())
     steps = math.ceil(len(train) / batch_size)
     for epoch in range(epochs):
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed + epoch))
