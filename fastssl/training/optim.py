@@ -77,6 +77,7 @@ class Optimizer(torch.optim.Optimizer):
         self.masters, self.teacher_momentum = masters, 1.0
         self.trained = trained
         self.scale: Tensor | None = None
+        self.rests = False  # whether some factor may be 0
         self.numbers: Tensor | None = None  # on the device, written by the loop; None: `step` writes its own
 
         # Lists as the ops take them: the trained parameters, then the teachers' of frozen ones.
@@ -136,7 +137,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         norms = self._norms()
         scale: Tensor | None = None
+        self.rests = False
         for parameters, factor in factors:
+            self.rests = True
             scale = torch.ones_like(norms) if scale is None else scale
             scale[self._place(parameters)] = factor.to(norms.dtype)
         if scale is not None:
@@ -242,7 +245,7 @@ class AdamW(Optimizer):
         its corrections when it begins to move, as in torch.optim.AdamW (exactly so but for eps)."""
         trained = len(self.trained)
         missing = [i for i in range(trained) if grads[i] is None]
-        resting = scale is not None and (scale.ndim > 0 or hasattr(self, "found_inf"))
+        resting = scale is not None and (self.rests or hasattr(self, "found_inf"))
         steps = self.param_groups[0]["step"]  # before this one
         if self.counts is None:
             if not missing and not resting:

@@ -44,7 +44,7 @@ WIDTHS = {
 BOUNDS = {  # operations and kernels of one step: bound, and what it was at first
     "mae": (580, 1244),
     "semmae": (582, 1290),
-    "dino": (590, 1841),
+    "dino": (606, 1841),
     "saae": (588, 1178),
     "cae": (806, 3359),
     "sit": (572, 1475),
