@@ -1,5 +1,6 @@
 """What every run on the one loop promises: exact continuation, clean stops, clear errors, one process equals two."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -266,3 +267,14 @@ def agree(rank, raised):
 def test_processes_agree_to_stop_at_the_same_step(on_processes):
     assert on_processes(2, agree, 2) == [3, 3]
     assert on_processes(2, agree, 9) == [None, None]
+
+
+def test_fine_tunings_worker_processes_end_with_its_stream(images, tmp_path):
+    """They leave signals to the run, so one that outlived the stream would keep the whole process from ending."""
+    run = build("finetune", images, tmp_path / "run")
+    before = set(multiprocessing.active_children())
+    stream = run.micro_batches()
+    next(stream)
+    assert set(multiprocessing.active_children()) - before
+    stream.close()
+    assert set(multiprocessing.active_children()) <= before

@@ -269,22 +269,25 @@ def test_working_copies_are_the_rounded_masters():
     assert all(torch.equal(p, q) for p, q in zip(fresh.parameters(), network.parameters(), strict=True))
 
 
-def test_a_state_of_gradients_that_are_not_finite_is_left_out():
-    """What GradScaler asks of an optimizer that need not wait for the device."""
-    for name in ("adamw", "sgd"):
-        module = make_module().float()
-        optimizer = build_optimizer(module, Optim(name=name, lr=0.1))
-        fill_gradients(module, 0)
-        module[0].weight.grad[0, 0] = torch.inf
-        before = [p.detach().clone() for p in module.parameters()]
-        optimizer.found_inf = torch.ones(())
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lars"])
+def test_a_step_of_gradients_that_are_not_finite_is_left_out(name):
+    """With PyTorch's own GradScaler, as in the loop."""
+    module, scaler = make_module().float(), torch.amp.GradScaler("cpu", init_scale=8.0)
+    optimizer = build_optimizer(module, Optim(name=name, lr=0.1))
+    before = [p.detach().clone() for p in module.parameters()]
+    for broken in (True, False):
+        scaler.scale(module(torch.ones(2, 4)).square().sum()).backward()
+        if broken:
+            module[0].weight.grad[0, 0] = torch.inf
+        scaler.unscale_(optimizer)
         optimizer.clip(1.0)
-        optimizer.step()
-        assert all(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
-        del optimizer.found_inf
-        fill_gradients(module, 0)
-        optimizer.step()
-        assert not any(torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert scaler.get_scale() == 4.0
+        kept = [torch.equal(p, q) for p, q in zip(module.parameters(), before, strict=True)]
+        assert all(kept) if broken else not any(kept)
+        assert all(p.isfinite().all() for p in module.parameters())
 
 
 @pytest.mark.parametrize("rest", [1, 40])

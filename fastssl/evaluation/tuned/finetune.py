@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -287,8 +288,10 @@ class Finetuner(Run[Labelled, FinetuneEvaluation]):
         transform = training_transform(
             self.size, scale=options.scale, flip=options.flip, augment=options.augment, erase=options.erase
         )
-        self.loader = DataLoader(
-            TrainingImages(self.train_source, transform, options.seed),
+        dataset = TrainingImages(self.train_source, transform, options.seed)
+        self.open_loader = partial(
+            DataLoader,
+            dataset,
             batch_sampler=self.batches,
             num_workers=decoding_threads(options.workers, distributed.local_world()),
             collate_fn=collate,
@@ -320,9 +323,10 @@ class Finetuner(Run[Labelled, FinetuneEvaluation]):
 
     def micro_batches(self) -> Generator[Labelled, None, None]:
         epoch, done = divmod(self.step, self.pace.steps_per_epoch)
+        loader = self.open_loader()  # its processes end with this stream, whose own it is
         while True:
             self.batches.epoch, self.batches.start = epoch, done * self.pace.accumulate
-            for batch in self.loader:
+            for batch in loader:
                 if isinstance(batch, str):
                     raise EvaluationError(f"{batch}; fastssl verify lists all that are bad in a .beton")
                 yield batch

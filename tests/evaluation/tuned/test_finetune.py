@@ -233,7 +233,7 @@ def test_a_step_is_adamw_on_the_mean_of_its_micro_batches(given, tmp_path):
     reference.load_state_dict(run.network.state_dict())
     reference.train()
     run.batches.epoch = 0
-    pieces = list(run.loader)
+    pieces = list(run.open_loader())
     assert len(pieces) == 6
     run.schedule = lambda: set_rates(run.optimizer, 0.01)
     run.train_step(iter(pieces))
