@@ -13,6 +13,12 @@ from fastssl.pretrain.bench_gpu import Results
 PART = "tests"
 
 
+def pytest_configure(config: Any) -> None:
+    """Writes outcomes down in the main process only, which hears of every test."""
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Record(), "fastssl-outcomes")
+
+
 def _results() -> Results:
     return Results(os.environ["FASTSSL_BENCH_RESULTS"])
 
@@ -27,13 +33,13 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         items[:] = [item for item in items if item.nodeid not in past]
 
 
-def pytest_runtest_logreport(report: Any) -> None:
+class _Record:
     """One record per test; a failed set-up or tear-down counts as the test's failure."""
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the main process hears of it too
-        return
-    if report.when == "call" or report.outcome != "passed":
-        more = {"words": _last_line(report.longreprtext)} if report.outcome == "failed" else {}
-        _results().add(PART, report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2), **more)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.when == "call" or report.outcome != "passed":
+            more = {"words": _last_line(report.longreprtext)} if report.outcome == "failed" else {}
+            _results().add(PART, report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2), **more)
 
 
 def _last_line(text: str) -> str:
