@@ -13,10 +13,10 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-from fastssl.config import ConfigError
+from fastssl.config import ConfigError, printable
+from fastssl.declared import declaration, declared
 from fastssl.parse import parse_options, parse_pretrain, parse_recipe
 
 
@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"fastssl: {'' if code > 128 else 'error: '}{message}", file=sys.stderr)
+    print(f"fastssl: {'' if code > 128 else 'error: '}{_printable(message)}", file=sys.stderr)
     return code
 
 
@@ -55,8 +55,14 @@ def _show(result: Any, as_json: bool) -> int:
     """Prints a result, on the main process alone; 1 if it says of itself that it is not `ok`."""
     values = result if isinstance(result, dict) else result.as_dict()
     if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(values) if as_json else _lines(result) if isinstance(result, dict) else result.table())
+        text = _lines(result) if isinstance(result, dict) else result.table()
+        print(json.dumps(values) if as_json else _printable(text))
     return 0 if getattr(result, "ok", True) else 1
+
+
+def _printable(text: str) -> str:
+    """Text of several lines, without terminal escapes and the like that names of files and classes may hold."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _lines(values: dict[str, Any]) -> str:
@@ -90,11 +96,15 @@ class Command:
     recipe: bool = False
 
     def __call__(self, name: str, arguments: list[str]) -> int:
-        module = importlib.import_module(f"fastssl.{self.module}")
-        kind, run = getattr(module, self.options), getattr(module, self.function)
-        about = self.about or run.__doc__ or ""
+        return _show(*self.run(name, arguments))
+
+    def run(self, name: str, arguments: list[str]) -> tuple[Any, bool]:
+        """The result, and whether --json was asked for."""
+        module = f"fastssl.{self.module}"
+        kind = declaration(module, self.options)
+        about = self.about or declaration(module, self.function).__doc__ or ""
         options, as_json = parse_options(name, about, kind, arguments, *self.positional, recipe=self.recipe)
-        return _show(run(options), as_json)
+        return getattr(importlib.import_module(module), self.function)(options), as_json
 
 
 @dataclass(frozen=True)
@@ -118,68 +128,80 @@ class Group:
 
 def pretrain(name: str, arguments: list[str]) -> int:
     """Pretrain a model: --config RECIPE.yaml [--optim.lr 1e-3 ...]; under torchrun on many GPUs."""
+    config, as_json = parse_pretrain(arguments)
     from fastssl.pretrain.trainer import pretrain as run
 
-    config, as_json = parse_pretrain(arguments)
     return _show(run(config), as_json)
 
 
 def import_(name: str, arguments: list[str]) -> int:
     """Turn an authors' checkpoint into ours: fastssl import SRC DST --method M or --config RECIPE."""
-    from fastssl.weights.official import import_weights
-
     paths = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
     if len(paths) != 2 and not {"-h", "--help"} & set(arguments):
         raise ConfigError("fastssl import needs SRC and DST: fastssl import official.pth ours.pt --method dino")
     about = f"{(import_.__doc__ or '').split(':')[0]}."
     config, as_json, _ = parse_recipe(f"{name} SRC DST", about, arguments[len(paths) :])
+    from fastssl.weights.official import import_weights
+
     return _show(import_weights(config, *paths), as_json)
 
 
 def bench_step(name: str, arguments: list[str]) -> int:
     """Measure a recipe's training step."""
-    from fastssl.pretrain.bench_step import StepBenchOptions
+    source = declared("fastssl.pretrain.bench_step")
+    about = source.bench.__doc__.splitlines()[0]
+    config, as_json, sections = parse_recipe(name, about, arguments, bench=source.StepBenchOptions)
     from fastssl.pretrain.bench_step import bench as run
 
-    about = (run.__doc__ or "").splitlines()[0]
-    config, as_json, sections = parse_recipe(name, about, arguments, bench=StepBenchOptions)
     return _show(run(config, sections["bench"]), as_json)
 
 
 def bench_gpu(name: str, arguments: list[str]) -> int:
     """Answer everything about this machine's GPU."""
-    from fastssl.pretrain.bench_gpu import GpuBenchOptions
-    from fastssl.pretrain.bench_gpu import bench as run
-
-    about = (run.__doc__ or "").splitlines()[0]
-    options, as_json = parse_options(name, about, GpuBenchOptions, arguments, section="bench")
+    source = declared("fastssl.pretrain.bench_gpu")
+    about = source.bench.__doc__.splitlines()[0]
+    options, as_json = parse_options(name, about, source.GpuBenchOptions, arguments, section="bench")
     if options.job:
         from fastssl.pretrain.bench_gpu_jobs import work
 
         return work(json.loads(options.job), parse_recipe)
+    from fastssl.pretrain.bench_gpu import bench as run
+
     return _show(run(options), as_json)
 
 
 def bench_loader(name: str, arguments: list[str]) -> int:
-    """Measure the loader on one's own images."""
-    from fastssl.augment import augment
-    from fastssl.loaders.bench import LoaderBenchOptions
-    from fastssl.loaders.bench import bench as run
+    """Measure the loader on one's own images, or a recipe's."""
+    kind = declaration("fastssl.loaders.bench", "LoaderBenchOptions")
+    recipe: list[str] = []  # --config, --method, and keys with a dot, with their values
+    own: list[str] = []
+    mine = own
+    for argument in arguments:
+        key = argument.partition("=")[0]
+        if key.startswith("--"):
+            mine = recipe if "." in key or key in ("--config", "--method") else own
+        mine.append(argument)
+    options, as_json = parse_options(name, kind.__doc__ or "", kind, own)
+    config = parse_recipe(name, "", recipe)[0] if recipe else None
+    from fastssl.pretrain.bench_loader import bench as run
 
-    options, as_json = parse_options(name, LoaderBenchOptions.__doc__ or "", LoaderBenchOptions, arguments)
-    return _show(partial(run, augment=augment)(options), as_json)
+    return _show(run(options, config), as_json)
+
+
+def _protocol(module: str, options: str, function: str) -> Command:
+    return Command("", f"evaluation.{module}", options, function, ("checkpoint",), recipe=True)
 
 
 EVALUATE = Group(
-    "Measure a checkpoint: fastssl evaluate PROTOCOL --checkpoint C --data TRAIN --val VAL.",
+    "Measure a checkpoint: fastssl evaluate PROTOCOL CHECKPOINT --data TRAIN --val VAL.",
     {
-        "knn": Command("", "evaluation.frozen.knn", "KNNOptions", "evaluate_knn", recipe=True),
-        "linear": Command("", "evaluation.frozen.linear", "LinearOptions", "evaluate_linear", recipe=True),
-        "attentive": Command("", "evaluation.frozen.attentive", "AttentiveOptions", "evaluate_attentive", recipe=True),
-        "finetune": Command("", "evaluation.tuned.finetune", "FinetuneOptions", "evaluate_finetune", recipe=True),
-        "ssl": Command("", "evaluation.ssl", "SSLOptions", "evaluate_ssl", recipe=True),
-        "segment": Command("", "evaluation.tuned.segment", "SegmentOptions", "evaluate_segment", recipe=True),
-        "detect": Command("", "evaluation.tuned.detect", "DetectOptions", "evaluate_detect", recipe=True),
+        "knn": _protocol("frozen.knn", "KNNOptions", "evaluate_knn"),
+        "linear": _protocol("frozen.linear", "LinearOptions", "evaluate_linear"),
+        "attentive": _protocol("frozen.attentive", "AttentiveOptions", "evaluate_attentive"),
+        "finetune": _protocol("tuned.finetune", "FinetuneOptions", "evaluate_finetune"),
+        "ssl": _protocol("ssl", "SSLOptions", "evaluate_ssl"),
+        "segment": _protocol("tuned.segment", "SegmentOptions", "evaluate_segment"),
+        "detect": _protocol("tuned.detect", "DetectOptions", "evaluate_detect"),
     },
 )
 BENCH = Group(
@@ -225,9 +247,17 @@ COMMANDS: dict[str, Command | Group | Callable[[str, list[str]], int]] = {
         "Write the features of a data set: fastssl embed CHECKPOINT DATA OUT -> OUT.npy, OUT.csv, OUT.png.",
         *("evaluation.frozen.embed", "EmbedOptions", "embed", ("checkpoint", "data", "out")),
     ),
+    "look": Command(
+        "Draw what a network sees in images: fastssl look CHECKPOINT IMAGE [IMAGE ...] [--data FOLDER].",
+        *("evaluation.frozen.look", "LookOptions", "look", ("checkpoint", "images...")),
+    ),
+    "report": Command(
+        "One page on runs: curves, pictures, settings, evaluations: fastssl report RUN [RUN ...].",
+        *("report", "ReportOptions", "report", ("runs...",)),
+    ),
     "import": import_,
     "export": Command(
-        "Write a backbone for other libraries: fastssl export CHECKPOINT OUT --to timm|torchvision|hf|official.",
+        "Write a backbone for other libraries: fastssl export CHECKPOINT OUT --to timm|torchvision|hf|onnx|official.",
         *("weights.export", "ExportOptions", "export", ("checkpoint", "out")),
     ),
     "bench": BENCH,
@@ -240,6 +270,14 @@ COMMANDS: dict[str, Command | Group | Callable[[str, list[str]], int]] = {
         *("prepare.tokenizer", "TokenizerOptions", "train_tokenizer", ("data", "out")),
     ),
     "parts": PARTS,
+    "doctor": Command(
+        "Say what of this machine works, what is missing and how to mend it: fastssl doctor [FOLDER].",
+        *("doctor", "DoctorOptions", "doctor", ("path",)),
+    ),
+    "recipes": Command(
+        "List the recipes with their papers, numbers and cost, or show one: fastssl recipes [NAME].",
+        *("recipes", "RecipesOptions", "recipes", ("name",)),
+    ),
 }
 
 

@@ -108,7 +108,8 @@ class Model(Checked):
     section: ClassVar[str] = "model"
 
     name: str = "vit_small"
-    """vit_tiny, vit_small, vit_base, vit_large, vit_huge, resnet18, resnet34, resnet50 (see fastssl.models)."""
+    """vit_tiny, vit_small, vit_base, vit_large, vit_huge, resnet18, resnet34, resnet50 (see fastssl.models), or
+    timm:NAME: a plain ViT of timm for every method, any other model of timm for dino and scfs."""
     image_size: PositiveInt = 224
     """Side of the image for which a ViT's position table is made, in pixels; other sizes are interpolated."""
     patch_size: PositiveInt = 16
@@ -122,12 +123,18 @@ class Model(Checked):
     positions: Literal["learned", "sincos", "sincos_rows"] = "learned"
     """A ViT's position table: learned, or fixed 2-D sine-cosine with the column in the first half of the channels
     (sincos, MAE's) or the row (sincos_rows, CAE's)."""
+    resample: Literal["plain", "dino", "antialiased"] = "plain"
+    """How a ViT's position table is brought to the patches of an image of another size, bicubic: plain (MAE, CAE), with
+    scale (patches + 0.1) / side (dino: DINO, SAAE, SiT), or antialiased (timm). The method sets its authors' way."""
     layer_scale: NonNegativeFloat = 0.0
     """Start value of a ViT's layer scale, a learned gain per channel on every block's two branches. 0: none."""
     drop_path: Probability = 0.0
     """Stochastic depth of the student's last block; earlier blocks get proportionally less."""
     small_images: bool = False
     """ResNet only: 3x3 stem with stride 1 and no max-pool, for 32-pixel images."""
+    init: str = ""
+    """Weights that a new run starts from (short: --init): a checkpoint of ours, timm:NAME, torchvision:NAME, or a file
+    of a method's authors or of timm. Read before the first step alone; a run that goes on has its own. Empty: drawn."""
 
 
 @dataclass
@@ -195,6 +202,9 @@ class Run(Checked):
     """Stop after so many optimizer steps in all, with a checkpoint; schedules keep their length. 0: run to the end."""
     accumulate: PositiveInt = 1
     """Micro-batches per optimizer step."""
+    recipe_batch: NonNegativeInt = 0
+    """Images per optimizer step that the other numbers are for: a run with far fewer or more says what that changes. It
+    sets nothing. 0: not known."""
     compile: bool = False
     """Compile the backbone with torch.compile."""
     graph: Literal["never", "auto", "check"] = "never"
@@ -205,6 +215,9 @@ class Run(Checked):
     """CPU threads of PyTorch. 0: PyTorch's own choice, divided among the processes on this machine."""
     log_every: PositiveInt = 10
     """Optimizer steps between two log lines (the device is read only then)."""
+    loggers: str = ""
+    """Further loggers beside TensorBoard, separated by commas: wandb, mlflow. Each is set up by its own environment
+    variables (WANDB_PROJECT, WANDB_MODE=offline, MLFLOW_TRACKING_URI, MLFLOW_EXPERIMENT_NAME)."""
     save_every: PositiveFloat = 1.0
     """Epochs between two writings of last.pt (fractions allowed)."""
     keep_every: NonNegativeInt = 0
@@ -291,3 +304,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def printable(text: str) -> str:
+    """A name from a disk or a file as it may be printed, on one line: control characters (terminal escapes, line ends)
+    and bytes that are not UTF-8 as \\xNN."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode().replace("\\udc", "\\x")

@@ -28,6 +28,7 @@ class Memory:
     def __init__(self, pin: bool = False) -> None:
         self._pin = pin
         self._free: dict[int, list[np.ndarray]] = defaultdict(list)
+        self._leases: dict[int, tuple[weakref.ref[np.ndarray], np.ndarray]] = {}
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype = torch.uint8) -> Tensor:
         """An uninitialised tensor in host memory."""
@@ -40,8 +41,13 @@ class Memory:
         except IndexError:
             block = np.empty(size, np.uint8)
         lease = block[:]  # the tensor's storage holds this view, so it lives as long as any tensor on it
-        weakref.finalize(lease, free.append, block).atexit = False
+        end = weakref.ref(lease, self._take_back)
+        self._leases[id(end)] = end, block
         return torch.from_numpy(lease).view(dtype).view(shape)
+
+    def _take_back(self, end: weakref.ref[np.ndarray]) -> None:
+        _, block = self._leases.pop(id(end))
+        self._free[block.nbytes].append(block)
 
     def pinned(self, batch: Batch) -> Batch:
         """The batch with its remaining tensors page-locked too, where that is wanted: all in one piece of memory, which

@@ -1,10 +1,10 @@
 /* Threads that fill whole batches: read, decode (_window.c) and cut (resample.py, by the address of its compiled code).
    Called through ctypes by batch_pool.py: one call per batch, which waits without Python's lock.
 
-   Batches are worked on in the order in which they came, by all threads together, row by row. A row that is not a usual
-   JPEG or RGB pixels, or not as promised, gets another status than DECODED and is left to the caller, which then finds
-   out what is wrong. The threads take no signals. After a fork the child has the pool but not its threads: its calls
-   do nothing. */
+   Batches are worked on in the order in which they came, by all threads together, row by row; a row's part maps are
+   read along with it. A row that is not a usual JPEG or RGB pixels, or not as promised, gets another status than DECODED
+   and is left to the caller, which then finds out what is wrong. The threads take no signals. After a fork the child has
+   the pool but not its threads: its calls do nothing. */
 
 #ifdef __linux__
 #define _GNU_SOURCE /* for the threads' names */
@@ -21,6 +21,7 @@
 
 #define SLACK 64             /* columns that fastssl_decode_window may write beside the window */
 #define MAX_PIXELS (1 << 27) /* as in decode.py */
+#define MAX_BYTES (1 << 30)
 #define SQUASH_KIND 1        /* bilinear */
 #define MESSAGE_BYTES 200
 #define KEPT_BYTES (64 << 20) /* a thread gives larger buffers back after their row */
@@ -36,8 +37,9 @@ typedef void cut_function(const uint8_t *frame, int64_t stride, int64_t height, 
                           int64_t left, const int64_t *boxes, const uint8_t *flips, int64_t count, int64_t size,
                           int64_t kind, int64_t planar, uint8_t *out, int64_t *bad);
 
-struct row { /* Integers as in a row of an int64 array. */
-  int64_t kind, file, begin, size, height, width;
+struct row { /* Integers as in a row of an int64 array; parts_file and parts_begin: where its part maps lie; crc32: not
+                negative where a stored JPEG's checksum is to be filled in. */
+  int64_t kind, file, begin, size, height, width, parts_file, parts_begin, crc32;
 };
 
 struct group { /* Likewise: addresses of the first row's boxes, flips and crops, then numbers. */
@@ -45,10 +47,10 @@ struct group { /* Likewise: addresses of the first row's boxes, flips and crops,
 };
 
 struct job {
-  const struct row *row;
+  struct row *row;
   const struct group *group;
-  int64_t rows, groups, next, done, busy;
-  uint8_t *status;
+  int64_t rows, groups, part_bytes, next, done, busy;
+  uint8_t *parts, *status;
   struct job *after;
 };
 
@@ -98,19 +100,46 @@ static int read_at(int file, uint8_t *bytes, int64_t size, int64_t begin) {
   return 1;
 }
 
-/* The bytes of a file; NULL where it cannot be read. */
+/* The bytes of a file; NULL where it cannot be read or is no JPEG, of which only the beginning is read. */
 static uint8_t *read_file(struct buffer *buffer, const char *path, int64_t *size) {
-  int file = open(path, O_RDONLY | O_CLOEXEC);
+  int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* a pipe would wait for its writer */
   if (file < 0) return NULL;
   struct stat facts;
   uint8_t *bytes = NULL;
-  if (!fstat(file, &facts) && S_ISREG(facts.st_mode) && facts.st_size > 0) {
+  if (!fstat(file, &facts) && S_ISREG(facts.st_mode) && facts.st_size > 0 && facts.st_size <= MAX_BYTES) {
     bytes = room(buffer, (size_t)facts.st_size);
-    if (bytes && !read_at(file, bytes, facts.st_size, 0)) bytes = NULL;
+    int64_t first = facts.st_size < 2 ? facts.st_size : 2;
+    if (bytes && (!read_at(file, bytes, first, 0) || bytes[0] != 0xFF || bytes[first - 1] != 0xD8)) bytes = NULL;
+    if (bytes && !read_at(file, bytes + first, facts.st_size - first, first)) bytes = NULL;
     *size = facts.st_size;
   }
   close(file);
   return bytes;
+}
+
+/* CRC-32 of zlib and others, by tables of eight bytes at a time; made once, by whoever starts the first pool. */
+static uint32_t crc_table[8][256];
+
+static void make_crc_table(void) {
+  for (uint32_t i = 0; i < 256; i++) {
+    uint32_t value = i;
+    for (int bit = 0; bit < 8; bit++) value = value & 1 ? value >> 1 ^ 0xEDB88320u : value >> 1;
+    crc_table[0][i] = value;
+  }
+  for (int k = 1; k < 8; k++)
+    for (int i = 0; i < 256; i++)
+      crc_table[k][i] = crc_table[k - 1][i] >> 8 ^ crc_table[0][crc_table[k - 1][i] & 255];
+}
+
+static uint32_t crc32_of(const uint8_t *data, int64_t size) {
+  uint32_t value = ~0u;
+  for (; size >= 8; size -= 8, data += 8) {
+    uint32_t next = 0, low = value ^ (data[0] | data[1] << 8 | data[2] << 16 | (uint32_t)data[3] << 24);
+    for (int k = 0; k < 4; k++) next ^= crc_table[7 - k][low >> 8 * k & 255] ^ crc_table[3 - k][data[4 + k]];
+    value = next;
+  }
+  while (size--) value = value >> 8 ^ crc_table[0][(value ^ *data++) & 255];
+  return ~value;
 }
 
 /* The smallest window (top, left, height, width) that holds all boxes of a row; all of the image where a group needs
@@ -172,6 +201,8 @@ static int fill(struct pool *pool, struct worker *me, const struct job *job, int
   int64_t window[4];
   if (it.kind == UNKNOWN || it.height < 1 || it.width < 1 || it.height > MAX_PIXELS / it.width) return LEFT_TO_OTHERS;
   if (!find_window(job, row, window)) return LEFT_TO_OTHERS;
+  uint8_t *parts = job->parts + row * job->part_bytes;
+  if (job->part_bytes && !read_at((int)it.parts_file, parts, job->part_bytes, it.parts_begin)) return LEFT_TO_OTHERS;
   const uint8_t *pixels;
   if (it.kind == RAW) { /* whole rows of the window */
     int64_t stride = it.width * 3, size = window[2] * stride;
@@ -188,6 +219,7 @@ static int fill(struct pool *pool, struct worker *me, const struct job *job, int
       if (data && !read_at((int)it.file, data, it.size, it.begin)) data = NULL;
     }
     if (!data) return LEFT_TO_OTHERS;
+    if (it.kind == JPEG && it.crc32 >= 0) job->row[row].crc32 = crc32_of(data, it.size);
     char message[MESSAGE_BYTES];
     int64_t columns = window[3] + SLACK < it.width ? window[3] + SLACK : it.width;
     size_t capacity = (size_t)(window[2] * columns * 3);
@@ -240,7 +272,9 @@ static void *work(void *argument) {
 
 /* A pool of `threads` threads, fewer where the system gives no more; NULL where it gives none. The number in the name
    rises with every change of what the functions and structs here take: batch_pool.py asks for the one it knows. */
-struct pool *fastssl_pool_start_1(int threads, cut_function *cut) {
+struct pool *fastssl_pool_start_3(int threads, cut_function *cut) {
+  static pthread_once_t once = PTHREAD_ONCE_INIT;
+  pthread_once(&once, make_crc_table);
   struct pool *pool = calloc(1, sizeof *pool + (size_t)threads * sizeof(pthread_t));
   if (!pool) return NULL;
   pthread_mutex_init(&pool->lock, NULL);
@@ -268,11 +302,12 @@ struct pool *fastssl_pool_start_1(int threads, cut_function *cut) {
   return NULL;
 }
 
-/* Fills the crops of a batch; status: one byte per row, DECODED where its crops are filled. Returns 0 where the pool
-   was stopped before the end. */
-int fastssl_pool_run(struct pool *pool, int64_t rows, const struct row *row, int64_t groups, const struct group *group,
-                     uint8_t *status) {
-  struct job job = {.row = row, .group = group, .rows = rows, .groups = groups, .status = status};
+/* Fills the crops of a batch, and its part maps, part_bytes per row; status: one byte per row, DECODED where these are
+   filled. Returns 0 where the pool was stopped before the end. */
+int fastssl_pool_run(struct pool *pool, int64_t rows, struct row *row, int64_t groups, const struct group *group,
+                     int64_t part_bytes, uint8_t *parts, uint8_t *status) {
+  struct job job = {.row = row, .group = group, .rows = rows, .groups = groups, .part_bytes = part_bytes,
+                    .parts = parts, .status = status};
   memset(status, NOT_DONE, (size_t)rows);
   if (rows < 1) return 1;
   if (getpid() != pool->process) return 0;

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastssl.loaders import resample, window_decoder
-from fastssl.loaders.decode import Places
+from fastssl.loaders.decode import JPEG, Places
 from fastssl.loaders.loader import Crops
 
 _address, _number, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -39,7 +39,15 @@ class BatchPool:
         self._handle = handle
         self._end = weakref.finalize(self, _free, handle)  # at the interpreter's exit before this object goes
 
-    def fill(self, places: Places, heights: np.ndarray, widths: np.ndarray, groups: Sequence[Crops]) -> np.ndarray:
+    def fill(
+        self,
+        places: Places,
+        heights: np.ndarray,
+        widths: np.ndarray,
+        groups: Sequence[Crops],
+        parts: tuple[np.ndarray, np.ndarray] | None = None,
+        crc32: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Fills the crops of a batch, and waits for that; may be called from many threads.
 
         Args:
@@ -47,6 +55,9 @@ class BatchPool:
             heights, widths: int64 [B], of the images as their crops were drawn, in pixels.
             groups: as for one image, with one more dimension: box int64 [B, n, 4], flip bool [B, n], out uint8
                 [B, n, 3, S, S]; all contiguous.
+            parts: int64 [B, 2], where the images' part maps lie (`Source.part_places`), and uint8 [B, N, h, w],
+                contiguous, to be filled with them.
+            crc32: int64 [B]; where it is not negative, it becomes the checksum of a stored JPEG, and -1 of others.
 
         Returns:
             bool [B], which rows were filled. The others are no usual images, or damaged; for Python to see to.
@@ -55,15 +66,24 @@ class BatchPool:
             RuntimeError: `close` was called meanwhile.
             ValueError: an array is not as stated.
         """
-        rows = np.empty((len(heights), 6), np.int64)
+        count, part_bytes, part_address = len(heights), 0, 0
+        rows = np.empty((count, 9), np.int64)
+        rows[:, 8] = -1 if crc32 is None else np.where(places.table[:, 0] == JPEG, crc32, -1)
         rows[:, :4], rows[:, 4], rows[:, 5] = places.table, heights, widths
-        table = np.array([_describe(group, len(rows)) for group in groups], np.int64)
-        status = np.empty(len(rows), np.uint8)
+        if parts is not None:
+            rows[:, 6:8], maps = parts
+            if maps.dtype != np.uint8 or len(maps) != count or not maps.flags.c_contiguous:
+                raise ValueError(f"parts: {maps.dtype} {maps.shape}, not contiguous uint8 [{count}, ...]")
+            part_bytes, part_address = maps[0].nbytes, _at(maps)
+        table = np.array([_describe(group, count) for group in groups], np.int64)
+        status = np.empty(count, np.uint8)
         done = self._end.alive and _run(
-            self._handle, len(rows), rows.ctypes.data, len(table), table.ctypes.data, status.ctypes.data
+            self._handle, count, _at(rows), len(groups), _at(table), part_bytes, part_address, _at(status)
         )
         if not done:
             raise RuntimeError("the pool was closed")
+        if crc32 is not None:
+            crc32[:] = rows[:, 8]
         return status == _DECODED
 
     def close(self) -> None:
@@ -81,8 +101,13 @@ def _describe(group: Crops, rows: int) -> tuple[int, ...]:
     ):
         if array.dtype != kind or array.shape != shape or not array.flags.c_contiguous:
             raise ValueError(f"views.{view.name}: {array.dtype} {array.shape}, not contiguous {kind.__name__} {shape}")
-    box, flip, out = [array.__array_interface__["data"][0] for array in (group.box, group.flip, group.out)]
-    return box, flip, out, n, view.size, resample.FILTERS[view.interpolation], view.squash
+    numbers = n, view.size, resample.FILTERS[view.interpolation], view.squash
+    return _at(group.box), _at(group.flip), _at(group.out), *numbers
+
+
+def _at(array: np.ndarray) -> int:
+    """The address of an array's first byte."""
+    return array.__array_interface__["data"][0]
 
 
 def _typed(name: str, result: type | None, *arguments: type):
@@ -92,7 +117,7 @@ def _typed(name: str, result: type | None, *arguments: type):
     return function
 
 
-_start = _typed("fastssl_pool_start_1", _address, _int, _address)
-_run = _typed("fastssl_pool_run", _int, _address, _number, _address, _number, _address, _address)
+_start = _typed("fastssl_pool_start_3", _address, _int, _address)
+_run = _typed("fastssl_pool_run", _int, _address, _number, _address, _number, _address, _number, _address, _address)
 _stop = _typed("fastssl_pool_stop", None, _address)
 _free = _typed("fastssl_pool_free", None, _address)

@@ -26,6 +26,7 @@ from fastssl.config import (
     Checked,
     ConfigError,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     View,
@@ -35,7 +36,8 @@ from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.decode import Places
 from fastssl.loaders.engine import ENGINES, make_loader, working_engines
 from fastssl.loaders.loader import Loader
-from fastssl.loaders.peers import PEERS, Missing, Peer
+from fastssl.loaders.masks import add_masks
+from fastssl.loaders.peers import PEERS, Case, Missing, Peer
 from fastssl.loaders.pool import cores
 from fastssl.loaders.sources import Encoded, Source, open_source
 
@@ -46,36 +48,43 @@ DINO = [
     View(name="local", count=8, size=96, scale=(0.05, 0.4), blur=0.5, **_JITTER),
 ]
 SINGLE = [View(name="crop", size=224, scale=(0.08, 1.0))]
-CASES: dict[str, tuple[list[View], bool]] = {
-    "dino": (DINO, True),
-    "dino-uint8": (DINO, False),
-    "single": (SINGLE, False),
+CASES = {
+    "dino": Case(DINO, True),
+    "dino-uint8": Case(DINO, False),
+    "single": Case(SINGLE, False),
 }
 DECODE = "decode"
+RECIPE = ("recipe", "recipe-uint8")
+BATCHES = 5  # at least so many are in an epoch, so that the loader works ahead as in training
 Augment = Callable[[Batch], Batch]
 
 
 @dataclass
 class LoaderBenchOptions(Checked):
-    """What `fastssl bench loader` measures."""
+    """What `fastssl bench loader` measures. With --config RECIPE or --method NAME, and a recipe's keys such as
+    --views.local.count 6: that recipe's own views, masks and part labels.
+
+    Results are printed to stderr as they come.
+    """
 
     data: str = ""
-    """Images: a .beton file, a glob of shards, or a folder."""
-    case: str = "dino,dino-uint8,single,decode"
+    """Images: a .beton file, a glob of shards, or a folder. Empty: the recipe's, or else drawn ones."""
+    case: str = ""
     """Cases, separated by commas: dino (2 crops of 224 and 8 of 96 with all photometric operations, float32 out),
-    dino-uint8 (the crops only), single (one crop of 224), decode (decoding only)."""
+    dino-uint8 (the crops only), single (one crop of 224), decode (decoding only); recipe and recipe-uint8 likewise.
+    Empty: the recipe's two, without a recipe the other four."""
     engine: str = ""
-    """Engines and peers, separated by commas. Empty: all that work here."""
+    """Engines and peers, separated by commas. Empty: all that work here; peers know no recipes."""
     seconds: PositiveFloat = 3.0
     """About this long per contender and round."""
     rounds: PositiveInt = 3
     """Interleaved rounds."""
     workers: str = "0"
     """Decoding threads or worker processes of each contender. 0: the usable cores. Several numbers, separated by
-    commas: a sweep over them, whose rows are also printed to stderr as they come, with the share of its speed that a
-    thread of small tensor operations keeps beside the contender."""
-    batch_size: PositiveInt = 64
-    """Images per batch."""
+    commas: a sweep over them, with the share of its speed that a thread of small tensor operations keeps beside the
+    contender."""
+    batch_size: NonNegativeInt = 0
+    """Images per batch. 0: the recipe's, without a recipe 64."""
     images: PositiveInt = 500
     """At most so many images, spread evenly over the data."""
     step_images_per_s: NonNegativeFloat = 0.0
@@ -85,8 +94,7 @@ class LoaderBenchOptions(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(bool(self.data), "data", self.data, "a .beton file, a glob of shards, or a folder of images")
-        for key, known in (("case", [*CASES, DECODE]), ("engine", [*ENGINES, *PEERS])):
+        for key, known in (("case", [*CASES, DECODE, *RECIPE]), ("engine", [*ENGINES, *PEERS])):
             for name in _listed(getattr(self, key)):
                 check(name in known, key, name, f"of {', '.join(known)}")
         check(all(item.isdigit() for item in _listed(self.workers)), "workers", self.workers, "numbers such as 1,2,4")
@@ -117,12 +125,12 @@ class LoaderBench:
         return "\n".join([*lines, "", *self.missing, *self.advice])
 
 
-_HEAD = f"{'case':<11} {'engine':<16} {'stage':<12} {'img/s':>8} {'low':>8} {'high':>8} {'CPU ms':>7} {'CPU %':>6}"
+_HEAD = f"{'case':<12} {'engine':<16} {'stage':<12} {'img/s':>8} {'low':>8} {'high':>8} {'CPU ms':>7} {'CPU %':>6}"
 
 
 def _line(row: dict[str, Any]) -> str:
     line = (
-        f"{row['case']:<11} {row['engine']:<16} {row['stage']:<12} {row['images_per_s']:8.1f} "
+        f"{row['case']:<12} {row['engine']:<16} {row['stage']:<12} {row['images_per_s']:8.1f} "
         f"{row['low']:8.1f} {row['high']:8.1f} {row['cpu_ms_per_image']:7.2f} {row['cpu_percent']:6.0f}"
     )
     if "workers" in row:
@@ -130,23 +138,32 @@ def _line(row: dict[str, Any]) -> str:
     return line
 
 
-def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
+def bench(options: LoaderBenchOptions, augment: Augment, recipe: Case | None = None) -> LoaderBench:
     """Measure the loader on your data, stage by stage, beside the peers that are installed.
 
     Args:
         options: what to measure.
         augment: applies the photometric operations to a batch (`fastssl.augment.augment`).
+        recipe: the case named recipe.
 
     Raises:
         SourceError: the data cannot be opened.
-        ConfigError: no contender of those asked for works here.
+        ConfigError: no contender of those asked for works here, or a case needs a recipe or part maps.
     """
+    check(bool(options.data), "data", options.data, "a .beton file, a glob of shards, or a folder of images")
     if options.plot:
         _figure()  # before the work, not after it
+    cases = dict(CASES)
+    if recipe:
+        cases |= zip(RECIPE, (recipe, recipe._replace(floats=False)), strict=True)
+    names = _listed(options.case) or list(RECIPE if recipe else [*CASES, DECODE])
+    check(
+        recipe is not None or not {*names} & {*RECIPE}, "case", options.case, "given with a recipe (--config, --method)"
+    )
     source = open_source(options.data)
     counts = options.worker_counts
     ids = np.unique(np.linspace(0, len(source) - 1, min(options.images, len(source))).round().astype(np.int64))
-    batch_size = min(options.batch_size, len(ids))
+    batch_size = min(options.batch_size or 64, len(ids))
     wanted = _listed(options.engine) or [*working_engines(), *PEERS]
     env = {
         "images": len(ids),
@@ -156,12 +173,13 @@ def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
         "torch": torch.__version__,
     }
     result = LoaderBench(env, [], [], [])
+    _tell(_HEAD)
     with ExitStack() as outer:
         beton = outer.enter_context(_as_beton(options.data)) if "peer-ffcv" in wanted else None
-        for case in _listed(options.case):
-            views, floats = CASES.get(case, (SINGLE, False))
+        for case in names:
+            work = cases.get(case, cases["single"])
             for workers in counts:
-                peer = Peer(source, ids, views, floats=floats, batch_size=batch_size, workers=workers, beton=beton)
+                peer = Peer(source, ids, work, batch_size=batch_size, workers=workers, beton=beton)
                 with ExitStack() as stack:
                     epochs = _contenders(case, wanted, peer, augment, stack, result.missing)
                     if len(counts) == 1:
@@ -170,7 +188,7 @@ def bench(options: LoaderBenchOptions, augment: Augment) -> LoaderBench:
                         result.rows += _sweep(case, epochs, options, workers)
                 if len(counts) == 1 and case != DECODE:
                     for name in epochs:
-                        result.rows += _stages(case, name, peer, augment) if name in ENGINES else []
+                        result.rows += _told(_stages(case, name, peer, augment) if name in ENGINES else [])
     if not result.rows:
         raise ConfigError("none of the contenders asked for works here: " + "; ".join(result.missing))
     result.missing = list(dict.fromkeys(result.missing))
@@ -187,7 +205,10 @@ def _contenders(
     """What runs one epoch of each contender; why some are left out is added to `missing`."""
     epochs: dict[str, Callable[[], int]] = {}
     for name in wanted:
-        if case not in ((DECODE, "single") if name == "bare-decode" else CASES):
+        if (case == DECODE and name != "bare-decode") or (case not in (DECODE, "single") and name == "bare-decode"):
+            continue
+        if case in RECIPE and name in PEERS:
+            missing.append(f"{name} is left out of {case}: it knows none of our masks and views")
             continue
         try:
             if name in ENGINES:
@@ -219,6 +240,12 @@ class _Part(Source):
     def places(self, ids: np.ndarray) -> Places | None:
         return self._whole.places(self._ids[ids])
 
+    def parts(self, i: int) -> np.ndarray | None:
+        return self._whole.parts(int(self._ids[i]))
+
+    def part_places(self, ids: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]] | None:
+        return self._whole.part_places(self._ids[ids])
+
     def name(self, i: int) -> str:
         return self._whole.name(int(self._ids[i]))
 
@@ -227,9 +254,8 @@ class _Part(Source):
 
 
 def _engine_epoch(name: str, peer: Peer, augment: Augment, stack: ExitStack) -> Callable[[], int]:
-    loader: Loader = make_loader(
-        name, _Part(peer.source, peer.ids), peer.views, batch_size=peer.batch_size, seed=0, workers=peer.workers
-    )
+    ids = np.resize(peer.ids, max(len(peer.ids), BATCHES * peer.batch_size))
+    loader = _loader(name, peer, ids, peer.batch_size, peer.workers)
     stack.callback(loader.close)
     numbers = iter(range(sys.maxsize))
 
@@ -240,6 +266,12 @@ def _engine_epoch(name: str, peer: Peer, augment: Augment, stack: ExitStack) -> 
         return images
 
     return epoch
+
+
+def _loader(name: str, peer: Peer, ids: np.ndarray, batch_size: int, workers: int) -> Loader:
+    more: dict[str, Any] = {"masks": peer.case.masks, "part_grid": peer.case.part_grid}
+    source = _Part(peer.source, ids)
+    return make_loader(name, source, peer.views, batch_size=batch_size, seed=0, workers=workers, **more)
 
 
 @contextmanager
@@ -257,42 +289,55 @@ def _as_beton(path: str) -> Iterator[str | None]:
 # -- measuring -------------------------------------------------------------------------------------------------------
 
 
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _told(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row in rows:
+        _tell(_line(row))
+    return rows
+
+
 def _measure(case: str, epochs: dict[str, Callable[[], int]], options: LoaderBenchOptions) -> Iterator[dict[str, Any]]:
     """Rows of the stage "overall", one per contender."""
     runs: dict[str, list[tuple[float, float, float]]] = {name: [] for name in epochs}  # images/s, CPU s/image, share
     for name, epoch in epochs.items():
-        print(f"{case}: {name}", file=sys.stderr, flush=True)
+        _tell(f"{case:<12} {name:<16} begins")
         epoch()  # compiles, starts workers, fills caches
-    for _ in range(options.rounds):
+    for turn in range(options.rounds):
         for name, epoch in epochs.items():
             images, wall, cpu = 0, time.perf_counter(), cpu_seconds()
             while time.perf_counter() - wall < options.seconds:
                 images += epoch()
             wall, cpu = time.perf_counter() - wall, cpu_seconds() - cpu
             runs[name].append((images / wall, cpu / images, cpu / wall))
-    for name, found in runs.items():
-        rates = [rate for rate, _, _ in found]
-        yield {
-            "case": case,
-            "engine": name,
-            "stage": "overall",
-            "images_per_s": statistics.median(rates),
-            "low": min(rates),
-            "high": max(rates),
-            "cpu_ms_per_image": 1e3 * statistics.median(cpu for _, cpu, _ in found),
-            "cpu_percent": 100 * statistics.median(share for _, _, share in found),
-        }
+            _tell(f"{_line(_row(case, name, runs[name]))}  round {turn + 1} of {options.rounds}")
+    yield from (_row(case, name, found) for name, found in runs.items())
+
+
+def _row(case: str, name: str, found: list[tuple[float, float, float]]) -> dict[str, Any]:
+    rates = [rate for rate, _, _ in found]
+    return {
+        "case": case,
+        "engine": name,
+        "stage": "overall",
+        "images_per_s": statistics.median(rates),
+        "low": min(rates),
+        "high": max(rates),
+        "cpu_ms_per_image": 1e3 * statistics.median(cpu for _, cpu, _ in found),
+        "cpu_percent": 100 * statistics.median(share for _, _, share in found),
+    }
 
 
 def _sweep(
     case: str, epochs: dict[str, Callable[[], int]], options: LoaderBenchOptions, workers: int
 ) -> Iterator[dict[str, Any]]:
-    """Rows as of `_measure`, one contender after the other, with `workers` and `beside_percent`; also to stderr."""
+    """Rows as of `_measure`, one contender after the other, with `workers` and `beside_percent`."""
     for name, epoch in epochs.items():
         for row in _measure(case, {name: epoch}, options):
             row |= {"workers": workers, "beside_percent": 100 * _beside(epoch, min(options.seconds, 2.0))}
-            print(_line(row), file=sys.stderr, flush=True)
-            yield row
+            yield from _told([row])
 
 
 def _beside(epoch: Callable[[], int], seconds: float) -> float:
@@ -337,12 +382,16 @@ def cpu_seconds() -> float:
 
 def _stages(case: str, name: str, peer: Peer, augment: Augment, images: int = 64) -> list[dict[str, Any]]:
     """Rows of the single stages of one of our engines, in one thread."""
-    loader = make_loader(name, _Part(peer.source, peer.ids), peer.views, batch_size=1, seed=0, workers=1)
     part = min(images, len(peer.ids))
-    stages = loader.stages(range(part))
-    if stages and peer.floats:
-        with make_loader(name, _Part(peer.source, peer.ids), peer.views, batch_size=part, seed=0, workers=1) as whole:
+    stages = _loader(name, peer, peer.ids, 1, 1).stages(range(part))
+    if stages and (peer.floats or peer.case.masks):
+        with _loader(name, peer, peer.ids, part, 1) as whole:
             batch = next(whole.epoch(0))
+        if peer.case.masks:
+            begin = time.process_time()
+            add_masks(batch, peer.case.masks, seed=0)
+            stages["masks"] = (time.process_time() - begin) / part
+    if stages and peer.floats:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         augment(batch)  # compiles, takes memory
@@ -387,7 +436,7 @@ def _copy_seconds(peer: Peer) -> float:
 def advise(rows: list[dict[str, Any]], source: Source, ids: np.ndarray, workers: int, step: float) -> list[str]:
     """What the numbers say: the fastest engine, its slowest stage, and what would help."""
     lines = []
-    for case in CASES:
+    for case in dict.fromkeys(row["case"] for row in rows):
         mine = [row for row in rows if row["case"] == case and row["engine"] in ENGINES]
         whole = [row for row in mine if row["stage"] == "overall"]
         if not whole:

@@ -10,20 +10,27 @@ Source: Leclerc et al. 2023, FFCV, and the format as its writer produces it.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import logging
 import math
 import os
+import stat
 import zipfile
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
-from fastssl.loaders.decode import JPEG, UNKNOWN, DecodeError, Encoded, Places
+from fastssl.config import printable
+from fastssl.loaders.decode import JPEG, DecodeError, Encoded, Places
+
+log = logging.getLogger(__name__)
 
 VERSION = 2
 PAGE_SIZE = 8 << 20  # FFCV's default, in bytes
@@ -45,11 +52,16 @@ _ROW_TYPES = {
     TENSOR: np.dtype("<u8"),
 }
 ARRAY_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("type_length", "<u8")])
+WRONG_CHECKSUM = "has a wrong checksum: its bytes are not those that were written"
 MODES: tuple[Literal["jpg", "raw"], ...] = ("jpg", "raw")
 
 
 class BetonError(ValueError):
     """A .beton file cannot be read or written; the message names the file and what is wrong."""
+
+
+class SideFileError(BetonError):
+    """A side file is damaged; its .beton can be read all the same."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +108,8 @@ class Beton:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):
+                raise OSError(errno.EINVAL, "it is not a regular file")
             self._file = open(self.path, "rb", buffering=0)  # noqa: SIM115, closed with this object
             data = np.memmap(self._file, np.uint8, "r").view(np.ndarray)
         except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
@@ -110,15 +124,23 @@ class Beton:
 
     @cached_property
     def side(self) -> SideFile | None:
-        """The side file; None where there is none. Raises BetonError where it is damaged or belongs to another file."""
-        side = SideFile.read(self.path)
+        """The side file; None where there is none, or, with a warning, where it is damaged.
+
+        Raises:
+            BetonError: it belongs to another file, or shows that this one's tables are damaged.
+        """
+        try:
+            side = SideFile.of(self)
+        except SideFileError as error:
+            log.warning("%s; classes and samples go by their numbers", error)
+            return None
         if side and (fault := side.mismatch(self)):
             raise BetonError(fault)
         return side
 
     @property
     def classes(self) -> list[str]:
-        """Class names; empty where the file has no side file, or no classes. Raises BetonError like `side`."""
+        """Class names; empty where the file has no side file, or no classes. Raises BetonError as `side`."""
         return self.side.classes if self.side else []
 
     def image(self, i: int) -> Encoded:
@@ -136,14 +158,28 @@ class Beton:
     def places(self, ids: np.ndarray) -> Places:
         """Where the images of some samples lie; those that `image` refuses are `UNKNOWN`."""
         rows = self.rows[f"f{self._image}"][ids]
-        begin = rows["data_ptr"]
-        at = np.searchsorted(self._ptrs, begin, side="right") - 1
-        size, end = self._sizes[at], np.uint64(self.data_end)
-        good = (self._ptrs[at] == begin) & (begin <= end) & (size <= end - begin) & (rows["mode"] < len(MODES))
-        kind = np.where(good, rows["mode"] + JPEG, UNKNOWN)
-        table = np.empty((len(kind), 4), np.int64)
-        table[:, 0], table[:, 1], table[:, 2], table[:, 3] = kind, self._file.fileno(), begin, size
+        good, size = self._find(rows["data_ptr"])
+        table = np.empty((len(good), 4), np.int64)
+        table[:, 0] = (rows["mode"] + JPEG) * (good & (rows["mode"] < len(MODES)))  # or else UNKNOWN, which is 0
+        table[:, 1], table[:, 2], table[:, 3] = self._file.fileno(), rows["data_ptr"], size
         return Places(table)
+
+    def part_places(self, ids: np.ndarray) -> np.ndarray:
+        """Where the part maps of some samples lie: int64 [B, 2], file descriptor and first byte; -1 where `parts` has
+        to say what is wrong."""
+        assert self._parts is not None
+        begin = pointers(self.rows, self.fields, self._parts)[ids]
+        good, size = self._find(begin)
+        table = np.empty((len(good), 2), np.int64)
+        table[:, 0], table[:, 1] = self._file.fileno(), begin
+        table[~good | (size != math.prod(self.fields[self._parts].shape))] = -1
+        return table
+
+    def _find(self, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whether stored bytes begin at these places and lie in the file, bool [B], and how many, uint64 [B]."""
+        at = self._ptrs.searchsorted(begin, "right") - 1
+        size, end = self._sizes[at], np.uint64(self.data_end)
+        return (self._ptrs[at] == begin) & (begin <= end) & (size <= end - begin), size
 
     def stored(self, i: int, index: int) -> np.ndarray:
         """The bytes that sample `i` keeps for field `index`: uint8 [size], read-only."""
@@ -186,12 +222,26 @@ class Beton:
 
     def name(self, i: int) -> str:
         """How messages name sample `i`: the file, the index, and the source file where it is known."""
-        return f"{self.path.name}[{i}] {self.side.name(i) if self.side else ''}".rstrip()
+        return printable(f"{self.path.name}[{i}] {self.side.name(i) if self.side else ''}".rstrip())
 
-    def sample_crc32(self, i: int) -> int:
-        """Checksum of all that sample `i` holds: its numbers and stored bytes, in the order of the fields."""
-        crc = 0
-        for index, field in enumerate(self.fields):
+    @cached_property
+    def checksums(self) -> bool:
+        """Whether `sound` can tell something: there is a side file, and the image is a sample's first field."""
+        return self.side is not None and self._image == 0
+
+    def sound(self, i: int, crc32: int) -> bool:
+        """Whether sample `i`, whose image bytes have the checksum `crc32`, holds what was written, as far as known."""
+        if not self.checksums:
+            return True
+        try:
+            return self.sample_crc32(i, crc32, 1) == cast(SideFile, self.side).crc32[i]
+        except DecodeError:
+            return False
+
+    def sample_crc32(self, i: int, crc: int = 0, first: int = 0) -> int:
+        """Checksum of all that sample `i` holds: its numbers and stored bytes, in the order of the fields; going on
+        from that of the fields before `first`."""
+        for index, field in enumerate(self.fields[first:], first):
             value = self.stored(i, index) if field.stored else self.rows[f"f{index}"][i].tobytes()
             crc = zlib.crc32(value, crc)
         return crc
@@ -288,6 +338,7 @@ class SideFile:
         shard: which of how many shards the .beton is, counted from 0.
         size, tables_crc32: of the .beton it belongs to, in bytes and as `Beton.tables_crc32`.
         crc32: uint32 [n], checksum of each sample (see `sample_crc32`).
+        conversion: the same number for all shards of one conversion; 0 where it is not known.
     """
 
     path: Path
@@ -296,28 +347,56 @@ class SideFile:
     size: int
     tables_crc32: int
     crc32: np.ndarray
+    conversion: int = 0
 
     @staticmethod
     def path_of(path: Path) -> Path:
         return path.with_name(path.name + ".npz")
 
     @classmethod
-    def read(cls, beton: Path) -> SideFile | None:
-        """The side file of a .beton; None where there is none. Raises BetonError where it is damaged."""
-        path = cls.path_of(beton)
+    def of(cls, beton: Beton) -> SideFile | None:
+        """The side file of a .beton; None where there is none. It need not be the right one: see `mismatch`.
+
+        A writer that was killed between giving the .beton its name and the side file its own has left the latter under
+        its temporary name; it is then taken from there.
+
+        Raises:
+            SideFileError: it is damaged.
+        """
+        path = cls.path_of(beton.path)
         try:
-            with np.load(path, allow_pickle=False) as entries:
-                shard, total, size, tables_crc32 = (int(value) for value in entries["file"])
-                return cls(path, _split(entries["classes"]), (shard, total), size, tables_crc32, entries["crc32"])
+            side = cls._read(path)
+            if side and not side.mismatch(beton):
+                return side
+            fault = None
+        except SideFileError as error:
+            side, fault = None, error
+        with contextlib.suppress(SideFileError):
+            new = cls._read(path.with_name(path.name + PARTIAL))
+            if new and not new.mismatch(beton):
+                return new
+        if fault:
+            raise fault
+        return side
+
+    @classmethod
+    def _read(cls, path: Path) -> SideFile | None:
+        try:
+            entries = _entries(path, "file", "classes", "crc32")
+            shard, total, size, tables_crc32, *later = (int(value) for value in entries["file"])
+            crc32 = entries["crc32"]
+            if crc32.dtype != np.uint32 or crc32.ndim != 1:
+                raise ValueError(f"checksums are {crc32.dtype}, {crc32.ndim}-dimensional")
+            return cls(path, _split(entries["classes"]), (shard, total), size, tables_crc32, crc32, *later[:1])
         except FileNotFoundError:
             return None
         except _DAMAGE as error:
-            raise BetonError(f"{path} is damaged ({error}); without it, names and checksums are missing") from None
+            raise SideFileError(f"{printable(str(path))} is damaged ({_words(error)})") from None
 
     def write(self, path: Path, names: Sequence[str]) -> None:
         """Writes the side file; equal contents give equal bytes."""
         entries = {
-            "file": np.array([*self.shard, self.size, self.tables_crc32], np.int64),
+            "file": np.array([*self.shard, self.size, self.tables_crc32, self.conversion], np.int64),
             "classes": _join(self.classes),
             "crc32": self.crc32,
             "names": _join(names),
@@ -339,20 +418,54 @@ class SideFile:
         return None
 
     def name(self, i: int) -> str:
-        """Source name of sample `i`, relative to the folder that was converted; empty where it is not known."""
-        names, ends = self._names
+        """Source name of sample `i`, relative to the folder that was converted; empty where it is not known, which is
+        warned of once where the side file has become unreadable."""
+        try:
+            names, ends = self._names
+        except SideFileError as error:
+            log.warning("%s; samples go by their numbers", error)
+            names, ends = self.__dict__["_names"] = np.empty(0, np.uint8), np.empty(0, np.int64)
         if i >= len(ends):
             return ""
         return os.fsdecode(names[ends[i - 1] + 1 if i else 0 : ends[i]].tobytes())
 
+    def check_names(self) -> None:
+        """Raises SideFileError unless the source names can be read, one per sample or none at all."""
+        _, ends = self._names
+        if len(ends) not in (0, len(self.crc32)):
+            raise SideFileError(f"{printable(str(self.path))} has {len(ends)} names for {len(self.crc32)} samples")
+
     @cached_property
     def _names(self) -> tuple[np.ndarray, np.ndarray]:
-        with np.load(self.path, allow_pickle=False) as entries:
-            names = entries["names"]
-        return names, np.flatnonzero(names == 0)
+        try:
+            names = _entries(self.path, "names")["names"]
+            return names, np.flatnonzero(names == 0)
+        except _DAMAGE as error:
+            raise SideFileError(f"{printable(str(self.path))} cannot be read any more ({_words(error)})") from None
 
 
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zlib.error, zipfile.BadZipFile)
+PARTIAL = ".partial"  # at the end of a name: not whole, or not yet in its place
+_DAMAGE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zlib.error, zipfile.BadZipFile)
+
+
+def _entries(path: Path, *names: str) -> dict[str, np.ndarray]:
+    """Arrays of a side file. It holds them as they are: none takes more memory than the file has bytes."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is not a regular file")
+    found = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            if archive.getinfo(f"{name}.npy").compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"its {name} are compressed")
+            with archive.open(f"{name}.npy") as entry:
+                found[name] = np.lib.format.read_array(entry, allow_pickle=False)
+                if entry.read(1):  # the checksum is compared at the end
+                    raise ValueError(f"its {name} are longer than they say")
+    return found
+
+
+def _words(error: BaseException) -> str:
+    return printable(str(error).strip()) or type(error).__name__
 
 
 def _join(words: Sequence[str]) -> np.ndarray:

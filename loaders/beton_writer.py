@@ -25,6 +25,7 @@ from fastssl.loaders.beton import (
     JSON,
     MODES,
     PAGE_SIZE,
+    PARTIAL,
     TENSOR,
     VERSION,
     BetonError,
@@ -111,7 +112,7 @@ class BetonWriter:
 
     def __init__(self, path: str | Path, fields: Sequence[Field], capacity: int) -> None:
         self.path, self.fields = Path(path), list(fields)
-        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.partial = self.path.with_name(self.path.name + PARTIAL)
         self._descriptors = np.concatenate([_descriptor(field) for field in self.fields])
         tables = HEADER.itemsize + self._descriptors.nbytes + capacity * row_type(self.fields).itemsize
         self.begin = -(-tables // PAGE_SIZE) * PAGE_SIZE
@@ -140,13 +141,20 @@ class BetonWriter:
         self._blocks.append((rows, sizes, crc32))
         self._end = end
 
-    def finish(self, classes: Sequence[str] = (), names: Sequence[str] = (), shard: tuple[int, int] = (0, 1)) -> None:
+    def finish(
+        self,
+        classes: Sequence[str] = (),
+        names: Sequence[str] = (),
+        shard: tuple[int, int] = (0, 1),
+        conversion: int = 0,
+    ) -> None:
         """Writes the tables and the side file, waits for the disk, and gives the files their names.
 
         Args:
             classes: class names, in the order of the labels.
             names: source name of each sample.
             shard: which of how many shards this file is, counted from 0.
+            conversion: a number that all shards of a conversion have in common.
         """
         empty = Block(self.fields, [])
         blocks = [(empty.rows, empty.sizes, empty.crc32), *self._blocks]
@@ -170,15 +178,19 @@ class BetonWriter:
         os.fsync(self._file)
 
         side_path = SideFile.path_of(self.path)
-        side_partial = side_path.with_name(side_path.name + ".partial")
+        side_partial = side_path.with_name(side_path.name + PARTIAL)
         crc_tables, size = zlib.crc32(tail, zlib.crc32(head)), self._end + len(tail)
-        side = SideFile(side_path, list(classes), shard, size, crc_tables, crc32)
+        side = SideFile(side_path, list(classes), shard, size, crc_tables, crc32, conversion)
         try:
             side.write(side_partial, names)
-            os.replace(side_partial, side_path)
-        finally:
+            _sync_folder(self.path.parent)
+            os.replace(self.partial, self.path)
+        except BaseException:
             side_partial.unlink(missing_ok=True)
-        os.replace(self.partial, self.path)
+            raise
+        # From here on the new pair counts: a reader that finds no side file, or the old one, takes this one.
+        _sync_folder(self.path.parent)
+        os.replace(side_partial, side_path)
         _sync_folder(self.path.parent)
         os.close(self._file)
         self._file = CLOSED

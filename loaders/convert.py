@@ -22,8 +22,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fastssl.config import Checked, NonNegativeInt, Range, ZeroToOne, check
-from fastssl.loaders import jpeg
+from fastssl.config import Checked, NonNegativeInt, Range, ZeroToOne, check, printable
+from fastssl.loaders import jpeg, window_decoder
 from fastssl.loaders.beton import ARRAY, IMAGE, INT, BetonError, Field
 from fastssl.loaders.beton_writer import MAX_PIECE, BetonWriter, Block
 from fastssl.loaders.datasets import NamedSet, open_named
@@ -31,16 +31,18 @@ from fastssl.loaders.decode import (
     MAX_PIXELS,
     DecodeError,
     Encoded,
-    decode,
     open_image,
     orientation,
+    read_file,
     to_rgb,
     upright_size,
 )
 from fastssl.loaders.pool import CONTEXT, WorkerDied, cores, ordered
-from fastssl.loaders.sources import SourceError, read_file, scan_folder
+from fastssl.loaders.sources import Found, SourceError, scan_folder
+from fastssl.progress import progress_bar
 
 CHUNK = 32  # images per task of a worker
+STORED = ("split", "max_resolution", "squash", "quality", "mode", "raw_fraction")  # options that shape what is stored
 MAX_SIDE = 65500  # of a JPEG; the metadata's 16 bits hold little more
 DRAFT = 2  # a JPEG that shrinks is decoded at 1/2, 1/4 or 1/8 if that leaves this many times the wanted side
 BUFFER = 32 << 20  # bytes per worker for the JPEGs of a chunk that are copied; more than this takes memory as it goes
@@ -121,6 +123,8 @@ class ConvertResult:
         copied: JPEGs among them that were stored byte for byte; the rest was decoded, and encoded anew or stored raw.
         classes: number of classes.
         bad: (source name, reason) of each file that was skipped.
+        warned: likewise, of each JPEG that libjpeg decodes with a warning (found by check=decode).
+        left_out: what in the folder was not taken for an image, counted and named.
         seconds: wall-clock time.
     """
 
@@ -131,17 +135,23 @@ class ConvertResult:
     classes: int
     seconds: float
     bad: list[tuple[str, str]] = field(default_factory=list)
+    warned: list[tuple[str, str]] = field(default_factory=list)
+    left_out: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def table(self) -> str:
         text = (
-            f"{self.path}: {self.images} images in {self.classes or 'no'} classes, {self.size / 1e6:.1f} MB; "
-            f"{self.copied} copied byte for byte, {self.images - self.copied} decoded and stored anew; "
+            f"{printable(self.path)}: {self.images} images in {self.classes or 'no'} classes, "
+            f"{self.size / 1e6:.1f} MB; {self.copied} copied byte for byte, "
+            f"{self.images - self.copied} decoded and stored anew; "
             f"{self.seconds:.1f} s, {self.images / max(self.seconds, 1e-9):.0f} img/s"
         )
-        return "\n".join([text, *([_listing("skipped", self.bad)] if self.bad else [])])
+        lines = [text, *([_listing("skipped", self.bad)] if self.bad else [])]
+        if self.warned:
+            lines.append(_listing("decoded with a warning of libjpeg (pixels may be missing)", self.warned, "file"))
+        return "\n".join(lines)
 
 
 def convert(options: ConvertOptions, say: Callable[[str], None] | None = None) -> ConvertResult:
@@ -159,34 +169,35 @@ def convert(options: ConvertOptions, say: Callable[[str], None] | None = None) -
     """
     begin = time.perf_counter()
     say = say or (lambda text: tqdm.write(text, file=sys.stderr))
-    target = Path(options.dst)
+    target, shown = Path(options.dst), printable(options.dst)
     if target.suffix != ".beton":
-        raise ConvertError(f"{target} must end in .beton")
+        raise ConvertError(f"{shown} must end in .beton")
     if target.exists() and not options.overwrite:
-        raise ConvertError(f"{target} exists already; --overwrite true replaces it")
+        raise ConvertError(f"{shown} exists already; --overwrite true replaces it")
     if not target.parent.is_dir():
-        raise ConvertError(f"{target.parent} is no folder to write {target.name} into")
+        raise ConvertError(f"{printable(str(target.parent))} is no folder to write {printable(target.name)} into")
     job = _job(options)
+    if job.left_out:
+        say(job.left_out)
     try:
         with BetonWriter(target, job.fields, len(job.files)) as writer:
             if writer.restarted:
-                say(f"{writer.partial} was left by an unfinished conversion; starting over")
+                say(f"{printable(str(writer.partial))} was left by an unfinished conversion; starting over")
             outcome = _run(job, writer)
             if len(outcome.bad) > options.max_bad or not outcome.names:
-                head = f"{target} was not written (up to {options.max_bad} bad files are skipped: --max-bad)"
+                head = f"{shown} was not written (up to {options.max_bad} bad files are skipped: --max-bad)"
                 raise ConvertError(_listing(head, outcome.bad), outcome.bad)
-            writer.finish(job.classes, outcome.names, options.shard_numbers)
+            writer.finish(job.classes, outcome.names, options.shard_numbers, job.conversion)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConvertError(f"no space left for {target}; what was written has been removed") from None
-        raise ConvertError(f"{target} cannot be written: {error.strerror or error}") from None
+            raise ConvertError(f"no space left for {shown}; what was written has been removed") from None
+        raise ConvertError(f"{shown} cannot be written: {error.strerror or error}") from None
     except (WorkerDied, BetonError) as error:
         raise ConvertError(str(error)) from None
     seconds = time.perf_counter() - begin
     size = target.stat().st_size
-    return ConvertResult(
-        str(target), size, len(outcome.names), outcome.copied, len(job.classes), round(seconds, 3), outcome.bad
-    )
+    counts = (size, len(outcome.names), outcome.copied, len(job.classes), round(seconds, 3))
+    return ConvertResult(str(target), *counts, outcome.bad, outcome.warned, job.left_out)
 
 
 @dataclass
@@ -200,6 +211,8 @@ class _Job:
     labels: np.ndarray
     named: NamedSet | None
     first: int  # position of files[0] in the whole data set
+    left_out: str
+    conversion: int  # the same for all shards: of all files, their labels, and how they are stored
 
     def read(self, i: int, space: memoryview) -> bytes | memoryview:
         if self.named:
@@ -211,38 +224,47 @@ class _Job:
 class _Outcome:
     names: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
+    warned: list[tuple[str, str]] = field(default_factory=list)
     copied: int = 0
 
 
 def _job(options: ConvertOptions) -> _Job:
     try:
         named = open_named(options.src, options.split, options.download)
-        classes, files, labels = (named.classes, named.names, named.labels) if named else scan_folder(options.src)
+        found = Found(named.classes, named.names, named.labels) if named else scan_folder(options.src)
     except SourceError as error:
         raise ConvertError(str(error)) from None
     fields = [Field("image", IMAGE), Field("label", INT)]
     if options.parts:
-        fields.append(Field("parts", ARRAY, _parts_shape(options.parts, files), np.dtype("u1")))
+        fields.append(Field("parts", ARRAY, _parts_shape(options.parts, found.files), np.dtype("u1")))
     index, total = options.shard_numbers
-    begin, end = len(files) * index // total, len(files) * (index + 1) // total
+    count = len(found.files)
+    begin, end = count * index // total, count * (index + 1) // total
     if begin == end:
-        raise ConvertError(f"shard {options.shard} is empty: {options.src} has only {len(files)} images")
-    return _Job(options, fields, classes, files[begin:end], labels[begin:end], named, begin)
+        raise ConvertError(f"shard {options.shard} is empty: {options.src} has only {count} images")
+    files, labels = found.files[begin:end], found.labels[begin:end]
+    stored = [(key, value) for key, value in sorted(vars(options).items()) if key in STORED]
+    facts = [*(f"{file}\0{label}" for file, label in zip(found.files, found.labels, strict=True)), str(stored)]
+    conversion = zlib.crc32("\n".join(facts).encode("utf-8", "surrogateescape"))
+    return _Job(options, fields, found.classes, files, labels, named, begin, found.left_out(), conversion)
 
 
 def _run(job: _Job, writer: BetonWriter) -> _Outcome:
     """Lets the workers convert all files into the writer's temporary file; shows progress."""
     outcome, chunks = _Outcome(), -(-len(job.files) // CHUNK)
     workers = min(job.options.workers or cores(), chunks)
-    state = (job, str(writer.partial), _Turn(writer.begin))
-    interval = 0.2 if sys.stderr.isatty() else 10.0
+    try:
+        state = (job, str(writer.partial), _Turn(writer.begin))
+    except OSError as error:  # not the destination's fault
+        raise WorkerDied(f"worker processes cannot be started ({error.strerror}); is /dev/shm full?") from None
     results = ordered(_convert_chunk, range(chunks), workers, _start, state)
     try:
-        with tqdm(total=len(job.files), unit="img", desc=writer.path.name, mininterval=interval) as bar:
-            for names, bad, copied, rows, sizes, crc32, end in results:
+        with progress_bar(len(job.files), writer.path.name) as bar:
+            for names, bad, warned, copied, rows, sizes, crc32, end in results:
                 writer.add(rows, sizes, crc32, end)
                 outcome.names += names
                 outcome.bad += bad
+                outcome.warned += warned
                 outcome.copied += copied
                 if bad:
                     bar.set_postfix(bad=len(outcome.bad), refresh=False)
@@ -292,12 +314,14 @@ def _start(job: _Job, path: str, turn: _Turn) -> None:
 
 def _convert_chunk(chunk: int) -> tuple:
     try:
-        samples, names, bad, copied, space = [], [], [], 0, _buffer
+        samples, names, bad, warned, copied, space = [], [], [], [], 0, _buffer
         for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(_job_here.files))):
             name = _job_here.files[i]
             try:
                 data = _job_here.read(i, space)
                 image, is_copy = encode(data, name, _job_here.options)
+                if _job_here.options.check == "decode" and (warning := _warning(data)):
+                    warned.append((name, f"({warning})"))
                 parts = [_read_parts(_job_here, name)] if _job_here.options.parts else []
             except DecodeError as error:
                 bad.append((name, str(error)))
@@ -316,7 +340,7 @@ def _convert_chunk(chunk: int) -> tuple:
     except BaseException:
         _turn.fail(chunk)
         raise
-    return names, bad, copied, block.rows, block.sizes, block.crc32, end
+    return names, bad, warned, copied, block.rows, block.sizes, block.crc32, end
 
 
 def encode(data: bytes | memoryview, name: str, options: ConvertOptions) -> tuple[Encoded, bool]:
@@ -333,10 +357,7 @@ def encode(data: bytes | memoryview, name: str, options: ConvertOptions) -> tupl
         if header.fault:
             raise DecodeError(header.fault)
         if not as_raw and _fits(header, data, options):
-            stored = Encoded(np.frombuffer(data, np.uint8), "jpg", header.height, header.width)
-            if options.check == "decode":
-                decode(stored)
-            return stored, True
+            return Encoded(np.frombuffer(data, np.uint8), "jpg", header.height, header.width), True
     image = open_image(bytes(data))
     height, width = upright_size(image)
     shrink = options.max_resolution / max(height, width) if options.max_resolution else 1.0
@@ -356,6 +377,14 @@ def encode(data: bytes | memoryview, name: str, options: ConvertOptions) -> tupl
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=options.quality, comment=b"")  # else PIL takes over the source's comment
     return Encoded(np.frombuffer(buffer.getbuffer(), np.uint8), "jpg", height, width), False
+
+
+def _warning(data: bytes | memoryview) -> str:
+    """What libjpeg warns of; raises DecodeError where a JPEG cannot be decoded."""
+    if data[:2] != jpeg.SOI:
+        return ""
+    header = jpeg.scan(data)
+    return window_decoder.decode(Encoded(np.frombuffer(data, np.uint8), "jpg", header.height, header.width)).warning
 
 
 def _fits(header: jpeg.Jpeg, data: bytes | memoryview, options: ConvertOptions) -> bool:
@@ -401,11 +430,12 @@ def _read_parts(job: _Job, name: str) -> np.ndarray:
 
 def _load_parts(path: Path) -> np.ndarray | None:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        return np.load(path, allow_pickle=False) if path.is_file() else None
+    except (OSError, ValueError, EOFError, MemoryError):
         return None
 
 
-def _listing(head: str, bad: list[tuple[str, str]]) -> str:
-    lines = [f"{head}: {len(bad)} bad file{'s' * (len(bad) != 1)}", *(f"  {name} {why}" for name, why in bad[:LISTED])]
-    return "\n".join([*lines, *([f"  and {len(bad) - LISTED} more"] if len(bad) > LISTED else [])])
+def _listing(head: str, files: list[tuple[str, str]], what: str = "bad file") -> str:
+    lines = [f"{head}: {len(files)} {what}{'s' * (len(files) != 1)}"]
+    lines += [f"  {printable(name)} {why}" for name, why in files[:LISTED]]
+    return "\n".join([*lines, *([f"  and {len(files) - LISTED} more"] if len(files) > LISTED else [])])

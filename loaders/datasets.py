@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from fastssl.loaders.sources import SourceError, read_file
+from fastssl.loaders.decode import read_file
+from fastssl.loaders.sources import SourceError
 
 SPLITS = {  # the first one is the default
     "stl10": ("train", "test", "unlabeled", "train+unlabeled"),

@@ -1,26 +1,66 @@
-"""Encoded bytes → upright RGB pixels, the same way for image folders, .beton files and the converter."""
+"""Encoded bytes → upright RGB pixels: the one way in which an image is opened, for every command.
+
+Converter, folders, .beton files, all engines and evaluation read images through here. The rules:
+
+- Only regular files of at most MAX_BYTES are read, and only FORMATS are opened, whatever the file is called.
+- A file is good or bad as a whole, and for good: segments or checksums that are wrong, or a first decode that fails
+  make it bad. A whole JPEG that libjpeg decodes with a warning is good, as for PIL and torchvision; `fastssl verify`
+  and `convert --check decode` name these.
+- The work is bounded: at most MAX_PIXELS, and jpeg.MAX_SCANS scans of a JPEG.
+- Pixels are 8-bit RGB: of 16 bits the high byte, of an animation the first frame, palettes and CMYK converted,
+  transparency ignored, turned upright as EXIF says.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import io
+import os
+import stat
 from dataclasses import dataclass
-from typing import Literal
+from typing import BinaryIO, Literal, overload
 
 import numpy as np
-from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from fastssl.loaders import jpeg
 
-SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm"))
+_AVIF = importlib.util.find_spec("PIL._avif") is not None  # from Pillow 11.3 on
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", *(("AVIF",) if _AVIF else ()))
+"""What is opened, by PIL's names. Of its others some start programs (EPS), some take unbounded time."""
+
+SUFFIXES = frozenset(
+    (
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+        *(".ppm", ".pgm", ".pbm", ".pnm", *((".avif",) if _AVIF else ())),
+    )
+)
 """File names that count as images, in any case."""
 
 MAX_PIXELS = 1 << 27
 """More pixels than this are taken for a damaged header or a decompression bomb (RGB: 384 MiB)."""
 
+MAX_BYTES = 1 << 30
+"""Longer files are not read."""
+
+Frame = Literal["", "upright", "stored"]
+"""What annotations of an image were drawn on: as EXIF turns it, or the pixels as they lie in the file. Empty: whichever
+fits their height and width."""
+
 _MAGIC = (b"\xff\xd8", b"\x89PNG", b"RIFF", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"P6")
 _ORIENTATION = 0x0112
 _TIFF_SIZE = (0x0100, 0x0101)  # tags of width and height
 _SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+_UPRIGHT = {  # what turns each orientation upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}
 
 
 class DecodeError(ValueError):
@@ -74,28 +114,149 @@ def decode(encoded: Encoded) -> np.ndarray:
         if encoded.data.size != size[0] * size[1] * 3:
             raise DecodeError(f"has {encoded.data.size} bytes, but {size[0]} x {size[1]} RGB pixels were promised")
         return encoded.data.reshape(*size, 3).copy()
-    data = bytes(encoded.data)
-    if data.startswith(jpeg.SOI) and (fault := jpeg.scan(data).fault):  # PIL fills some missing parts with gray
-        raise DecodeError(fault)
-    image = to_rgb(open_image(data), upright=encoded.mode == "file")
+    image = to_rgb(open_image(bytes(encoded.data)), upright=encoded.mode == "file")
     if (image.height, image.width) != size:
         raise DecodeError(f"is {image.height} x {image.width} pixels, but {size[0]} x {size[1]} were promised")
     return np.array(image)
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Reads the header of an encoded image; the pixels are decoded when they are asked for.
+def read_picture(path: str, like: tuple[int, int] | None = None, frame: Frame = "") -> np.ndarray:
+    """Pixels of an image file: uint8 [H, W, 3], RGB.
+
+    Args:
+        like: height and width of what was drawn on the image (a mask, boxes). None: nothing, it is shown upright.
+        frame: see `choose_frame`.
 
     Raises:
-        DecodeError: zero bytes, not an image, a damaged header, or more than MAX_PIXELS.
+        DecodeError: it cannot be read or decoded, or does not fit `like`.
+    """
+    image = open_image(read_file(path))
+    upright = like is None or choose_frame(image, like, frame)
+    return np.array(to_rgb(image, upright))
+
+
+def read_indices(path: str) -> np.ndarray:
+    """A picture whose pixels are numbers, such as a mask: [H, W] in its own integers (a palette's indices), upright.
+
+    Raises:
+        DecodeError: it cannot be read or decoded, or is a colour picture.
+    """
+    image = _load(open_image(read_file(path)))
+    if len(image.getbands()) != 1 or image.mode == "F":
+        kind = "of fractions" if image.mode == "F" else "a colour picture"
+        raise DecodeError(f"is {kind} (mode {image.mode}); a label picture has one class index per pixel")
+    return np.array(_turned(image, orientation(image)))
+
+
+def check_frame(path: str, like: tuple[int, int], frame: Frame = "") -> None:
+    """Raises DecodeError where `read_picture` would, as far as the header tells."""
+    with open_regular(path) as file:
+        choose_frame(_open(file), like, frame)
+
+
+def choose_frame(image: Image.Image, like: tuple[int, int], frame: Frame = "") -> bool:
+    """Whether what was drawn on an image, of height and width `like`, fits it upright (else as stored).
+
+    Raises:
+        DecodeError: neither fits; or both do, EXIF turns the image, and `frame` does not say which is meant.
+    """
+    turn, upright = orientation(image), upright_size(image)
+    stored = upright[::-1] if turn in _SIDEWAYS else upright
+    fits = {"upright": upright == like, "stored": stored == like}
+    if not (fits[frame] if frame else any(fits.values())):
+        height, width = stored if frame == "stored" else upright
+        raise DecodeError(f"has {width} x {height} pixels, what was drawn on it {like[1]} x {like[0]}")
+    if turn != 1 and not frame and all(fits.values()):
+        raise DecodeError(
+            f"is turned by EXIF (orientation {turn}), and what was drawn on it fits both ways; say whether it was "
+            "drawn on the upright image or on the stored pixels: --frame upright or --frame stored"
+        )
+    return fits["upright"] if not frame else frame == "upright"
+
+
+# -- files -----------------------------------------------------------------------------------------------------------
+
+
+def open_regular(path: str) -> io.FileIO:
+    """An image file, opened to be read; neither a pipe nor a device is touched.
+
+    Raises:
+        DecodeError: there is no such file, it cannot be read, is not a regular file, or is longer than MAX_BYTES.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise DecodeError("is not a regular file")
+        file = open(path, "rb", buffering=0)  # noqa: SIM115, the caller closes it
+    except OSError as error:
+        raise DecodeError(f"cannot be read: {error.strerror}") from None
+    if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+        file.close()
+        raise DecodeError(f"has {size} bytes; at most {MAX_BYTES} are read")
+    return file
+
+
+@overload
+def read_file(path: str) -> bytes: ...
+
+
+@overload
+def read_file(path: str, space: memoryview | None) -> bytes | memoryview: ...
+
+
+def read_file(path: str, space: memoryview | None = None) -> bytes | memoryview:
+    """The bytes of an image file; in `space`, with no new memory, where they fit.
+
+    Raises:
+        DecodeError: as `open_regular`.
+    """
+    try:
+        with open_regular(path) as file:
+            if space is None:
+                return file.read()
+            size = 0
+            while count := file.readinto(space[size:]):
+                size += count
+            return space[:size] if size < len(space) else bytes(space) + file.read()
+    except OSError as error:
+        raise DecodeError(f"cannot be read: {error.strerror}") from None
+
+
+def file_size(path: str) -> tuple[int, int]:
+    """Height and width of an image file, upright, from its header. Raises DecodeError."""
+    with open_regular(path) as file:
+        return upright_size(_open(file))
+
+
+# -- PIL's images ----------------------------------------------------------------------------------------------------
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Checks the structure of an encoded image and reads its header; `to_rgb` decodes the pixels.
+
+    Raises:
+        DecodeError: zero bytes, not of FORMATS, truncated, damaged, or too much work (MAX_PIXELS, jpeg.MAX_SCANS).
     """
     if len(data) == 0:
         raise DecodeError("has zero bytes")
+    if data.startswith(jpeg.SOI) and (fault := jpeg.scan(data).fault):  # PIL fills some missing parts with gray
+        raise DecodeError(fault)
+    image = _open(io.BytesIO(data))
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        try:
+            _open(io.BytesIO(data)).verify()  # the checksums of the pixels, which decoding passes over
+        except Exception as error:  # as in _open
+            raise _damage(error) from None
+    return image
+
+
+def _open(file: BinaryIO | io.FileIO) -> Image.Image:
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
-        known = data.startswith(_MAGIC)
-        raise DecodeError("has a truncated or damaged header" if known else "is not an image") from None
+        file.seek(0)
+        known = file.read(8).startswith(_MAGIC)
+        what = "has a truncated or damaged header" if known else f"is not an image ({', '.join(FORMATS)})"
+        raise DecodeError(what) from None
     except Image.DecompressionBombError:
         raise DecodeError(f"has absurd dimensions (more than {MAX_PIXELS} pixels)") from None
     except Exception as error:  # PIL's format readers raise whatever their parsing runs into
@@ -108,7 +269,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Height and width of `to_rgb(image)`, from the header alone."""
+    """Height and width of `to_rgb(image)`, of an image whose pixels have not been decoded. Raises DecodeError."""
     width, height = image.size
     if isinstance(image, TiffImagePlugin.TiffImageFile):  # whose `size` is upright already in newer versions of PIL
         width, height = (image.tag_v2[tag] for tag in _TIFF_SIZE)
@@ -116,7 +277,13 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 (upright) where there is none or it is damaged."""
+    """The EXIF orientation, 1 to 8; 1 (upright) where there is none or it is damaged.
+
+    Raises:
+        DecodeError: a PNG, whose EXIF may follow its pixels, cannot be decoded.
+    """
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        _load(image)  # here, since getexif's second attempt at damaged data would succeed, with garbage
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF says nothing about the pixels
@@ -125,20 +292,17 @@ def orientation(image: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
-    """Any PIL image as upright 8-bit RGB: the first frame, 16-bit samples by their high byte, transparency ignored.
+    """Any PIL image as 8-bit RGB, upright or as its pixels are stored; see the rules on top.
 
     Raises:
         DecodeError: the data is truncated or damaged, or its pixels have no defined range (float, 32-bit).
     """
-    try:
-        image.load()
-        if upright and orientation(image) != 1:
-            image = ImageOps.exif_transpose(image)
-    except OSError as error:
-        reason = "is truncated" if "truncated" in str(error) else "is damaged"
-        raise DecodeError(f"{reason} ({_words(error)})") from None
-    except Exception as error:  # as in open_image
-        raise DecodeError(f"is damaged ({_words(error)})") from None
+    turn = orientation(image)
+    _load(image)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # which PIL has turned upright itself
+        image = image if upright or turn == 1 else image.transpose(_BACK[turn])
+    elif upright:
+        image = _turned(image, turn)
     if image.mode == "RGB":
         return image
     if image.mode == "F":
@@ -148,9 +312,26 @@ def to_rgb(image: Image.Image, upright: bool = True) -> Image.Image:
         if values.min() < 0 or values.max() > 0xFFFF:
             raise DecodeError("has 32-bit pixels, whose range is not defined; store it with 8 or 16 bits")
         image = Image.fromarray((values >> 8).astype(np.uint8))
-    if image.mode in ("P", "PA"):
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    try:
+        return (image.convert("RGBA") if image.mode in ("P", "PA") else image).convert("RGB")
+    except ValueError:
+        raise DecodeError(f"has pixels of a kind that cannot be shown in RGB (PIL's {image.mode})") from None
+
+
+def _turned(image: Image.Image, turn: int) -> Image.Image:
+    return image.transpose(_UPRIGHT[turn]) if turn != 1 else image
+
+
+def _load(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+    except Exception as error:  # as in _open
+        raise _damage(error) from None
+    return image
+
+
+def _damage(error: Exception) -> DecodeError:
+    return DecodeError(f"{'is truncated' if 'truncated' in str(error).lower() else 'is damaged'} ({_words(error)})")
 
 
 def _words(error: Exception) -> str:

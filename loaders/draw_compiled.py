@@ -52,20 +52,24 @@ class CompiledDraws:
         self._real = np.array([_real(view) for view in views], np.float64)
         self._seed = np.uint64(seed)
         self._ends = np.cumsum(self._whole[:, 0]).tolist()
+        self._photometric = self._whole[:, 3].any()
+        self._fields = {
+            "jitter": np.empty(0, np.bool_),
+            "order": np.empty((0, 4), np.int64),
+            "factor": np.empty((0, 4), np.float32),
+            "gray": np.empty(0, np.bool_),
+            "blur_sigma": np.empty(0, np.float32),
+            "solarize": np.empty(0, np.float32),
+        }
 
     def __call__(self, heights: np.ndarray, widths: np.ndarray, *, epoch: int, ids: np.ndarray) -> dict[str, Drawn]:
         """See `draw_all`."""
         images = len(ids)
         rows = images * self._ends[-1]
         box, flip = np.empty((rows, 4), np.int64), np.empty(rows, np.bool_)
-        fields = {
-            "jitter": np.empty(rows, np.bool_),
-            "order": np.empty((rows, 4), np.int64),
-            "factor": np.empty((rows, 4), np.float32),
-            "gray": np.empty(rows, np.bool_),
-            "blur_sigma": np.empty(rows, np.float32),
-            "solarize": np.empty(rows, np.float32),
-        }
+        fields = self._fields
+        if self._photometric:
+            fields = {key: np.empty((rows, *value.shape[1:]), value.dtype) for key, value in fields.items()}
         _draw(
             np.array(ids, np.int64), np.array(heights, np.int64), np.array(widths, np.int64), np.uint64(epoch),
             self._seed, self._whole, self._real, box, flip, *fields.values(),

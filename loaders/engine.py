@@ -43,12 +43,16 @@ def choose_engine(name: str) -> tuple[str, str]:
         ConfigError: the engine asked for lacks a package.
     """
     if name == "auto":
-        best = working_engines()[0]
-        why = "the fastest here" if best == "ffcv" else f"the ffcv engine lacks a package: {_missing('ffcv')}"
-        return best, why
-    if remedy := _missing(name):
+        name = working_engines()[0]
+        why = "the fastest here" if name == "ffcv" else f"the ffcv engine lacks a package: {_missing('ffcv')}"
+    elif remedy := _missing(name):
         raise ConfigError(f"data.engine is '{name}', which needs a package that is not installed: {remedy}")
-    return name, "asked for"
+    else:
+        why = "asked for"
+    if name == "ffcv" and not importlib.import_module("fastssl.loaders.batch_pool").available():
+        why += "; PIL decodes, at half the speed or less, as the compiled part is missing: install again where a C "
+        why += "compiler and libjpeg-turbo's headers are"
+    return name, why
 
 
 def decoding_threads(workers: int, processes_here: int) -> int:

@@ -5,8 +5,7 @@ usual JPEGs or RGB pixels, or damaged, and sources that have no places, go image
 
 It reads FFCV's files (and folders) but is not FFCV's loader, which decodes once per crop, cannot be given boxes,
 ignores what its decoder reports, and waits for ever when its thread fails. It does not need the ffcv package. The
-pixels are the reference engine's, to the bit; only files with missing or corrupt pixels differ: here they are bad
-samples, while PIL fills some of them with gray.
+pixels are the reference engine's, to the bit, and so is the verdict on damaged files.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from fastssl.loaders.batch_pool import BatchPool
 from fastssl.loaders.draw import Drawn
 from fastssl.loaders.draw_compiled import CompiledDraws
 from fastssl.loaders.loader import Crops, Loader, Prepare
-from fastssl.loaders.sources import DecodeError, Encoded
+from fastssl.loaders.sources import Encoded
 from fastssl.loaders.window_decoder import Decoded, Window
 
 
@@ -38,14 +37,17 @@ class FFCVLoader(Loader):
 
     def _stream(self) -> tuple[Ahead, Prepare]:
         pool = None
-        if self._source.places(np.empty(0, np.int64)) is not None:
+        nothing = np.empty(0, np.int64)
+        parts_found = not self._part_grid or self._source.part_places(nothing) is not None
+        if parts_found and self._source.places(nothing) is not None:
             pool = batch_pool.start(self._workers)
         if pool is None:
             return super()._stream()
-        # Threads that mostly wait, one per batch in work. Of these, `workers` at a time fill what the pool leaves.
-        threads = max(self._workers, self._prefetch + 1)
+        # Threads that mostly wait, one per batch in the pool, and `workers` at a time that fill what it leaves.
+        waiting = max(2, self._prefetch)
+        threads = max(self._workers, waiting)
         turns = threading.Semaphore(max(1, self._workers))
-        return Ahead(threads, self._prefetch, pool.close), partial(self._prepare_in, pool, turns)
+        return Ahead(threads, self._prefetch, pool.close, waiting), partial(self._prepare_in, pool, turns)
 
     def _prepare_in(
         self, pool: BatchPool, turns: threading.Semaphore, ids: np.ndarray, epoch: int, schedule_epoch: int
@@ -58,29 +60,25 @@ class FFCVLoader(Loader):
         for view in self._views:
             mine = drawn[view.name]
             groups.append(Crops(view, mine.box, mine.flip, batch.views[view.name].numpy()))
-        filled = pool.fill(places, heights, widths, groups)
+        crc32 = self._source.to_check(ids)
+        if self._part_grid and (found := self._source.part_places(ids)):
+            maps = np.empty((len(ids), *found[1]), np.uint8)
+            filled = pool.fill(places, heights, widths, groups, (found[0], maps), crc32)
+            self._label_parts(batch, drawn, slice(None), maps, np.array([heights, widths]).T)  # also of rows left
+        else:
+            filled = pool.fill(places, heights, widths, groups, crc32=crc32)
+        if crc32 is not None:
+            filled &= self._source.sound(ids, crc32)
+        todo = np.flatnonzero(~filled).tolist()
 
         def fill(row: int) -> None:
-            size = int(heights[row]), int(widths[row])
             with turns:
-                if not filled[row] or not self._label(batch, drawn, row, size):
-                    self._fill(batch, drawn, row, size, self._cut)
+                self._fill(batch, drawn, row, (int(heights[row]), int(widths[row])), self._cut)
 
-        todo = range(len(ids)) if self._part_grid else np.flatnonzero(~filled).tolist()
         pieces = self._pieces(batch, todo, fill, schedule_epoch)
         if not pieces:
             self._add_masks(batch, schedule_epoch)
         return batch, pieces
-
-    def _label(self, batch: Batch, drawn: dict[str, Drawn], row: int, size: tuple[int, int]) -> bool:
-        """Part labels of a row whose crops are filled; whether its part maps could be read."""
-        try:
-            maps = self._source.parts(int(batch.id[row]))
-        except DecodeError:
-            return False
-        assert maps is not None
-        self._label_parts(batch, drawn, row, row, maps, size)
-        return True
 
     def _draw_all(self, heights: np.ndarray, widths: np.ndarray, epoch: int, ids: np.ndarray) -> dict[str, Drawn]:
         return self._draws(heights, widths, epoch=epoch, ids=ids)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from fastssl.batch import Batch, Photometric
-from fastssl.config import View
+from fastssl.config import ConfigError, View
 from fastssl.loaders.ahead import Ahead
 from fastssl.loaders.draw import Drawn, check_views, draw_all
 from fastssl.loaders.index import batch_ids, batches_per_epoch, order, replacement
@@ -31,7 +31,7 @@ from fastssl.memory import Memory
 
 log = logging.getLogger(__name__)
 
-PIECES = 8  # pieces of work per thread and batch
+PIECES = 2  # pieces of work per thread and batch
 
 Prepare = Callable[[np.ndarray, int, int], tuple[Batch, list[Callable[[], None]]]]
 """(ids, epoch, schedule epoch) -> a batch, and the work that fills it."""
@@ -84,8 +84,9 @@ class Loader(ABC):
         batches_per_epoch: whole batches per epoch; images left over are not used in that epoch.
 
     Raises:
-        ConfigError: the view groups do not fit together, or there are fewer images than one batch of all ranks.
-        ValueError: no such rank or seed, a window over data without pages, or an undeliverable part grid.
+        ConfigError: the view groups do not fit together, the data has no part maps, or there are fewer images than one
+            batch of all ranks.
+        ValueError: no such rank or seed, a window over data without pages, or part labels of an unknown group.
     """
 
     def __init__(
@@ -112,7 +113,10 @@ class Loader(ABC):
         if not 0 <= rank < world:
             raise ValueError(f"rank {rank} does not exist; there are {world}")
         if part_grid and not source.has_parts:
-            raise ValueError("part_grid is set, but the data has no part maps")
+            raise ConfigError(
+                f"{source.path} has no part maps, which the method needs; 'fastssl parts learn' and 'fastssl parts "
+                "write' make a .beton that has them, 'fastssl convert --parts' takes maps made elsewhere"
+            )
         if unknown := set(part_grid or ()) - {view.name for view in views}:
             raise ValueError(f"part_grid names {sorted(unknown)}, which are not view groups")
         self.batches_per_epoch = batches_per_epoch(len(source), batch_size, world)
@@ -129,6 +133,7 @@ class Loader(ABC):
         self._bad: dict[int, tuple[int, str, str]] = {}
         self._lock = threading.Lock()
         self._streams: set[Ahead] = set()
+        self._closings = 0
 
     def _cut(self, encoded: Encoded, groups: list[Crops]) -> None:
         """Decodes one image once and fills the crops of all groups; raises DecodeError if it cannot be decoded."""
@@ -185,8 +190,9 @@ class Loader(ABC):
         return self._epoch(epoch, start, epoch if schedule_epoch is None else schedule_epoch)
 
     def _epoch(self, epoch: int, start: int, schedule_epoch: int) -> Generator[Batch, None, None]:
+        closings = self._closings
         ids = order(len(self._source), self._seed, epoch, self._pages, self._page_window)
-        stream, make = self._stream()
+        stream, make = self._stream()  # compiles, the first time
         self._streams.add(stream)
 
         def prepare(position: int) -> tuple[Batch, list[Callable[[], None]]]:
@@ -194,6 +200,8 @@ class Loader(ABC):
             return make(mine, epoch, schedule_epoch)
 
         try:
+            if self._closings != closings:  # `close` came meanwhile, and did not know of this stream
+                stream.close()
             for batch in stream.run(prepare, range(start, self.batches_per_epoch)):
                 yield self._memory.pinned(batch)
         finally:
@@ -216,7 +224,7 @@ class Loader(ABC):
 
     def _begin(self, ids: np.ndarray, epoch: int) -> tuple[Batch, dict[str, Drawn], np.ndarray, np.ndarray]:
         """A batch with its draws and memory for its pixels; its draws as arrays; its images' heights and widths."""
-        heights, widths = (np.maximum(sides, 1) for sides in self._source.sizes(ids))  # 0: no readable header
+        heights, widths = np.maximum(self._source.sizes(ids), 1)  # 0: no readable header
         drawn, batch = self._draw(ids, heights, widths, epoch)
         for view in self._views:
             shape = (len(ids), view.count, 3, view.size, view.size)
@@ -277,7 +285,7 @@ class Loader(ABC):
         while True:
             try:
                 encoded = self._source.read(sample)
-                if sample != wanted or (encoded.height, encoded.width) != size:
+                if attempt or (encoded.height, encoded.width) != size:  # else drawn already
                     height, width = np.array([[encoded.height], [encoded.width]])
                     drawn, substitute = self._draw(np.array([sample]), height, width, epoch)
                     _put(substitute, batch, row)
@@ -290,16 +298,18 @@ class Loader(ABC):
             sample = replacement(wanted, attempt, len(self._source), self._seed, epoch)
             attempt += 1
         if maps is not None:
-            self._label_parts(batch, drawn, row, drawn_row, maps, (encoded.height, encoded.width))
+            mine = {name: Drawn(d.box[[drawn_row]], d.flip[[drawn_row]], None) for name, d in drawn.items()}
+            self._label_parts(batch, mine, slice(row, row + 1), maps[None], np.array([[encoded.height, encoded.width]]))
 
     def _label_parts(
-        self, batch: Batch, drawn: dict[str, Drawn], row: int, drawn_row: int, maps: np.ndarray, size: tuple[int, int]
+        self, batch: Batch, drawn: dict[str, Drawn], rows: slice, maps: np.ndarray, sizes: np.ndarray
     ) -> None:
-        for name, grid in self._part_grid.items():
-            box, flip = drawn[name].box[drawn_row], drawn[name].flip[drawn_row]
-            squash = next(view.squash for view in self._views if view.name == name)
-            frame = (squash, squash) if squash else size
-            batch.parts[name][row] = torch.from_numpy(part_labels(maps, box, flip, frame, grid))
+        """Part labels of some rows, from their draws, maps [B, N, h, w] and sizes [B, 2]."""
+        for view in self._views:
+            if view.name in self._part_grid:
+                mine, out = drawn[view.name], batch.parts[view.name].numpy()[rows]
+                frame = np.full_like(sizes, view.squash) if view.squash else sizes
+                out[:] = part_labels(maps, mine.box, mine.flip, frame, out.shape[-1])
 
     def _crops(self, batch: Batch, drawn: dict[str, Drawn], view: View, row: int, drawn_row: int) -> Crops:
         mine = drawn[view.name]
@@ -325,6 +335,7 @@ class Loader(ABC):
 
     def close(self) -> None:
         """End all epochs that are being read and free their threads."""
+        self._closings += 1
         for stream in list(self._streams):
             stream.close()
 
@@ -335,31 +346,28 @@ class Loader(ABC):
         self.close()
 
 
-def part_labels(maps: np.ndarray, box: np.ndarray, flip: np.ndarray, frame: tuple[int, int], grid: int) -> np.ndarray:
-    """Part label of every patch of an image's crops, int64 [n, g, g]: the strongest map at the patch's centre.
+def part_labels(maps: np.ndarray, box: np.ndarray, flip: np.ndarray, frame: np.ndarray, grid: int) -> np.ndarray:
+    """Part label of every patch of images' crops, int64 [B, n, g, g]: the strongest map at the patch's centre.
 
     The maps cover the whole image. They are sampled bilinearly, beyond their outermost cell centres with the value
     there; of equally strong maps the first wins (SemMAE, arXiv 2206.10207; maps rather than labels can be cropped).
 
     Args:
-        maps: uint8 [N, h, w], one map per part on a common scale.
-        box: int64 [n, 4], (top, left, height, width) in pixels of the frame.
-        flip: bool [n].
-        frame: height and width of the decoded (or squashed) image in pixels.
+        maps: uint8 [B, N, h, w], one map per part on a common scale.
+        box: [B, n, 4], (top, left, height, width) in the units of the frame.
+        flip: bool [B, n].
+        frame: [B, 2], height and width of each decoded (or squashed) image.
         grid: g, patches along a side of the crop.
     """
-    centre = (np.arange(grid) + 0.5) / grid
-    across = np.where(flip[:, None], 1 - centre, centre)
-    top, left, height, width = box[:, :, None].transpose(1, 0, 2)
-    y = maps.shape[1] * (top + centre * height) / frame[0] - 0.5  # [n, g]
-    x = maps.shape[2] * (left + across * width) / frame[1] - 0.5
-    rows, columns = _taps(y, maps.shape[1]), _taps(x, maps.shape[2])  # [n, g, h], [n, g, w]
-    return np.einsum("ngh,phw,nkw->npgk", rows, maps.astype(np.float64), columns, optimize=True).argmax(axis=1)
+    from fastssl.loaders.masks_compiled import label_parts
 
-
-def _taps(position: np.ndarray, cells: int) -> np.ndarray:
-    """Weights [..., cells] of linear interpolation at `position`, in cells from the first cell's centre, clamped."""
-    return np.maximum(1 - np.abs(position.clip(0, cells - 1)[..., None] - np.arange(cells)), 0)
+    out = np.empty((*flip.shape, grid, grid), np.int64)
+    maps, box, flip, frame = (
+        np.require(array, kind, ["C", "W"])
+        for array, kind in ((maps, np.uint8), (box, np.float64), (flip, np.bool_), (frame, np.float64))
+    )
+    label_parts(maps, box, flip, frame, out)
+    return out
 
 
 def _put(one: Batch, batch: Batch, row: int) -> None:

@@ -1,4 +1,4 @@
-"""The masks of `masks.py`, one image after the other, in compiled code that holds no lock.
+"""The masks of `masks.py`, and part labels, one image after the other, in compiled code that holds no lock.
 
 Importing this module needs numba. The first use compiles for some seconds; numba keeps the result on disk.
 
@@ -191,3 +191,42 @@ def _list(hidden, kept, masked):
         else:
             kept[shown] = i
             shown += 1
+
+
+@njit(nogil=True, cache=True)
+def label_parts(maps, box, flip, frame, labels):
+    """Writes the part labels of crops; `loader.part_labels`.
+
+    Args:
+        maps: uint8 [B, N, h, w].
+        box, flip: float64 [B, n, 4] and bool [B, n].
+        frame: float64 [B, 2].
+        labels: int64 [B, n, g, g], written.
+    """
+    images, count, grid, _ = labels.shape
+    _, parts, height, width = maps.shape
+    for b in range(images):
+        for n in range(count):
+            top, left, box_height, box_width = box[b, n]
+            for u in range(grid):
+                up, down, lower = _taps(top + (u + 0.5) / grid * box_height, frame[b, 0], height)
+                for v in range(grid):
+                    across = (v + 0.5) / grid
+                    x = left + (1 - across if flip[b, n] else across) * box_width
+                    west, east, right = _taps(x, frame[b, 1], width)
+                    best = -1.0
+                    for p in range(parts):
+                        here = maps[b, p]
+                        near = here[up, west] * (1.0 - lower) + here[down, west] * lower
+                        far = here[up, east] * (1.0 - lower) + here[down, east] * lower
+                        value = near * (1.0 - right) + far * right
+                        if value > best:
+                            best, labels[b, n, u, v] = value, p
+
+
+@njit(nogil=True, cache=True)
+def _taps(place, length, cells):
+    """The cells around a place on a frame of this length, and the second one's weight."""
+    position = min(max(cells * place / length - 0.5, 0.0), cells - 1.0)
+    first = int(position)
+    return first, min(first + 1, cells - 1), position - first

@@ -8,9 +8,9 @@ boxes: they draw their own from the same distributions.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.config import View
+from fastssl.loaders.masks import Mask
 from fastssl.loaders.sources import Source, decode
 
 Epoch = Callable[[], int]
@@ -27,13 +28,25 @@ class Missing(RuntimeError):
     """A contender cannot take part; the message says what is missing."""
 
 
+class Case(NamedTuple):
+    """What is made of each image: crops, masks and part labels as for `Loader`.
+
+    Attributes:
+        floats: whether photometric operations and normalisation to float32 are part of the work.
+    """
+
+    views: list[View]
+    floats: bool
+    masks: Sequence[Mask] = ()
+    part_grid: dict[str, int] | None = None
+
+
 class Peer:
     """What every contender gets.
 
     Attributes:
         source, ids: the samples.
-        views: the crops.
-        floats: whether photometric operations and normalisation to float32 are part of the work.
+        case: what is made of them; its `views` and `floats` also by these names.
         batch_size, workers: as for our engines.
         beton: path of a .beton file with the same samples in the same order, where there is one.
     """
@@ -42,14 +55,14 @@ class Peer:
         self,
         source: Source,
         ids: np.ndarray,
-        views: list[View],
+        case: Case,
         *,
-        floats: bool,
         batch_size: int,
         workers: int,
         beton: str | None,
     ) -> None:
-        self.source, self.ids, self.views, self.floats = source, ids, views, floats
+        self.source, self.ids, self.case = source, ids, case
+        self.views, self.floats = case.views, case.floats
         self.batch_size, self.workers, self.beton = batch_size, workers, beton
 
 

@@ -43,9 +43,12 @@ def ordered(
     iterator is closed, and when this process dies, however it dies.
 
     Raises:
-        WorkerDied: a worker was killed or crashed.
+        WorkerDied: a worker was killed or crashed, or none could be started.
     """
-    pool = ProcessPoolExecutor(workers, CONTEXT, _start_worker, (start, start_arguments))
+    try:
+        pool = ProcessPoolExecutor(workers, CONTEXT, _start_worker, (start, start_arguments))
+    except OSError as error:
+        raise WorkerDied(f"worker processes cannot be started ({error.strerror}); is /dev/shm full?") from None
     try:
         waiting: deque[Future[Result]] = deque()
         for task in tasks:

@@ -22,7 +22,7 @@ SIDES = (72, 128)  # range of an image's sides, in pixels
 OWN_SCENE = 0.8  # probability that an object stands in its class's own scene
 
 
-def draw_images(folder: str | Path, *, train: int, val: int, seed: int = 0) -> Path:
+def draw_images(folder: str | Path, *, train: int, val: int, seed: int = 0, sides: tuple[int, int] = SIDES) -> Path:
     """Draws the set into `folder`: {train,val}/<class>/<n>.jpg, parts/ (maps), masks/ (labels), annotations.jsonl,
     and instances_{train,val}.json with every object's box and mask in COCO's format.
 
@@ -30,6 +30,7 @@ def draw_images(folder: str | Path, *, train: int, val: int, seed: int = 0) -> P
         folder: created; existing files of the same names are replaced.
         train, val: images per split, spread evenly over the classes.
         seed: the same seed draws the same set.
+        sides: range of an image's sides, in pixels.
 
     Returns:
         The folder.
@@ -43,7 +44,7 @@ def draw_images(folder: str | Path, *, train: int, val: int, seed: int = 0) -> P
                 (folder / sub / kind).mkdir(parents=True, exist_ok=True)
         for index in range(count):
             label = index % len(CLASSES)
-            image, mask = draw_image(label, seed=seed, number=2 * index + split)
+            image, mask = draw_image(label, seed=seed, number=2 * index + split, sides=sides)
             stem = f"{CLASSES[label]}/{index // len(CLASSES):05d}"
             Image.fromarray(image).save(folder / name / f"{stem}.jpg", quality=90)
             Image.fromarray(mask).save(folder / "masks" / name / f"{stem}.png")
@@ -63,12 +64,13 @@ def draw_images(folder: str | Path, *, train: int, val: int, seed: int = 0) -> P
     return folder
 
 
-def draw_image(label: int, *, seed: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_image(label: int, *, seed: int, number: int, sides: tuple[int, int] = SIDES) -> tuple[np.ndarray, np.ndarray]:
     """Draws one image of a class.
 
     Args:
         label: index into CLASSES.
         seed, number: name the image; the same pair gives the same picture.
+        sides: range of its sides, in pixels.
 
     Returns:
         image uint8 [H, W, 3] and part labels uint8 [H, W] (index into PARTS).
@@ -78,7 +80,7 @@ def draw_image(label: int, *, seed: int, number: int) -> tuple[np.ndarray, np.nd
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * rng.random()
 
-    height, width = (int(uniform(SIDES[0], SIDES[1] + 1)) for _ in range(2))
+    height, width = (int(uniform(sides[0], sides[1] + 1)) for _ in range(2))
     scene = label if rng.random() < OWN_SCENE else int(uniform(0, len(CLASSES)))
     body, detail = _shapes(label, height, width, uniform)
     layers = [(np.ones((height, width), bool), scene), (body, (label + 3) % len(CLASSES)), (detail, None)]

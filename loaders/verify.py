@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import glob
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from fastssl.config import Checked, NonNegativeInt
-from fastssl.loaders.beton import Beton, BetonError, SideFile, pointers
-from fastssl.loaders.decode import DecodeError, decode
+from fastssl.config import Checked, NonNegativeInt, printable
+from fastssl.loaders.beton import WRONG_CHECKSUM, Beton, BetonError, SideFile, SideFileError, pointers
+from fastssl.loaders.decode import DecodeError
 from fastssl.loaders.pool import WorkerDied, cores, ordered
+from fastssl.loaders.window_decoder import decode
+from fastssl.progress import progress_bar
 
 CHUNK = 64  # samples per task of a worker
 LISTED = 100  # problems that a summary lists
@@ -50,7 +50,7 @@ class Problem:
 
     def __str__(self) -> str:
         where = self.file if self.index == WHOLE_FILE else f"{self.file}[{self.index}] {self.source}".rstrip()
-        return f"{where} {self.reason}"
+        return f"{printable(where)} {self.reason}"
 
 
 @dataclass
@@ -59,7 +59,8 @@ class Report:
 
     Attributes:
         files, samples: how many were read.
-        problems: what is wrong, in the order of the files and samples.
+        problems: what is wrong, in the order of the files and samples; training calls the same samples bad.
+        warned: JPEGs that libjpeg decodes with a warning. They are trained on as they are; pixels may be missing.
         unchecked: files without checksums, because FFCV's own writer made them or the side file is missing.
         seconds: wall-clock time.
     """
@@ -67,6 +68,7 @@ class Report:
     files: int = 0
     samples: int = 0
     problems: list[Problem] = field(default_factory=list)
+    warned: list[Problem] = field(default_factory=list)
     unchecked: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -75,17 +77,24 @@ class Report:
         return not self.problems
 
     def as_dict(self) -> dict[str, Any]:
-        return {**vars(self), "problems": [vars(problem) for problem in self.problems], "ok": self.ok}
+        lists = {key: [vars(problem) for problem in getattr(self, key)] for key in ("problems", "warned")}
+        return {**vars(self), **lists, "ok": self.ok}
 
     def table(self) -> str:
         found = f"{len(self.problems)} problem{'s' * (len(self.problems) != 1)}" if self.problems else "all good"
         lines = [f"{self.samples} samples in {self.files} file{'s' * (self.files != 1)}: {found}; {self.seconds:.1f} s"]
-        lines += [f"  {problem}" for problem in self.problems[:LISTED]]
-        lines += [f"  and {len(self.problems) - LISTED} more"] if len(self.problems) > LISTED else []
-        lines += [
-            f"  {name} has no checksums ({name}.npz is missing): damaged pixels may pass" for name in self.unchecked
-        ]
+        lines += _listing(self.problems)
+        if self.warned:
+            lines += [f"{len(self.warned)} decode with a warning, as PIL shows them (pixels may be missing):"]
+            lines += _listing(self.warned)
+        for name in map(printable, self.unchecked):
+            lines += [f"  {name} has no checksums ({name}.npz is missing or damaged): damaged pixels may pass"]
         return "\n".join(lines)
+
+
+def _listing(found: list[Problem]) -> list[str]:
+    more = [f"  and {len(found) - LISTED} more"] if len(found) > LISTED else []
+    return [*(f"  {problem}" for problem in found[:LISTED]), *more]
 
 
 def verify(options: VerifyOptions) -> Report:
@@ -111,42 +120,46 @@ def verify(options: VerifyOptions) -> Report:
 
 
 def _verify_file(path: str, options: VerifyOptions, report: Report) -> None:
-    def problem(index: int, reason: str) -> None:
+    def note(index: int, reason: str, where: list[Problem] = report.problems) -> None:
         name = side.name(index) if side is not None and 0 <= index < len(side.crc32) else ""
-        report.problems.append(Problem(path, index, name, reason))
+        where.append(Problem(path, index, name, reason))
 
     side = None
     try:
         beton = Beton(path)
     except BetonError as error:
-        return problem(WHOLE_FILE, str(error).removeprefix(path).strip())
+        return note(WHOLE_FILE, str(error).removeprefix(path).strip())
     report.samples += len(beton)
     try:
-        side = SideFile.read(beton.path)
-    except BetonError as error:
-        problem(WHOLE_FILE, str(error))
+        side = SideFile.of(beton)
+        if side:
+            side.check_names()
+    except SideFileError as error:
+        note(WHOLE_FILE, f"has a side file that cannot be used: {error}")
     if side is None:
         report.unchecked.append(path)
     elif fault := side.mismatch(beton):
-        problem(WHOLE_FILE, fault.removeprefix(path).strip())
+        note(WHOLE_FILE, fault.removeprefix(path).strip())
     checksums = side.crc32 if side is not None and len(side.crc32) == len(beton) else None
 
-    found = list(_misplaced(beton))
+    found, warned = list(_misplaced(beton)), []
     chunks = range(-(-len(beton) // CHUNK))
     workers = max(1, min(options.workers or cores(), len(chunks)))
     results = ordered(_verify_chunk, chunks, workers, _start, (path, checksums, options.decode))
-    interval = 0.2 if sys.stderr.isatty() else 10.0
     try:
-        with tqdm(total=len(beton), unit="img", desc=os.path.basename(path), mininterval=interval) as bar:
-            for count, faults in results:
+        with progress_bar(len(beton), os.path.basename(path)) as bar:
+            for count, faults, warnings in results:
                 found += faults
+                warned += warnings
                 bar.update(count)
     except WorkerDied as error:
-        problem(WHOLE_FILE, f"could not be read to the end: {error}")
+        note(WHOLE_FILE, f"could not be read to the end: {error}")
     finally:
         results.close()
     for index, reason in sorted(found, key=lambda item: item[0]):
-        problem(index, reason)
+        note(index, reason)
+    for index, reason in warned:
+        note(index, reason, report.warned)
 
 
 def _misplaced(beton: Beton) -> Iterator[tuple[int, str]]:
@@ -184,23 +197,25 @@ def _start(path: str, checksums: np.ndarray | None, decode_too: bool) -> None:
     _beton, _checksums, _decode = Beton(path), checksums, decode_too
 
 
-def _verify_chunk(chunk: int) -> tuple[int, list[tuple[int, str]]]:
+def _verify_chunk(chunk: int) -> tuple[int, list[tuple[int, str]], list[tuple[int, str]]]:
     ids = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(_beton)))
-    faults = ((i, _fault(i)) for i in ids)
-    return len(ids), [(i, fault) for i, fault in faults if fault]
+    faults, warnings = [], []
+    for i in ids:
+        try:
+            if warning := _check(i):
+                warnings.append((i, f"({warning})"))
+        except DecodeError as error:
+            faults.append((i, str(error)))
+        except Exception as error:  # damaged data may break any assumption; the report names the sample all the same
+            faults.append((i, f"cannot be read ({type(error).__name__}: {error})"))
+    return len(ids), faults, warnings
 
 
-def _fault(i: int) -> str | None:
-    """What is wrong with sample `i`; None where nothing is."""
-    try:
-        if _checksums is not None and _beton.sample_crc32(i) != _checksums[i]:
-            return "has a wrong checksum: its bytes are not those that were written"
-        image = _beton.image(i)
-        if _decode:
-            decode(image)
-        _beton.parts(i)
-    except DecodeError as error:
-        return str(error)
-    except Exception as error:  # damaged data may break any assumption; the report names the sample all the same
-        return f"cannot be read ({type(error).__name__}: {error})"
-    return None
+def _check(i: int) -> str:
+    """What libjpeg warns of in sample `i`; raises what is wrong with it."""
+    if _checksums is not None and _beton.sample_crc32(i) != _checksums[i]:
+        raise DecodeError(WRONG_CHECKSUM)
+    image = _beton.image(i)
+    warning = decode(image).warning if _decode else ""
+    _beton.parts(i)
+    return warning

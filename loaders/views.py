@@ -1,7 +1,8 @@
 """Central views: every image once, in order, with nothing drawn. All evaluation reads through here.
 
-The shorter side is resized to so many pixels (bicubic, antialiased), then the centre is cropped: torchvision's Resize
-and CenterCrop on a PIL image, to the bit. Only those pixels are decoded and resized that the centre is made of.
+The shorter side is resized to so many pixels (bicubic by default, antialiased), then the centre is cropped:
+torchvision's Resize and CenterCrop on a PIL image, to the bit. Only those pixels are decoded and resized that the
+centre is made of.
 
 Letters: B images in the batch, n crops of the group, S side in pixels.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from fastssl.loaders import resample, window_decoder
 from fastssl.loaders.ahead import Ahead
 from fastssl.loaders.loader import BadSampleError, part_labels
 from fastssl.loaders.masks import Mask, add_masks
-from fastssl.loaders.sources import DecodeError, Encoded, Source, decode
+from fastssl.loaders.sources import DecodeError, Encoded, Source
 from fastssl.loaders.window_decoder import Decoded, Window
 
 
@@ -33,6 +35,7 @@ def evaluation_batches(
     workers: int = 0,
     prefetch: int = 4,
     ids: Sequence[int] | np.ndarray | None = None,
+    interpolation: str = "bicubic",
 ) -> Generator[Batch, None, None]:
     """Every image in its central view, in order, the last incomplete batch included.
 
@@ -44,6 +47,7 @@ def evaluation_batches(
         workers: decoding threads; 0 counts as 1.
         prefetch: batches in work beyond the one that is asked for.
         ids: sample ids to read, in this order; None reads all.
+        interpolation: of the resize: bilinear, bicubic or lanczos.
 
     Yields:
         Batches with ids, labels and the group "eval", uint8 [B, 1, 3, S, S].
@@ -55,9 +59,8 @@ def evaluation_batches(
     if resize < size:
         raise ValueError(f"resize is {resize} pixels, smaller than the crop of {size}")
     view = View(name="eval", size=size)
-    return central_batches(
-        source, [view], {"eval": resize}, batch_size=batch_size, workers=workers, prefetch=prefetch, ids=ids
-    )
+    how: dict[str, Any] = {"workers": workers, "prefetch": prefetch, "ids": ids, "interpolation": interpolation}
+    return central_batches(source, [view], {"eval": resize}, batch_size=batch_size, **how)
 
 
 def central_batches(
@@ -73,6 +76,7 @@ def central_batches(
     masks: Sequence[Mask] = (),
     seed: int = 0,
     schedule_epoch: int = 0,
+    interpolation: str = "bicubic",
 ) -> Generator[Batch, None, None]:
     """All view groups of every image, in order: each crop shows the central view, not flipped.
 
@@ -85,7 +89,7 @@ def central_batches(
         part_grid: side of the part-label grid by group; None delivers no part labels.
         masks: what to hide of the groups; drawn as in epoch 0.
         seed, schedule_epoch: of the masks; the epoch at which their schedules stand.
-        source, batch_size, workers, prefetch, ids: as for `evaluation_batches`.
+        source, batch_size, workers, prefetch, ids, interpolation: as for `evaluation_batches`.
 
     Yields:
         Batches with ids, labels, uint8 views [B, n, 3, S, S], boxes, flips (none is), part labels and masks.
@@ -116,19 +120,21 @@ def central_batches(
         sample = int(batch.id[row])
         try:
             encoded = source.read(sample)
-            image = _decode(encoded, views, resize)
+            image = window_decoder.decode(encoded, _window(encoded, views, resize, interpolation))
+            maps = source.parts(sample) if grids else None
         except DecodeError as error:
             raise BadSampleError(f"sample {sample} ({source.name(sample)}) {error}") from error
         shape = (encoded.height, encoded.width)
         for view in views:
             box = np.array([0.0, 0.0, 1.0, 1.0]) if view.squash else central_box(*shape, view.size, resize[view.name])
-            batch.views[view.name].numpy()[row] = _cut(image, shape, view, resize)  # torch would wake its own threads
+            batch.views[view.name].numpy()[row] = _cut(
+                image, shape, view, resize, interpolation
+            )  # torch would wake its own threads
             batch.box[view.name].numpy()[row] = box
             if grid := grids.get(view.name):
-                maps = source.parts(sample)
                 assert maps is not None
-                labels = part_labels(maps, box[None], np.zeros(1, bool), (1, 1), grid)
-                batch.parts[view.name].numpy()[row] = labels
+                labels = part_labels(maps[None], box[None, None], np.zeros((1, 1), bool), np.ones((1, 2)), grid)
+                batch.parts[view.name].numpy()[row] = labels[0]
         if left.pop() == 0:  # the last one: part labels are final
             add_masks(batch, masks, seed=seed, schedule_epoch=schedule_epoch)
 
@@ -141,36 +147,30 @@ def central_box(height: int, width: int, size: int, resize: int) -> np.ndarray:
     return np.concatenate([(1 - extent) / 2, extent])
 
 
-def _decode(encoded: Encoded, views: Sequence[View], resize: Mapping[str, int]) -> Decoded:
-    """As much of an image as the groups need; also of a damaged file, where PIL makes an image of it."""
-    try:
-        return window_decoder.decode(encoded, _window(encoded, views, resize))
-    except DecodeError:  # PIL fills missing pixels with gray; an evaluation leaves no image out
-        return Decoded(decode(encoded))
-
-
-def _window(encoded: Encoded, views: Sequence[View], resize: Mapping[str, int]) -> Window | None:
+def _window(encoded: Encoded, views: Sequence[View], resize: Mapping[str, int], interpolation: str) -> Window | None:
     """The smallest window of an image that all groups are made of; None where that is all of it."""
     shape = (encoded.height, encoded.width)
     if any(view.squash for view in views) or min(shape) < 1:
         return None
     parts = [_central(*shape, view.size, resize[view.name]) for view in views]
     windows = [
-        resample.part_window(shape, *part, view.size, "bicubic") for part, view in zip(parts, views, strict=True)
+        resample.part_window(shape, *part, view.size, interpolation) for part, view in zip(parts, views, strict=True)
     ]
     top, left = (min(window[axis] for window in windows) for axis in (0, 1))
     bottom, right = (max(window[axis] + window[axis + 2] for window in windows) for axis in (0, 1))
     return top, left, bottom - top, right - left
 
 
-def _cut(image: Decoded, shape: tuple[int, int], view: View, resize: Mapping[str, int]) -> np.ndarray:
+def _cut(
+    image: Decoded, shape: tuple[int, int], view: View, resize: Mapping[str, int], interpolation: str
+) -> np.ndarray:
     """What a group shows of a decoded image of `shape` (height, width): uint8 [3, S, S]."""
     side = view.size
     if view.squash:
         square = resample.squash(image.pixels, view.squash)
         return resample.cut_part(square, (0, 0), square.shape[:2], (side, side), (0, 0), side, view.interpolation)
     grid, corner = _central(*shape, side, resize[view.name])
-    return resample.cut_part(image.pixels, (image.top, image.left), shape, grid, corner, side, "bicubic")
+    return resample.cut_part(image.pixels, (image.top, image.left), shape, grid, corner, side, interpolation)
 
 
 def _central(height: int, width: int, size: int, resize: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -23,7 +23,7 @@ from fastssl.loaders.decode import DecodeError, Encoded
 Window = tuple[int, int, int, int]
 """(top, left, height, width) in pixels of the image."""
 
-_DECODED, _DAMAGED, _LEFT_TO_OTHERS, _HAS_APP1 = range(4)  # what the C function returns
+_DECODED, _LEFT_TO_OTHERS, _HAS_APP1 = 0, 2, 3  # what the C function returns
 _SLACK = 64  # columns that it may write beside the window: whole blocks (up to 32 columns) and a margin
 _MESSAGE_BYTES = 200
 
@@ -35,22 +35,22 @@ class Decoded:
     Attributes:
         pixels: uint8 [h, w, 3], RGB; read only where it is a view of the stored data.
         top, left: where its first pixel lies in the image.
+        warning: libjpeg's first one: some pixels may be missing or wrong. Empty where there was none, or PIL decoded.
     """
 
     pixels: np.ndarray
     top: int = 0
     left: int = 0
+    warning: str = ""
 
 
 def decode(encoded: Encoded, window: Window | None = None) -> Decoded:
     """The pixels of a sample, or at least those of a window of it; upright, RGB.
 
-    A file that is cut off is an error wherever the window lies; other damage is one if it was met on the way to the
-    window's last row.
+    Whether a file is good does not depend on the window.
 
     Raises:
-        DecodeError: as for `fastssl.loaders.decode.decode`; also where libjpeg reports missing or corrupt data, which
-            PIL fills with gray.
+        DecodeError: as for `fastssl.loaders.decode.decode`.
         ValueError: the window does not lie in the image.
     """
     height, width = encoded.height, encoded.width
@@ -68,15 +68,13 @@ def decode(encoded: Encoded, window: Window | None = None) -> Decoded:
 
 def _decode_window(encoded: Encoded, window: Window) -> Decoded | None:
     """None where `images.decode` has to say what this is."""
-    code, found, message = _call(encoded, window, encoded.mode == "jpg")
+    code, found = _call(encoded, window, encoded.mode == "jpg")
     if code == _HAS_APP1 and _is_upright(encoded):
-        code, found, message = _call(encoded, window, True)
-    if code == _DAMAGED:
-        raise DecodeError(f"is damaged ({message})")
+        code, found = _call(encoded, window, True)
     return found
 
 
-def _call(encoded: Encoded, window: Window, as_stored: bool) -> tuple[int, Decoded | None, str]:
+def _call(encoded: Encoded, window: Window, as_stored: bool) -> tuple[int, Decoded | None]:
     assert _library is not None
     top, _, height, width = window
     data = np.ascontiguousarray(encoded.data)
@@ -87,9 +85,9 @@ def _call(encoded: Encoded, window: Window, as_stored: bool) -> tuple[int, Decod
         place, buffer.ctypes.data, buffer.size, message,
     )  # fmt: skip
     if code != _DECODED:
-        return code, None, message.value.decode(errors="replace")
-    columns = place[3]
-    return code, Decoded(buffer[: height * columns * 3].reshape(height, columns, 3), top, place[1]), ""
+        return code, None
+    pixels = buffer[: height * place[3] * 3].reshape(height, place[3], 3)
+    return code, Decoded(pixels, top, place[1], message.value.decode(errors="replace"))
 
 
 def _is_upright(encoded: Encoded) -> bool:
@@ -129,10 +127,7 @@ def _works() -> bool:
     encoded = Encoded(np.frombuffer(buffer.getvalue(), np.uint8), "jpg", 70, 90)
     whole = images.decode(encoded).astype(np.int64)
     for top, left, height, width in ((0, 0, 70, 90), (37, 51, 9, 13), (1, 17, 40, 1)):
-        try:
-            found = _decode_window(encoded, (top, left, height, width))
-        except DecodeError:
-            return False
+        found = _decode_window(encoded, (top, left, height, width))
         if not found:
             return False
         part = found.pixels[:, left - found.left :][:, :width]

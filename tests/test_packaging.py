@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[1]
 CHECK = """
 import json, fastssl, fastssl.kernels, fastssl.loaders.index
 from importlib.resources import files
+from fastssl.recipes import find_recipe
+assert find_recipe("imagenet/mae_vit_base").exists()
 print(json.dumps([fastssl.__file__, fastssl.kernels.__file__, fastssl.loaders.index.__file__,
                   str(files("fastssl") / "configs/quickstart.yaml")]))
 """
@@ -60,6 +62,9 @@ def test_the_wheel_holds_all_three_trees_and_the_recipes(wheel):
     assert recipes <= names
     assert {"fastssl/py.typed", "fastssl/__main__.py"} <= names
     assert not any(name.split("/")[0] in ("kernels", "loaders", "configs", "tests") for name in names)
+    (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+    assert "License-Expression: Apache-2.0" in zipfile.ZipFile(wheel).read(metadata).decode()
+    assert metadata.replace("METADATA", "licenses/LICENSE") in names
 
 
 def test_the_installed_wheel_imports_from_where_it_was_installed(wheel, tmp_path):

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from fastssl.cli import main
@@ -33,6 +35,11 @@ def test_method_defaults_are_the_papers():
     [
         (["--run.step=3"], "unknown key 'run.step'; did you mean 'run.steps'?"),
         (["--optim.lrr", "3"], "unknown key 'optim.lrr'; did you mean 'optim.lr'?"),
+        (["--optim.learning_rate=3"], "unknown key 'optim.learning_rate'; did you mean 'optim.lr'?"),
+        (["--learning_rate=3"], "unknown key 'learning_rate'; did you mean 'optim.lr'?"),
+        (["--val", "x"], "unknown key 'val'; did you mean 'data.val'?"),
+        (["--epochs=3"], "unknown key 'epochs'; did you mean 'schedule.epochs'?"),
+        (["--run.zzzz=3"], "unknown key 'run.zzzz' (fastssl pretrain --help lists all)"),
         (["--views.local.sise=64"], "unknown key 'views.local.sise'; did you mean 'views.local.size'?"),
         (["--mae.mask_ratio=0.5"], "unknown key 'mae.mask_ratio'"),
         (["--data.batch_size", "0"], "data.batch_size is 0"),
@@ -79,6 +86,10 @@ def test_a_bad_recipe_is_one_line_that_names_the_key(tmp_path, text, words):
         (["pretrain", "--method=dino"], "data.path is empty"),
         (["pretrain", "--method=dino", "--data.path=/nowhere/at/all.beton"], "/nowhere/at/all.beton"),
         (["pretrain", "--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["pretrain", "--config", "imagnet/mae_vit_base"], "did you mean 'imagenet/mae_vit_base'?"),
+        (["pretrain", "--config", "imagenet/mae_vit_base"], "data.path is empty"),
+        (["embed", "a", "b", "c", "--valid=d"], "unknown key 'valid' (fastssl embed --help lists all)"),
+        (["recipes", "nothing/like/it"], "fastssl recipes lists them"),
         (["convert"], "needs SRC"),
         (["evaluate", "kn"], "known: knn, linear"),
         (["verify", "/nowhere.beton"], "/nowhere.beton"),
@@ -149,3 +160,30 @@ def test_a_switch_alone_means_yes():
     ):
         options, _ = parse_options("fastssl thing", "About.", Options, given)
         assert options.build_only is expected, given
+
+
+BOMB = "a: &a [0,0,0,0,0,0,0,0,0]\n"
+for here, before in ("ba", "cb", "dc", "ed", "fe"):
+    BOMB += f"{here}: &{here} [{f'*{before},' * 9}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (BOMB, "aliases"),
+        ("a: &a [*a]\n", "aliases"),
+        ("a: " + "[" * 1200 + "]" * 1200, "recursion"),
+        ("#" * (1 << 20), "are not a recipe"),
+    ],
+)
+@pytest.mark.parametrize("command", [["pretrain"], ["evaluate", "knn"]])
+def test_a_recipe_that_would_take_minutes_to_read(tmp_path, capsys, text, words, command):
+    begin = time.process_time()
+    assert main([*command, recipe(tmp_path, f"method: mae\n{text}")]) == 2
+    assert words in capsys.readouterr().err
+    assert time.process_time() - begin < 10
+
+
+def test_aliases_that_are_of_use_are_taken(tmp_path):
+    given = recipe(tmp_path, "method: dino\ndata: {path: a.beton, batch_size: &n 8, workers: *n}\n")
+    assert parse_pretrain([given])[0].data.workers == 8

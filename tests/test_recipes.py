@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from fastssl.cli import main
 from fastssl.evaluation.frozen.linear import LinearOptions
 from fastssl.evaluation.tuned.detect import DetectOptions
 from fastssl.evaluation.tuned.finetune import FinetuneOptions
@@ -42,4 +43,28 @@ def test_evaluation(path):
 def test_the_head_says_what_it_is_and_how_to_start_it(path):
     head = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
     assert "Command:" in head or path.stem == "quickstart"
-    assert path.name in head or path.stem == "quickstart"
+    assert path.name in head or name(path) in head or path.stem == "quickstart"
+
+
+def test_recipes_are_listed_by_name_with_paper_and_numbers_and_shown_whole(capsys):
+    assert main(["recipes"]) == 0
+    listed = capsys.readouterr().out
+    assert all(path.relative_to(CONFIGS).with_suffix("").as_posix() in listed.splitlines() for path in RECIPES)
+    assert main(["recipes", "imagenet/mae"]) == 0
+    one = capsys.readouterr().out
+    assert "He et al. 2021" in one
+    assert "Published: 83.3 top-1" in one
+    assert "Cost (estimate): 56 GFLOP per image" in one
+    assert "dino" not in one
+    assert main(["recipes", "imagenet/mae_vit_base"]) == 0
+    assert capsys.readouterr().out.strip() == (CONFIGS / "imagenet/mae_vit_base.yaml").read_text().strip()
+
+
+@pytest.mark.parametrize("given", ["imagenet/mae_vit_base", "configs/imagenet/mae_vit_base.yaml"])
+def test_a_recipe_is_found_by_name_from_any_folder(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, _ = parse_pretrain(["--config", given, "--data.path=x"])
+    assert config.schedule.epochs == 800
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "imagenet/mae_vit_base").write_text("method: dino\n")  # a file of one's own comes first
+    assert parse_pretrain(["--config=imagenet/mae_vit_base", "--data.path=x"])[0].method == "dino"

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastssl.config import check
 from fastssl.loaders.sources import Source, open_source
+from fastssl.weights.backbone import Backbone
 
 
 class EvaluationError(ValueError):
@@ -40,6 +41,18 @@ def default_resize(size: int) -> int:
 def check_resize(resize: int, size: int) -> None:
     """Raises a ConfigError unless the shorter side `resize` is 0 (automatic) or at least the crop `size`, in pixels."""
     check(resize == 0 or resize >= size, "resize", resize, f"0 (automatic) or at least size, {size}")
+
+
+def central_view(resize: int, backbone: Backbone, size: int) -> dict[str, Any]:
+    """How images become central views of `size` pixels for a backbone: `resize`, the shorter side before the crop, in
+    pixels, and `interpolation`. A library's model sees them as its library shows them, unless `resize` is asked for.
+
+    Raises:
+        ConfigError: `resize` is neither 0 (automatic) nor at least `size`.
+    """
+    check_resize(resize, size)
+    how = {"resize": default_resize(size), "interpolation": "bicubic"} | backbone.central(size)
+    return how | ({"resize": resize} if resize else {})
 
 
 def spaced_ids(images: int, limit: int) -> np.ndarray:

@@ -42,9 +42,12 @@ class EvaluateOptions(Hardware):
     size: NonNegativeInt = 0
     """Side of the images that the network sees, in pixels. 0: the checkpoint's."""
     resize: NonNegativeInt = 0
-    """The shorter side is resized to this before the central crop, in pixels. 0: size x 256/224, or size up to 64."""
+    """The shorter side is resized to this before the central crop, in pixels. 0: size x 256/224, or size up to 64;
+    a library's model: as the library does."""
     batch_size: PositiveInt = 64
     """Images per forward pass."""
+    allow_shared: bool = False
+    """Go on where images of val are in data too, as in some benchmarks' own splits, and print how many."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

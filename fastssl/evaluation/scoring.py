@@ -10,16 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from fastssl.augment import augment
 from fastssl.evaluation.accuracy import Accuracy, class_ranks
-from fastssl.evaluation.data import EvaluationError, default_resize
+from fastssl.evaluation.data import default_resize
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.sources import Source
 from fastssl.loaders.views import evaluation_batches
+from fastssl.progress import progress_bar
 from fastssl.training import distributed
 
 
@@ -41,13 +41,6 @@ class Scored(Accuracy):
         return *super().cells(), f"{self.loss:.4f}"
 
 
-def check_weights(module: nn.Module, path: str) -> None:
-    """Raises EvaluationError if a weight of the network read from `path` is not finite."""
-    for name, value in module.state_dict().items():
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise EvaluationError(f"{path}: {name} is not finite; the network's weights are broken")
-
-
 @torch.no_grad()
 def score(
     classify: Callable[[Tensor], Tensor],
@@ -62,6 +55,7 @@ def score(
     dtype: torch.dtype = torch.float32,
     ids: np.ndarray | None = None,
     progress: str = "",
+    interpolation: str = "bicubic",
 ) -> list[Scored]:
     """Judges R classifiers on the evaluation views (resized, centre cropped) of a labelled data set.
 
@@ -70,7 +64,7 @@ def score(
     Args:
         classify: images float [B, 3, size, size] on the device -> scores [R, B, C].
         source: the images; labels from 0 to C - 1.
-        size, resize, workers: as in `features.extract`.
+        size, resize, interpolation, workers: as in `features.extract`.
         classifiers: R.
         batch_size: images per call of `classify`; the last batch may be smaller.
         device: where the images go.
@@ -93,9 +87,9 @@ def score(
         batch_size=batch_size,
         workers=decoding_threads(workers, distributed.local_world()),
         ids=mine,
+        interpolation=interpolation,
     )
-    show = progress and distributed.is_main()
-    bar = tqdm(total=len(mine), desc=progress, unit="img", leave=False, disable=None if show else True)
+    bar = progress_bar(len(mine), progress if distributed.is_main() else "")
     sums = torch.zeros(3, classifiers, dtype=torch.float64, device=device)  # right, right among five, nats
     with contextlib.closing(batches), bar:
         for batch in batches:

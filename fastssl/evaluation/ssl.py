@@ -9,22 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastssl.augment import augment
-from fastssl.config import PositiveInt, Seed
+from fastssl.batch import Batch
+from fastssl.config import Config, Data, PositiveInt, Seed
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError, default_resize
 from fastssl.evaluation.options import Hardware, require
-from fastssl.loaders.engine import decoding_threads
-from fastssl.loaders.sources import open_source
+from fastssl.evaluation.record import recorded
+from fastssl.loaders.engine import decoding_threads, open_loader
+from fastssl.loaders.loader import Loader
+from fastssl.loaders.sources import Source, open_source
 from fastssl.loaders.views import central_batches
 from fastssl.methods import view_list
+from fastssl.methods.method import Method
+from fastssl.progress import progress_bar
 from fastssl.step import Values
 from fastssl.training import checkpoint
 from fastssl.training.checkpoint import Checkpoint
@@ -89,6 +94,7 @@ class SSLEvaluation:
         return f"{head}\n\n{format_table(rows)}"
 
 
+@recorded("ssl")
 def evaluate_ssl(options: SSLOptions) -> SSLEvaluation:
     """Mean of each of a method's own losses and metrics over the images of a data set.
 
@@ -104,25 +110,17 @@ def evaluate_ssl(options: SSLOptions) -> SSLEvaluation:
     source = open_source(options.data)
     config, method = open_method(saved)
     method = method.to(device)
-    values = _values(saved, options.seed)
-    part_grid = method.part_grid(config) or {}
-    if part_grid and not source.has_parts:
-        raise EvaluationError(f"method {config.method} needs part maps, and {options.data} has none")
-
-    views = view_list(config.views)
-    batches = central_batches(
+    values, batches = method_batches(
+        saved,
+        config,
+        method,
         source,
-        views,
-        {view.name: default_resize(view.size) for view in views},
         batch_size=options.batch_size,
         workers=decoding_threads(options.workers, 1),
-        part_grid=part_grid,
-        masks=method.masks(config),
         seed=options.seed,
-        schedule_epoch=values.epoch,
     )
     sums: dict[str, Tensor] = {}
-    bar = tqdm(total=len(source), desc="losses", unit="img", leave=False)
+    bar = progress_bar(len(source), "losses")
     with torch.random.fork_rng(), torch.no_grad(), contextlib.closing(batches), bar:
         torch.manual_seed(options.seed)
         for batch in batches:
@@ -134,6 +132,61 @@ def evaluate_ssl(options: SSLOptions) -> SSLEvaluation:
     means = {name: value.item() / len(source) for name, value in sums.items()}
     seconds = round(time.perf_counter() - begin, 1)
     return SSLEvaluation(options.checkpoint, config.method, saved.step, len(source), options.batch_size, means, seconds)
+
+
+def method_batches(
+    saved: Checkpoint,
+    config: Config,
+    method: Method,
+    source: Source,
+    *,
+    batch_size: int,
+    workers: int,
+    seed: int,
+    drawn: bool = False,
+) -> tuple[Values, Generator[Batch, None, None]]:
+    """What a method is shown of some images, and the step at which it stands.
+
+    Args:
+        saved, config, method: as from `open_method`.
+        seed: of the masks, and of what is drawn.
+        drawn: crops and colours are drawn as in training, and the images are in any order; else every view group has
+            the central view.
+
+    Raises:
+        EvaluationError: the method needs part maps, and there are none.
+    """
+    values = _values(saved, seed)
+    part_grid = method.part_grid(config) or {}
+    if part_grid and not source.has_parts:
+        raise EvaluationError(
+            f"method {config.method} needs part maps, and {source.path or 'a file of an image'} has none"
+        )
+    views = view_list(config.views)
+    if drawn:
+        loader = open_loader(
+            source, views, Data(batch_size=batch_size, on_bad="raise"), seed=seed, rank=0, world=1, threads=workers,
+            pin_memory=False, part_grid=part_grid, masks=method.masks(config),
+        )  # fmt: skip
+        return values, _once(loader, values.epoch)
+    batches = central_batches(
+        source,
+        views,
+        {view.name: default_resize(view.size) for view in views},
+        batch_size=batch_size,
+        workers=workers,
+        part_grid=part_grid,
+        masks=method.masks(config),
+        seed=seed,
+        schedule_epoch=values.epoch,
+    )
+    return values, batches
+
+
+def _once(loader: Loader, schedule_epoch: int) -> Generator[Batch, None, None]:
+    """The batches of epoch 0; the loader ends with them."""
+    with contextlib.closing(loader), contextlib.closing(loader.epoch(0, schedule_epoch=schedule_epoch)) as stream:
+        yield from stream
 
 
 def _values(saved: Checkpoint, seed: int) -> Values:

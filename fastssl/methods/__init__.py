@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastssl.config import View, check
-from fastssl.methods.cae import CAE
-from fastssl.methods.dino import DINO
-from fastssl.methods.mae import MAE
-from fastssl.methods.method import Method
-from fastssl.methods.saae import SAAE
-from fastssl.methods.scfs import SCFS
-from fastssl.methods.semmae import SemMAE
-from fastssl.methods.sit import SiT
-from fastssl.methods.sit_v1 import SiTv1
 
-METHODS: dict[str, type[Method]] = {
-    "cae": CAE,
-    "dino": DINO,
-    "mae": MAE,
-    "scfs": SCFS,
-    "saae": SAAE,
-    "semmae": SemMAE,
-    "sit": SiT,
-    "sit_v1": SiTv1,
+if TYPE_CHECKING:
+    from fastssl.methods.method import Method
+
+CLASSES = {  # by the name of the file
+    "cae": "CAE",
+    "dino": "DINO",
+    "mae": "MAE",
+    "scfs": "SCFS",
+    "saae": "SAAE",
+    "semmae": "SemMAE",
+    "sit": "SiT",
+    "sit_v1": "SiTv1",
 }
+
+
+class _Methods(Mapping[str, "type[Method]"]):
+    """The methods' classes by name; a method's file is imported when it is asked for."""
+
+    def __getitem__(self, name: str) -> type[Method]:
+        return getattr(importlib.import_module(f"fastssl.methods.{name}"), CLASSES[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in CLASSES
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(CLASSES)
+
+    def __len__(self) -> int:
+        return len(CLASSES)
+
+
+METHODS = _Methods()
 
 
 def view_list(views: Any) -> list[View]:

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Annotated, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ from fastssl.kernels.token_cross_entropy import token_cross_entropy
 from fastssl.loaders.masks import BlockMask, Mask
 from fastssl.methods import names
 from fastssl.methods.method import Method
-from fastssl.models import build_backbone, check_image_size
+from fastssl.models import build_vit, check_image_size
 from fastssl.models.blocks import (
     WHOLE,
     Drop,
@@ -51,8 +51,8 @@ from fastssl.models.blocks import (
     working_type,
 )
 from fastssl.models.dvae import PUBLISHED, Tokenizer, load_tokenizer
-from fastssl.models.vit import ViT, sincos_positions
-from fastssl.pictures import cover, tint, to_picture
+from fastssl.models.vit import sincos_positions
+from fastssl.pictures import Sheet, cover, cover_key, tint, to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training.timing import section
 
@@ -138,6 +138,7 @@ class CAE(Method):
         "optim.clip_grad": 3.0,
         "schedule.epochs": 300,
         "schedule.warmup_epochs": 10,
+        "run.recipe_batch": 2048,
         "monitor.mean_patch": True,  # the class token's output has no loss at all
     }
     backbone_prefix = "encoder."
@@ -154,9 +155,7 @@ class CAE(Method):
         for name, view in (("main", main), ("tokenizer", second)):
             check(view.count == 1, f"views.{name}.count", view.count, "1 with method cae")
         check(second.same_crop_as == "main", "views.tokenizer.same_crop_as", second.same_crop_as, "'main'")
-        self.encoder = build_backbone(config.model)
-        if not isinstance(self.encoder, ViT):
-            raise ConfigError(f"model.name is '{config.model.name}'; method cae needs a ViT")
+        self.encoder = build_vit(config.model, config.method)
         self.masks(config)  # for its checks
         self.side = main.size // self.encoder.patch_size
         self.tokenizer_side = second.size
@@ -285,7 +284,7 @@ class CAE(Method):
         biases = [block.attn.qkv.bias for block in [*self.encoder.blocks, *self.decoder.blocks]]
         torch._foreach_zero_([bias.grad.chunk(3)[1] for bias in biases])
 
-    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Sheet]:
         """Per image: the image, what the encoder sees, its codes, and with those of masked patches predicted; then,
         if the tokenizer can paint, both kinds of codes painted."""
         images = batch.views["main"][:, 0]
@@ -303,7 +302,10 @@ class CAE(Method):
         columns += [tint(picture, map_, count, strength=1.0) for map_ in maps]
         painted = [tokenizer.paint(map_) for map_ in maps]
         columns += [F.interpolate(pixels, picture.shape[-2:]) for pixels in painted if pixels is not None]
-        return {"codes": torch.stack(columns, dim=1)}
+        titles = ["image", "what the encoder sees", "the tokenizer's codes", "codes, predicted where hidden",
+                  "painted from the tokenizer's codes", "painted from the predicted codes"][: len(columns)]  # fmt: skip
+        legend = [cover_key("hidden from the encoder"), (None, "A colour per code; equal colours are equal codes.")]
+        return {"codes": Sheet(torch.stack(columns, dim=1), titles, legend)}
 
 
 class Regressor(nn.Module):
@@ -434,7 +436,7 @@ def init_(method: CAE, fix_init: bool) -> None:
         cut_normal_(weight)
     nn.init.zeros_(cast(Tensor, patches.bias))
     for blocks in (method.encoder.blocks, method.regressor.blocks, method.decoder.blocks) if fix_init else ():
-        for number, block in enumerate(blocks, 1):
+        for number, block in enumerate(cast(Any, blocks), 1):
             attention = block.proj if isinstance(block, RegressorBlock) else block.attn.proj
             for last in (attention, block.mlp.fc2):
                 last.weight.div_(math.sqrt(2 * number))

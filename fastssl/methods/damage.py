@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fastssl.batch import Batch
-from fastssl.config import Config, ConfigError, View, check
+from fastssl.config import Config, View, check
 from fastssl.kernels.corrupt import Corrupted
-from fastssl.models import RESNETS, check_image_size
-from fastssl.pictures import to_picture
+from fastssl.models import check_image_size
+from fastssl.pictures import Sheet, to_picture
 from fastssl.training import distributed
 
 NAMES = ("view1", "view2")
@@ -22,7 +22,7 @@ def check_views(method: str, config: Config) -> int:
     """The side of the two views of a SiT, once it is sure that its networks can take them.
 
     Raises:
-        ConfigError: several crops per view, different sides, a side that the patch does not divide, or no ViT.
+        ConfigError: several crops per view, different sides, or a side that the patch does not divide.
     """
     for name in NAMES:
         view: View = getattr(config.views, name)
@@ -30,8 +30,6 @@ def check_views(method: str, config: Config) -> int:
         check_image_size(config.model, f"views.{name}.size", view.size)
     side = config.views.view1.size
     check(config.views.view2.size == side, "views.view2.size", config.views.view2.size, f"that of view1, {side}")
-    if config.model.name in RESNETS:
-        raise ConfigError(f"model.name is '{config.model.name}'; method {method} needs a ViT")
     return side
 
 
@@ -62,18 +60,17 @@ def pixel_loss(painted: Tensor, clean: Tensor, mask: Tensor | None) -> Tensor:
     return (error * mask).sum() / count.clamp_min(1)
 
 
-def picture_rows(clean: Tensor, damaged: Corrupted, painted: Tensor) -> Tensor:
+def picture_sheet(clean: Tensor, damaged: Corrupted, painted: Tensor) -> Sheet:
     """For both views: clean, damaged, painted, and painted where it was damaged (clean elsewhere).
 
     Args:
         clean, damaged, painted: [2B, 3, S, S], first views first.
-
-    Returns:
-        Pictures [B, 8, 3, S, S].
     """
     restored = torch.where(damaged.mask[:, None], painted.to(clean.dtype), clean)
     kinds = [to_picture(kind) for kind in (clean, damaged.views, painted, restored)]
-    return torch.stack([view for pair in zip(*(kind.chunk(2) for kind in kinds), strict=True) for view in pair], dim=1)
+    views = [view for pair in zip(*(kind.chunk(2) for kind in kinds), strict=True) for view in pair]
+    words = ("view {}", "view {} damaged", "painted from it", "painted where damaged, the rest of view {} kept")
+    return Sheet(torch.stack(views, dim=1), [word.format(k) for k in (1, 2) for word in words])
 
 
 def wide(x: Tensor) -> Tensor:

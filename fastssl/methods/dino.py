@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, groupby
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,11 @@ from fastssl.config import Checked, Config, NonNegativeInt, PositiveFloat, Posit
 from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 from fastssl.methods import names
 from fastssl.methods.method import Method
-from fastssl.models import build_backbone, check_image_size
-from fastssl.models.blocks import Block, Drop, add_norm, working_type
+from fastssl.models import AnyBackbone, build_backbone, check_image_size
+from fastssl.models.blocks import Drop
 from fastssl.models.heads import DINOHead
-from fastssl.models.resnet import ResNet
-from fastssl.models.vit import ViT, patch_grid
-from fastssl.pictures import heat, to_picture
+from fastssl.models.vit import ViT
+from fastssl.pictures import Sheet, heat, heat_key, to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
 from fastssl.training.schedule import cosine, linear_ramp
@@ -98,6 +97,7 @@ class DINO(Method):
     Settings = Settings
     defaults: ClassVar[dict[str, object]] = {
         "model.name": "vit_small",
+        "model.resample": "dino",
         "model.drop_path": 0.1,
         "optim.name": "adamw",
         "optim.lr": 5e-4,
@@ -108,6 +108,7 @@ class DINO(Method):
         "optim.clip_each": True,
         "schedule.epochs": 100,
         "schedule.warmup_epochs": 10,
+        "run.recipe_batch": 512,
     }
     backbone_prefix = "teacher.backbone."
     layout = names.DINO
@@ -184,14 +185,19 @@ class DINO(Method):
             values.epoch, max(s.warmup_teacher_temp_epochs - 1, 1), 0.0, s.teacher_temp - s.warmup_teacher_temp
         )
 
-    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Sheet]:
         """Per image: both large crops, each followed by where the teacher looks in it (`attention`)."""
         large = [batch.views[name][:, 0] for name in ("global1", "global2")]
         columns = []
         for crop in large:
             picture = F.interpolate(to_picture(crop), size=large[0].shape[-2:], mode="bilinear")
             columns += [picture, heat(picture, attention(self.teacher.backbone, crop))]
-        return {"attention": torch.stack(columns, dim=1)}
+        titles = [title for name in ("first", "second") for title in (f"{name} large crop", "where the teacher looks")]
+        vit = isinstance(self.teacher.backbone, ViT)
+        what = (
+            "attention of the class token in the last block, mean over heads" if vit else "length of the last features"
+        )
+        return {"attention": Sheet(torch.stack(columns, dim=1), titles, [heat_key(what)])}
 
 
 class Network(nn.Module):
@@ -249,21 +255,13 @@ def update_center(center: Tensor, column_sum: Tensor, rows: int, momentum: float
     center.lerp_(mean.to(center.dtype), 1.0 - momentum)
 
 
-def attention(backbone: ViT | ResNet, images: Tensor) -> Tensor:
+def attention(backbone: AnyBackbone, images: Tensor) -> Tensor:
     """Where a backbone looks, [B, g, g]: a ViT's class attention in its last block, mean over heads (section 4.2.2 of
-    the paper); the length of a ResNet's last feature map.
+    the paper); of any other network the length of its last feature map.
 
     Args:
         images: [B, 3, S, S].
     """
-    if isinstance(backbone, ResNet):
+    if not isinstance(backbone, ViT):
         return backbone.stages(images)[-1].norm(dim=1)
-    x = backbone.embed(images)
-    for block in backbone.blocks[:-1]:
-        x = block(x)
-    last = cast(Block, backbone.blocks[-1])
-    layer = last.attn
-    _, normed = add_norm(x, last.norm1, working_type(x, layer.qkv.weight))
-    q, k, _ = layer.qkv(normed).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    weights = (layer.scale * q[:, :, :1] @ k.transpose(-2, -1)).softmax(-1)[:, :, 0, 1:]  # [B, heads, N]
-    return weights.mean(dim=1).unflatten(1, patch_grid(images, backbone.patch_size))
+    return backbone.class_attention(images).mean(dim=1)

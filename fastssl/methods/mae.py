@@ -9,24 +9,26 @@ Letters: B images, N patches, K visible, M masked, p side of a patch, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor
 
 from fastssl.batch import Batch
-from fastssl.config import Checked, Config, ConfigError, PositiveInt, Range, View, check
+from fastssl.config import Checked, Config, PositiveInt, Range, View, check
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
 from fastssl.loaders.masks import Mask, RandomMask
 from fastssl.methods import names
 from fastssl.methods.method import Method
-from fastssl.models import build_backbone, check_image_size
+from fastssl.models import build_vit, check_image_size
 from fastssl.models.blocks import Drop
 from fastssl.models.decoders import MAEDecoder
-from fastssl.models.vit import ViT, cut_patches, patch_grid, xavier_init_
-from fastssl.pictures import cover, to_picture
+from fastssl.models.vit import cut_patches, join_patches, patch_grid, xavier_init_
+from fastssl.pictures import SWATCH, Sheet, cover, cover_key, to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training.timing import section
+
+DEVIATIONS = 3  # from black to white in pictures of normalised patches, to either side
 
 
 @dataclass
@@ -80,10 +82,12 @@ class MAE(Method):
         "optim.betas": (0.9, 0.95),
         "schedule.epochs": 800,
         "schedule.warmup_epochs": 40,
+        "run.recipe_batch": 4096,
         "monitor.mean_patch": True,  # the class token alone has no loss of its own
     }
     backbone_prefix = "encoder."
     layout = names.MAE
+    peak_twice = False
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -91,9 +95,7 @@ class MAE(Method):
         view: View = config.views.main
         self.settings: Settings = s
         check(view.count == 1, "views.main.count", view.count, f"1 with method {config.method}")
-        self.encoder = build_backbone(config.model)
-        if not isinstance(self.encoder, ViT):
-            raise ConfigError(f"model.name is '{config.model.name}'; method {config.method} needs a ViT")
+        self.encoder = build_vit(config.model, config.method)
         self.masks(config)  # for its checks
         p = self.encoder.patch_size
         side = view.size // p
@@ -127,21 +129,42 @@ class MAE(Method):
         """Visible and masked patches, drawn at random."""
         return [RandomMask("main", check_patches(config), config.settings.mask_ratio)]
 
-    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
-        """Per image: the crop, what the encoder sees of it, and the visible patches among the painted ones.
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Sheet]:
+        """Per image: the crop, what the encoder sees of it, and the visible patches among the predicted ones.
 
-        Where patches are predicted normalised (`norm_pixel_loss`), nobody knows their brightness and contrast; the
-        picture borrows both from the true patch.
+        Where patches are predicted normalised (`norm_pixel_loss`), the network does not know their brightness and
+        contrast. The prediction is then shown as it is, beside its target; a last picture takes mean and deviation of
+        the hidden patches from the image, and says so.
         """
         images = batch.views["main"][:, 0]
-        rows, columns = patch_grid(images, self.encoder.patch_size)
+        p = self.encoder.patch_size
+        rows, columns = patch_grid(images, p)
         keep, masked = batch.mask("main")
         prediction = self.decoder(self.encoder.tokens(images, keep), keep, masked)
-        painted = paste_patches(images, prediction, masked, self.encoder.patch_size, self.settings.norm_pixel_loss)
+        prediction = prediction.float().unflatten(2, (-1, 3)).transpose(2, 3).flatten(2)  # channel, row, column
+        index = masked[..., None].expand(-1, -1, prediction.shape[2])
         hidden = torch.zeros(len(images), rows * columns, dtype=torch.bool, device=images.device)
-        hidden = hidden.scatter(1, masked, True).unflatten(1, (rows, columns))
         picture = to_picture(images)
-        return {"reconstruction": torch.stack([picture, cover(picture, hidden), to_picture(painted)], dim=1)}
+        shown = [picture, cover(picture, hidden.scatter(1, masked, True).unflatten(1, (rows, columns)))]
+        titles, legend = ["image", "what the encoder sees"], [cover_key("hidden from the encoder")]
+        patches = cut_patches(images.float(), p)
+        join = partial(join_patches, rows=rows, columns=columns)
+        if self.settings.norm_pixel_loss:
+            mean, deviation = patches.mean(2, keepdim=True), (patches.var(2, keepdim=True) + 1e-6).sqrt()
+            target = (patches - mean) / deviation
+            guess = target.scatter(1, index, prediction)
+            shown += [(join(each) / (2 * DEVIATIONS) + 0.5).clamp(0, 1) for each in (guess, target)]
+            shown.append(to_picture(join(guess * deviation + mean)))
+            titles += ["prediction: each patch less its mean, over its deviation", "the same of the image: the target",
+                       "prediction with the image's own mean and deviation of each patch"]  # fmt: skip
+            scale = torch.linspace(0, 1, SWATCH).expand(3, -1)
+            legend += [(scale, f"{-DEVIATIONS} to {DEVIATIONS} deviations from the patch's mean"),
+                       (None, "In the last column brightness and contrast of the hidden patches are the image's: the "
+                        "network does not predict them.")]  # fmt: skip
+        else:
+            shown.append(to_picture(join(patches.scatter(1, index, prediction))))
+            titles.append("prediction where hidden")
+        return {"reconstruction": Sheet(torch.stack(shown, dim=1), titles, legend)}
 
 
 def check_patches(config: Config) -> int:
@@ -156,27 +179,3 @@ def check_patches(config: Config) -> int:
     check(patches * (1 - s.mask_ratio) + 1e-6 >= 1, f"{s.section}.mask_ratio", s.mask_ratio,
           f"low enough to keep one of the image's {patches} patches")  # fmt: skip
     return patches
-
-
-def paste_patches(images: Tensor, prediction: Tensor, masked: Tensor, patch_size: int, norm_pixels: bool) -> Tensor:
-    """The images with their masked patches replaced by predicted ones.
-
-    Args:
-        images: [B, 3, H, W], normalised as the network sees them.
-        prediction: [B, M, 3 p p], values in the order row, column, channel.
-        masked: int64 [B, M], the patches predicted.
-        patch_size: p, pixels.
-        norm_pixels: the prediction is normalised per patch; it gets the true patch's mean and deviation.
-
-    Returns:
-        float32 [B, 3, H, W].
-    """
-    rows, columns = patch_grid(images, patch_size)
-    patches = cut_patches(images.float(), patch_size)  # [B, N, 3 p p], values in the order channel, row, column
-    index = masked[..., None].expand(-1, -1, patches.shape[2])
-    painted = prediction.float().unflatten(2, (-1, 3)).transpose(2, 3).flatten(2)
-    if norm_pixels:
-        true = patches.gather(1, index)
-        painted = painted * (true.var(dim=2, keepdim=True) + 1e-6).sqrt() + true.mean(dim=2, keepdim=True)
-    cells = patches.scatter(1, index, painted).view(-1, rows, columns, 3, patch_size, patch_size)
-    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

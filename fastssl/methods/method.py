@@ -10,6 +10,7 @@ from fastssl.batch import Batch
 from fastssl.config import Config
 from fastssl.loaders.masks import Mask
 from fastssl.methods.names import Names
+from fastssl.pictures import Sheet
 from fastssl.step import Step, Values
 
 
@@ -21,6 +22,9 @@ class Method(nn.Module):
         defaults: the paper's recipe, as dotted configuration keys.
         backbone_prefix: where the backbone stands in the state dict.
         layout: how the keys of the authors' files and of the state dict are named after each other.
+        spare: what the keys of `official` begin with that a configuration may have no use for.
+        peak_twice: of `schedule.warmup_cosine`, as the authors' learning rate warms up.
+        undecayed: endings of the names of tensors that do not decay, beside biases and all of one dimension.
     """
 
     Views: ClassVar[type]
@@ -28,6 +32,9 @@ class Method(nn.Module):
     defaults: ClassVar[dict[str, object]]
     backbone_prefix: str
     layout: ClassVar[Names]
+    spare: ClassVar[tuple[str, ...]] = ()
+    peak_twice: ClassVar[bool] = True
+    undecayed: ClassVar[tuple[str, ...]] = ()
 
     @property
     def backbone(self) -> nn.Module:
@@ -66,11 +73,11 @@ class Method(nn.Module):
         """Parameters whose gradients are multiplied by a number of `scheduled`, by its name. 0: they stay."""
         return {}
 
-    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Sheet]:
         """What the method sees and does, for people; called in eval mode without gradients.
 
         Returns:
-            By file name: float [rows, columns, 3, H, W] in 0 to 1, usually one image of the batch per row.
+            By file name, a row per image of the batch.
         """
         return {}
 

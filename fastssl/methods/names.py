@@ -133,19 +133,22 @@ SCFS = _Centred(
 )
 
 
-class _StudentAlone(Names):
-    """The authors' teacher is never run, nor evaluated by their own recipe, so it is not read. What is written as
-    `teacher` is our teacher's backbone, if there is one, else the student's; its head is the student's."""
+class _NoTeachersHead(Names):
+    """Of the authors' teacher, which their code never runs, the backbone alone is read. What is written as `teacher` is
+    our teacher's backbone, if there is one, else the student's; its head is the student's."""
 
     def ours(self, file: dict[str, Any]) -> dict[str, Tensor]:
-        return super().ours({key: value for key, value in file.items() if key != "teacher"})
+        if "teacher" in file:
+            teacher = {k: v for k, v in file["teacher"].items() if k.startswith(("backbone.", "module.backbone."))}
+            file = {**file, "teacher": teacher}
+        return super().ours(file)
 
     def theirs(self, state: dict[str, Tensor]) -> dict[str, Any]:
         file = super().theirs(state)
         return {"student": file["student"], "teacher": file["student"] | file.get("teacher", {})}
 
 
-SAAE = _StudentAlone(
+SAAE = _NoTeachersHead(
     [
         ("student.backbone.", "encoder."),
         ("student.head.mask_feat", "mask_code"),

@@ -24,7 +24,6 @@ from fastssl.batch import Batch
 from fastssl.config import (
     Checked,
     Config,
-    ConfigError,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -40,11 +39,11 @@ from fastssl.kernels.uncrop import cells, uncrop, unseen
 from fastssl.methods import names
 from fastssl.methods.contrast import nt_xent
 from fastssl.methods.method import Method
-from fastssl.models import build_backbone, check_image_size
+from fastssl.models import build_vit, check_image_size
 from fastssl.models.blocks import Drop, add_norm, run_blocks, transformer_blocks, working_type
 from fastssl.models.norms import BatchNorm1d, Chain
-from fastssl.models.vit import ViT, sincos_positions
-from fastssl.pictures import cover, to_picture
+from fastssl.models.vit import join_patches, sincos_positions
+from fastssl.pictures import Sheet, cover, cover_key, to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
 from fastssl.training.schedule import cosine
@@ -123,6 +122,7 @@ class SAAE(Method):
     defaults: ClassVar[dict[str, object]] = {
         "data.batch_size": 120,
         "model.name": "vit_base",
+        "model.resample": "dino",
         "model.drop_path": 0.1,
         "optim.name": "adamw",
         "optim.lr": 2.4e-4,
@@ -132,17 +132,17 @@ class SAAE(Method):
         "optim.clip_each": True,
         "schedule.epochs": 400,
         "schedule.warmup_epochs": 10,
+        "run.recipe_batch": 960,
     }
     backbone_prefix = "encoder."
     layout = names.SAAE
+    spare = ("teacher.",)
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         s: Settings = config.settings
         self.settings = s
-        self.encoder = build_backbone(config.model)
-        if not isinstance(self.encoder, ViT):
-            raise ConfigError(f"model.name is '{config.model.name}'; method saae needs a ViT")
+        self.encoder = build_vit(config.model, config.method)
         self.encoder.patch_embed.requires_grad_(False)  # stays at its random start
         self.grid, self.squash = check_views(config)
         self.projector = projector(self.encoder.width, s.head_hidden, s.code_width, s.head_batch_norm)
@@ -150,7 +150,7 @@ class SAAE(Method):
         nn.init.trunc_normal_(self.mask_code, std=0.02)
         self.decoder = Decoder(s.code_width, self.grid, self.encoder.patch_size, s.decoder_depth, s.decoder_heads)
         if s.teacher:
-            self.teacher = build_backbone(config.model, drop_path=0.0)
+            self.teacher = build_vit(config.model, config.method, drop_path=0.0)
             self.teacher.load_state_dict(self.encoder.state_dict())
             self.teacher.requires_grad_(False)
             self.backbone_prefix = "teacher."
@@ -235,14 +235,13 @@ class SAAE(Method):
     def averages(self) -> list[tuple[nn.Module, nn.Module]]:
         return [(self.teacher, self.encoder)] if self.settings.teacher else []
 
-    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Sheet]:
         """Per crop: what goes in, which cells of the image it saw, and the image with the others painted; last the
         image."""
         box, flip = self.place(batch)
         _, cls, canvas = self.encode(batch, box, flip)
-        p, side = self.encoder.patch_size, (self.grid, self.grid)
-        painted = self.decoder.paint(self.decode(cls, canvas)).unflatten(2, (3, p, p)).unflatten(1, side)
-        painted = painted.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)  # [V, 3, S, S]
+        side = (self.grid, self.grid)
+        painted = join_patches(self.decoder.paint(self.decode(cls, canvas)), *side)  # [V, 3, S, S]
         hidden = unseen(box, grid=self.grid).unflatten(1, side)  # [V, G, G]
         image = to_picture(batch.views["reference"][:, 0])
         columns = []
@@ -250,7 +249,10 @@ class SAAE(Method):
             seen = cover(image, cells_hidden)
             filling = cover(to_picture(own), ~cells_hidden, colour=0.0)
             columns += [to_picture(batch.views[name][:, 0]), seen, cover(image, cells_hidden, colour=0.0) + filling]
-        return {"reconstruction": torch.stack([*columns, image], dim=1)}
+        titles = [title for k in (1, 2) for title in (f"crop {k}", f"where crop {k} lies in the image",
+                                                      f"the rest painted from crop {k}")]  # fmt: skip
+        legend = [cover_key("not seen in the crop"), (None, "Only what the crop did not see is painted.")]
+        return {"reconstruction": Sheet(torch.stack([*columns, image], dim=1), [*titles, "image"], legend)}
 
 
 def check_views(config: Config) -> tuple[int, int]:

@@ -32,10 +32,12 @@ from fastssl.kernels.feature_search import (
 from fastssl.kernels.unit_rows import unit_rows
 from fastssl.methods import dino, names
 from fastssl.methods.dino import DINO
+from fastssl.models import AnyBackbone
 from fastssl.models.norms import BatchNorm1d, BatchNorm2d, Chain
 from fastssl.models.resnet import ResNet
+from fastssl.models.timm_backbone import TimmBackbone
 from fastssl.models.vit import ViT, patch_grid
-from fastssl.pictures import heat, to_picture
+from fastssl.pictures import Sheet, heat, heat_key, to_picture
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
 from fastssl.training.batch_norm import is_synchronised, update_running
@@ -68,7 +70,8 @@ class Settings(dino.Settings):
     """Epochs over which the teacher's temperature rises, epoch by epoch. 0: constant."""
     taps: tuple[PositiveInt, ...] | None = None
     """Stages of a ResNet (1 to 4) after which maps are taken; or blocks of a ViT, whose patch tokens then are the map:
-    an extension of this project, not of the paper. None: stages 2, 3, 4; blocks at 1/2, 3/4 and the end of a ViT."""
+    an extension of this project, not of the paper. None: stages 2, 3, 4 (a timm model's last three); blocks at 1/2,
+    3/4 and the end of a ViT."""
     stage_weights: tuple[PositiveFloat, ...] | None = None
     """Weight of each tap's loss beside DINO's. None: 1 each."""
     cross_weight: NonNegativeFloat = 0.5
@@ -108,6 +111,7 @@ class SCFS(DINO):
     Settings = Settings
     defaults: ClassVar[dict[str, object]] = {
         "model.name": "resnet50",
+        "model.resample": "dino",  # of a ViT
         "optim.name": "sgd",
         "optim.lr": 0.1,
         "optim.min_lr": 0.0048,
@@ -116,6 +120,7 @@ class SCFS(DINO):
         "optim.clip_each": True,
         "schedule.epochs": 200,
         "schedule.warmup_epochs": 10,
+        "run.recipe_batch": 256,
     }
     layout = names.SCFS
     student: Network
@@ -213,18 +218,21 @@ class SCFS(DINO):
             targets.append(out.unflatten(0, maps.shape[:2]))
         return targets
 
-    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Sheet]:
         """Per image: the first large crop, then some small crops, each followed by its search map at every tap."""
         large, small = crops(batch)
         small = small[:DRAWN_CROPS]
         student, teacher = self.student([small]), self.teacher([large[:1]])
         picture = to_picture(large[0])
-        columns = [picture]
+        columns, titles = [picture], ["large crop"]
+        level = "block" if isinstance(self.teacher.backbone, ViT) else "stage"
         for m, crop in enumerate(small):
+            titles += [f"small crop {m + 1}", *(f"crop {m + 1} in {level} {tap}" for tap in self.taps)]
             columns.append(F.interpolate(to_picture(crop), size=picture.shape[-2:], mode="bilinear"))
             for local, seen in zip(student.stages[0], teacher.stages[0], strict=True):
                 columns.append(heat(picture, search(local.map, seen.map[0])[m]))
-        return {"search": torch.stack(columns, dim=1)}
+        key = heat_key(f"where the teacher's map of the large crop, after that {level}, is like the small crop")
+        return {"search": Sheet(torch.stack(columns, dim=1), titles, [key])}
 
 
 # -- networks ---------------------------------------------------------------------------------------------------------
@@ -403,7 +411,7 @@ def search(local: Tensor, feature: Tensor) -> Tensor:
     return search_maps(queries, feature).clamp_min(0)
 
 
-def tapped(backbone: ViT | ResNet, taps: tuple[int, ...] | None) -> tuple[tuple[int, ...], list[int]]:
+def tapped(backbone: AnyBackbone, taps: tuple[int, ...] | None) -> tuple[tuple[int, ...], list[int]]:
     """The taps (`Settings.taps`) and the channels of their maps.
 
     Raises:
@@ -412,6 +420,10 @@ def tapped(backbone: ViT | ResNet, taps: tuple[int, ...] | None) -> tuple[tuple[
     if isinstance(backbone, ResNet):
         taps, last, kind = (2, 3, 4) if taps is None else tuple(taps), 4, "stages"
         widths = [backbone.width // 2 ** (4 - tap) for tap in taps]
+    elif isinstance(backbone, TimmBackbone):
+        last, kind = len(backbone.maps), "feature maps"
+        taps = backbone.default_taps() if taps is None else tuple(taps)
+        widths = [backbone.maps[tap - 1] for tap in taps if tap <= last]
     else:
         last, kind = backbone.num_blocks, "blocks"
         taps = (last // 2, 3 * last // 4, last) if taps is None else tuple(taps)
@@ -422,12 +434,14 @@ def tapped(backbone: ViT | ResNet, taps: tuple[int, ...] | None) -> tuple[tuple[
 
 
 def features_and_maps(
-    backbone: ViT | ResNet, taps: tuple[int, ...], groups: list[Tensor]
+    backbone: AnyBackbone, taps: tuple[int, ...], groups: list[Tensor]
 ) -> list[tuple[Tensor, list[Tensor]]]:
     """By group of images the backbone's feature [n, D] and its maps [n, C, H, W] after the taps; a ViT's are its patch
     tokens after the final norm."""
     if isinstance(backbone, ViT):
         return [_of_tokens(backbone, taps, images) for images in groups]
+    if isinstance(backbone, TimmBackbone):
+        return [backbone.feature_and_maps(images, taps) for images in groups]
     by_group = zip(*backbone.stages_of(groups), strict=True)
     return [(backbone.avgpool(maps[-1]).flatten(1), [maps[tap - 1] for tap in taps]) for maps in by_group]
 

@@ -12,17 +12,16 @@ Letters: B images, N patches, K visible, M masked.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from fastssl.batch import Batch
 from fastssl.config import Config, NonNegativeInt, PositiveFloat
 from fastssl.loaders.masks import Mask, SemanticMask, semantic_schedule
 from fastssl.methods import mae
-from fastssl.pictures import tint
+from fastssl.pictures import Sheet, tint
 from fastssl.step import Step, Values
 
 Views = mae.Views
@@ -82,9 +81,11 @@ class SemMAE(mae.MAE):
         epochs = s.curriculum_epochs or config.schedule.epochs
         return [SemanticMask("main", patches, s.mask_ratio, MAX_PARTS, epochs, s.gamma)]
 
-    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Sheet]:
         """As MAE's, with the parts tinted beside the crop."""
-        columns = super().pictures(batch, values)["reconstruction"]  # [B, 3, 3, S, S]
-        labels = batch.parts["main"][:, 0]
+        sheet = super().pictures(batch, values)["reconstruction"]
+        labels, columns = batch.parts["main"][:, 0], sheet.pictures
         parts = tint(columns[:, 0], labels, int(labels.max()) + 1)
-        return {"reconstruction": torch.cat([columns[:, :1], parts[:, None], columns[:, 1:]], dim=1)}
+        with_parts = torch.cat([columns[:, :1], parts[:, None], columns[:, 1:]], dim=1)
+        titles = ["image", "its parts, a colour each", *sheet.titles[1:]]
+        return {"reconstruction": replace(sheet, pictures=with_parts, titles=titles)}

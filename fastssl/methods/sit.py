@@ -35,13 +35,14 @@ from fastssl.config import (
 from fastssl.kernels.corrupt import Corrupted, corrupt, draw_blocks
 from fastssl.methods import names
 from fastssl.methods.contrast import teacher_contrast
-from fastssl.methods.damage import both_views, check_group, check_views, picture_rows, pixel_loss
+from fastssl.methods.damage import both_views, check_group, check_views, picture_sheet, pixel_loss
 from fastssl.methods.method import Method
-from fastssl.models import build_backbone
+from fastssl.models import build_vit
 from fastssl.models.blocks import Drop
 from fastssl.models.decoders import PixelDecoder
 from fastssl.models.norms import BatchNorm1d, Chain
 from fastssl.models.vit import patch_grid
+from fastssl.pictures import Sheet
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
 from fastssl.training.schedule import cosine
@@ -112,6 +113,7 @@ class SiT(Method):
     Settings = Settings
     defaults: ClassVar[dict[str, object]] = {
         "model.name": "vit_small",
+        "model.resample": "dino",
         "model.drop_path": 0.1,
         "optim.name": "adamw",
         "optim.lr": 5e-4,
@@ -122,6 +124,7 @@ class SiT(Method):
         "optim.clip_each": True,
         "schedule.epochs": 800,
         "schedule.warmup_epochs": 10,
+        "run.recipe_batch": 256,
     }
     backbone_prefix = "teacher.backbone."
     layout = names.SIT
@@ -204,12 +207,12 @@ class SiT(Method):
         """Decay of the teacher's weights at this step."""
         return cosine(values.step, values.total_steps, self.settings.momentum_teacher, 1.0)
 
-    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
-        """One row per image and, for each view, the columns of `picture_rows`."""
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Sheet]:
+        """One row per image and, for each view, the columns of `picture_sheet`."""
         clean = both_views(batch)
         damaged = self.damage(clean, batch, values.seed)
         painted = self.student.reconstruct(self.student.backbone.tokens(damaged.views), damaged.views)
-        return {"reconstruction": picture_rows(clean, damaged, painted)}
+        return {"reconstruction": picture_sheet(clean, damaged, painted)}
 
 
 class Network(nn.Module):
@@ -218,7 +221,7 @@ class Network(nn.Module):
     def __init__(self, config: Config, drop_path: float | None = None) -> None:
         super().__init__()
         s: Settings = config.settings
-        self.backbone = build_backbone(config.model, drop_path)
+        self.backbone = build_vit(config.model, config.method, drop_path)
         self.head = contrastive_head(self.backbone.width, s.head_hidden, s.out_dim)
         self.decoder = PixelDecoder(self.backbone.width, self.backbone.patch_size, layers=3)
 

@@ -22,12 +22,13 @@ from fastssl.config import BelowOne, Checked, Config, NonNegativeInt, PositiveFl
 from fastssl.kernels.corrupt import ALIEN, Corrupted, FirstBlocks, corrupt, draw_first
 from fastssl.methods import names
 from fastssl.methods.contrast import nt_xent
-from fastssl.methods.damage import both_views, check_group, check_views, picture_rows, pixel_loss, wide
+from fastssl.methods.damage import both_views, check_group, check_views, picture_sheet, pixel_loss, wide
 from fastssl.methods.method import Method
-from fastssl.models import build_backbone
+from fastssl.models import build_vit
 from fastssl.models.blocks import Drop, run_blocks
 from fastssl.models.decoders import PixelDecoder
 from fastssl.models.vit import patch_grid
+from fastssl.pictures import Sheet
 from fastssl.step import Step, Values, feature_spread
 from fastssl.training import distributed
 from fastssl.training.timing import section
@@ -96,15 +97,18 @@ class SiTv1(Method):
         "optim.weight_decay": 0.05,
         "schedule.epochs": 501,
         "schedule.warmup_epochs": 5,
+        "run.recipe_batch": 288,
     }
     backbone_prefix = "encoder."
     layout = names.SIT_V1
+    peak_twice = False
+    undecayed = ("_token", "pos_embed", "rotation_position")
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.settings: Settings = config.settings
         check_views("sit_v1", config)
-        self.encoder = build_backbone(config.model)
+        self.encoder = build_vit(config.model, config.method)
         width = self.encoder.width
         self.rotation_token = nn.Parameter(torch.empty(1, 1, width))
         self.rotation_position = nn.Parameter(torch.empty(1, 1, width))
@@ -172,11 +176,11 @@ class SiTv1(Method):
         damaged = damage(clean, drawn, s.alien_clean, ids=batch.id, **where)
         return clean, *damaged, drawn.turns
 
-    def pictures(self, batch: Batch, values: Values) -> dict[str, Tensor]:
-        """One row per image and, for each (rotated) view, the columns of `picture_rows`."""
+    def pictures(self, batch: Batch, values: Values) -> dict[str, Sheet]:
+        """One row per image and, for each (rotated) view, the columns of `picture_sheet`."""
         clean, damaged, mask, _ = self.damage(batch, values.seed)
         painted = self.reconstruct(self.tokens(damaged), damaged)
-        return {"reconstruction": picture_rows(clean, Corrupted(damaged, mask), painted)}
+        return {"reconstruction": picture_sheet(clean, Corrupted(damaged, mask), painted)}
 
 
 # -- the losses --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ Letters: B images, C channels, H x W pixels, R x K patches (rows, columns), p si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from timm.layers import DropPath
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from fastssl.config import ConfigError
 from fastssl.models.relative_positions import add_relative_positions, attention_bias
 from fastssl.models.resnet import ResNet
+from fastssl.models.timm_backbone import TimmBackbone
 from fastssl.models.vit import ViT, patch_grid
 
 LEVELS = 4
@@ -36,7 +38,7 @@ class Pyramid(nn.Module):
     No final norm is applied; the norm and the blocks after the last tap are removed.
 
     Args:
-        backbone: a ViT or a ResNet of ours.
+        backbone: a ViT, a ResNet, or a model of timm with stages.
         taps: four blocks of the ViT, zero-based and not descending. None: the last of each quarter, [2, 5, 8, 11] of 12
             blocks, except that 12 and 24 blocks have the papers' [3, 5, 7, 11] and [7, 11, 15, 23].
         drop_path: stochastic depth of the ViT's last block, growing linearly from 0 at the first; replaces the
@@ -55,10 +57,12 @@ class Pyramid(nn.Module):
     """
 
     relative_index: Tensor  # where `window` is given
+    channels: list[int]
+    strides: list[float]
 
     def __init__(
         self,
-        backbone: ViT | ResNet,
+        backbone: ViT | ResNet | TimmBackbone,
         taps: Sequence[int] | None = None,
         drop_path: float = 0.0,
         window: tuple[int, int] | None = None,
@@ -69,9 +73,12 @@ class Pyramid(nn.Module):
         self.window = window
         self.checkpointing = checkpointing
         width = backbone.width
-        if isinstance(backbone, ResNet):
+        if not isinstance(backbone, ViT):
             if taps is not None or drop_path or window or checkpointing:
-                raise ConfigError("taps, drop_path, window and checkpointing change a ViT; the backbone is a ResNet")
+                raise ConfigError("taps, drop_path, window and checkpointing change a ViT; the backbone is none")
+            if isinstance(backbone, TimmBackbone):
+                self.channels, self.strides = backbone.pyramid(LEVELS)
+                return
             self.channels = [width // 8, width // 4, width // 2, width]
             first = 1 if isinstance(backbone.maxpool, nn.Identity) else 4
             self.strides = [first * 2**level for level in range(LEVELS)]
@@ -106,13 +113,13 @@ class Pyramid(nn.Module):
         Raises:
             ConfigError: sides that the patch does not divide, or another grid than `window`.
         """
-        if isinstance(self.backbone, ResNet):
-            return self.backbone.stages(images)
+        if not isinstance(self.backbone, ViT):
+            return self.backbone.stages(images)[-LEVELS:]
         return [resize(tapped) for resize, tapped in zip(self.resize, self._tapped(images), strict=True)]
 
     def _tapped(self, images: Tensor) -> list[Tensor]:
         """The patch tokens after each tap as maps, four times [B, C, R, K]."""
-        vit = self.backbone
+        vit = cast(ViT, self.backbone)
         grid = patch_grid(images, vit.patch_size)
         if self.window is not None and grid != self.window:
             raise ConfigError(

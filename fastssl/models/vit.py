@@ -8,6 +8,8 @@ Letters: B images, N patches of the image, K kept patches, D width, G side of th
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -18,7 +20,9 @@ from torch import Tensor, nn
 from fastssl.config import ConfigError
 from fastssl.kernels.masked_attention_gather import gather_tokens
 from fastssl.models.blocks import (
+    Block,
     Drop,
+    add_norm,
     apart,
     last_norms,
     run_blocks,
@@ -39,6 +43,7 @@ class ViT(nn.Module):
         image_size: side of the image for which the position table is made, in pixels.
         positions: "learned" (trained table), "sincos" or "sincos_rows" (fixed 2-D sine-cosine table,
             `sincos_positions`, with the column or the row in the first half of the channels).
+        resample: how the table is brought to another grid, see `resampling`.
         drop_path: stochastic depth of the last block; it grows linearly from 0 at the first.
         layer_scale: start value of the layer scale (`Block`). 0: none.
 
@@ -59,6 +64,7 @@ class ViT(nn.Module):
         patch_size: int = 16,
         image_size: int = 224,
         positions: str = "learned",
+        resample: str = "plain",
         drop_path: float = 0.0,
         layer_scale: float = 0.0,
     ) -> None:
@@ -66,6 +72,7 @@ class ViT(nn.Module):
         self.width = width
         self.patch_size = patch_size
         self.num_blocks = depth
+        self.resample = resample
         side = image_size // patch_size
         self.grid = (side, side)
 
@@ -93,13 +100,21 @@ class ViT(nn.Module):
         return list(self.blocks)
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """The position table for a grid of rows x columns patches, [1, 1+N, D]; resampled (bicubic) if not its own."""
+        """The position table for a grid of rows x columns patches, [1, 1+N, D]; resampled if it is not its own.
+
+        Two matrix products, because the backward pass of PyTorch's bicubic interpolation adds in any order on a GPU.
+        """
         if (rows, columns) == self.grid:
             return self.pos_embed
         first, table = self.pos_embed.split([1, self.grid[0] * self.grid[1]], dim=1)
-        table = table.unflatten(1, self.grid).permute(0, 3, 1, 2)
-        table = F.interpolate(table, size=(rows, columns), mode="bicubic", antialias=True)
-        return torch.cat([first, table.flatten(2).transpose(1, 2)], dim=1)
+        down, across = (
+            resampling(cells, size, self.resample, table.device).to(table.dtype)
+            for cells, size in zip(self.grid, (rows, columns), strict=True)
+        )
+        with torch.autocast(table.device.type, enabled=False):
+            table = (down @ table.view(self.grid[0], -1)).view(rows, self.grid[1], -1)  # [rows, G, D]
+            table = torch.matmul(across, table)  # [rows, columns, D]
+        return torch.cat([first, table.flatten(0, 1)[None]], dim=1)
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Class token and (kept) patches with their positions, before the first block: [B, 1+N, D] or [B, 1+K, D]."""
@@ -165,6 +180,19 @@ class ViT(nn.Module):
         x = self.embed(images)
         return last_norms(self.blocks, x, self.norm, n, dtype=x.dtype)
 
+    def class_attention(self, images: Tensor) -> Tensor:
+        """How the class token's attention of the last block is shared out, for every head: [B, 3, H, W] ->
+        [B, heads, rows, columns], without the share that the class token keeps for itself."""
+        x = self.embed(images)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        last = cast(Block, self.blocks[-1])
+        layer = last.attn
+        _, normed = add_norm(x, last.norm1, working_type(x, layer.qkv.weight))
+        q, k, _ = layer.qkv(normed).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (layer.scale * q[:, :, :1] @ k.transpose(-2, -1)).softmax(-1)[:, :, 0, 1:]
+        return weights.unflatten(2, patch_grid(images, self.patch_size))
+
     def represent(self, images: Tensor, blocks: int = 1, mean_patch: bool = False) -> Tensor:
         """The image's feature for evaluation (Caron et al. 2021, appendix F.2).
 
@@ -181,6 +209,26 @@ class ViT(nn.Module):
         if mean_patch:
             parts.append(outputs[-1][:, 1:].mean(dim=1))
         return torch.cat(parts, dim=-1)
+
+
+@functools.lru_cache(maxsize=256)
+def resampling(cells: int, size: int, rule: str, device: torch.device) -> Tensor:
+    """The weights of a bicubic resize of `cells` values to `size` values, along one axis.
+
+    Args:
+        rule: "plain", torch's own with half-pixel centres (MAE, CAE); "dino", whose scale is (size + 0.1) / cells
+            (DINO's code and what is built on it); "antialiased" (timm).
+
+    Returns:
+        float32 [size, cells].
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        each = torch.eye(cells)[None, None]  # column j is the unit of cell j
+        if rule == "dino":
+            made = F.interpolate(each, scale_factor=((size + 0.1) / cells, 1.0), mode="bicubic")
+        else:
+            made = F.interpolate(each, size=(size, cells), mode="bicubic", antialias=rule == "antialiased")
+        return made[0, 0].to(device)
 
 
 def sincos_positions(width: int, rows: int, columns: int, rows_first: bool = False) -> Tensor:
@@ -228,6 +276,13 @@ def cut_patches(images: Tensor, patch_size: int, dtype: torch.dtype | None = Non
     x = x.permute(0, 2, 4, 1, 3, 5)
     x = x.to(dtype or x.dtype, memory_format=torch.contiguous_format)  # moves the values too if it casts them
     return x.flatten(3).flatten(1, 2)
+
+
+def join_patches(patches: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of `cut_patches`: [B, N, 3 p p] -> [B, 3, H, W]."""
+    side = math.isqrt(patches.shape[2] // 3)
+    cells = patches.view(-1, rows, columns, 3, side, side)
+    return cells.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
 
 
 def xavier_init_(module: nn.Module) -> None:

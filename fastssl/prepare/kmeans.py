@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 
 from fastssl.models.dvae import nearest
+from fastssl.progress import progress_bar
 
 
-def kmeans(points: Tensor, count: int, steps: int, generator: torch.Generator, tries: int = 1) -> Tensor:
+def kmeans(
+    points: Tensor, count: int, steps: int, generator: torch.Generator, tries: int = 1, progress: str = ""
+) -> Tensor:
     """Lloyd's algorithm from points that k-means++ draws (Arthur and Vassilvitskii 2007).
 
     A centre that no point is nearest to becomes the point that is farthest from its own.
@@ -24,19 +27,20 @@ def kmeans(points: Tensor, count: int, steps: int, generator: torch.Generator, t
         steps: rounds over all points.
         generator: draws the first centres.
         tries: so many starts; the one whose points end up nearest to their centres is taken.
+        progress: label of the progress bar; empty shows none.
 
     Returns:
         [K, F].
     """
-    found = [_lloyd(points, count, steps, generator) for _ in range(tries)]
+    found = [_lloyd(points, count, steps, generator, progress) for _ in range(tries)]
     if tries == 1:
         return found[0]
     return min(found, key=lambda centres: (points - centres[nearest(points, centres)]).square().sum().item())
 
 
-def _lloyd(points: Tensor, count: int, steps: int, generator: torch.Generator) -> Tensor:
+def _lloyd(points: Tensor, count: int, steps: int, generator: torch.Generator, progress: str) -> Tensor:
     centres = _spread_points(points, count, generator)
-    for _ in range(steps):
+    for _ in progress_bar(steps, progress, "rounds", iterable=range(steps)):
         codes = nearest(points, centres)
         filled = torch.zeros(count).index_add_(0, codes, torch.ones(len(points)))
         sums = torch.zeros_like(centres).index_add_(0, codes, points)

@@ -23,6 +23,7 @@ from fastssl.loaders.sources import open_source
 from fastssl.models.dvae import describe, nearest
 from fastssl.models.vit import cut_patches
 from fastssl.prepare.kmeans import kmeans
+from fastssl.progress import progress_bar
 from fastssl.training import checkpoint
 from fastssl.training.checkpoint import Checkpoint
 
@@ -101,7 +102,7 @@ def train_tokenizer(options: TokenizerOptions) -> Learned:
     generator = torch.Generator().manual_seed(options.seed)
     pixels = _patches(options, generator)  # [T, 3 s s]
     points = describe(pixels)
-    centres = kmeans(points, options.codes, options.steps, generator)
+    centres = kmeans(points, options.codes, options.steps, generator, progress="k-means")
     codes = nearest(points, centres)
     count = torch.zeros(options.codes).index_add_(0, codes, torch.ones(len(codes)))
     means = torch.zeros(options.codes, pixels.shape[1]).index_add_(0, codes, pixels) / count.clamp_min(1)[:, None]
@@ -140,12 +141,13 @@ def _patches(options: TokenizerOptions, generator: torch.Generator) -> Tensor:
         pin_memory=False,
     )
     found, total = [], 0
-    with contextlib.closing(loader.epoch(0)) as stream:
+    with contextlib.closing(loader.epoch(0)) as stream, progress_bar(options.patches, "patches", "patches") as bar:
         for batch in stream:
             patches = cut_patches(batch.views["tokenizer"][:, 0].float() / 255, options.cell)  # [B, N, 3 s s]
             take = torch.rand(patches.shape[:2], generator=generator).argsort(dim=1)[:, :each]
             found.append(patches.gather(1, take[..., None].expand(-1, -1, patches.shape[2])).flatten(0, 1))
             total += len(found[-1])
+            bar.update(len(found[-1]))
             if total >= options.patches:
                 break
     loader.close()

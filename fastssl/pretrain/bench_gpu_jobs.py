@@ -125,11 +125,11 @@ def draw(work: Work) -> None:
     from fastssl.loaders.convert import ConvertOptions, convert
 
     name, number, images = (work.values[key] for key in ("name", "number", "images"))
-    synthetic.SIDES = synthetic.SIDES if work.small else SIDES[name]  # type: ignore[misc, unused-ignore]
+    sides = synthetic.SIDES if work.small else SIDES[name]
     work.data.mkdir(parents=True, exist_ok=True)
     target = work.data / f"{name}-{number}.beton"
     with tempfile.TemporaryDirectory(dir=work.data) as folder:
-        drawn = synthetic.draw_images(folder, train=images, val=8, seed=number)
+        drawn = synthetic.draw_images(folder, train=images, val=8, seed=number, sides=sides)
         parts = str(drawn / "parts" / "train")
         convert(ConvertOptions(str(drawn / "train"), str(target), parts=parts, workers=1, overwrite=True))
 
@@ -295,16 +295,16 @@ def time_loader(work: Work) -> None:
     past = work.results.of("loader")
     with _repeated(work, "in") as path:
         source = open_source(path)
-        for name, (views, floats) in cases.items():
+        for name, case in cases.items():
             for threads in (n for n in (1, 2, 4, 8, 16) if n <= work.values["most"]):
                 if f"{name} | {threads}" in past:
                     continue
                 batch = 8 if work.small else 64
-                loader = make_loader(engine, source, views, batch_size=batch, seed=0, workers=threads)
+                loader = make_loader(engine, source, case.views, batch_size=batch, seed=0, workers=threads)
                 images, begin, cpu = 0, 0.0, 0.0
                 with contextlib.closing(loader), contextlib.closing(_batches(loader)) as batches:
                     for count, one in enumerate(batches):
-                        done = augment(one) if floats else one
+                        done = augment(one) if case.floats else one
                         if count == first:  # compiled, and what was ready has been taken
                             begin, cpu = time.perf_counter(), loaders.cpu_seconds()
                         elif count > first:

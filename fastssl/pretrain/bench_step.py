@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import platform
 import resource
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -156,6 +157,8 @@ def _bench(trainer: Trainer, options: StepBenchOptions) -> StepBench:
     queued = {}
     for turn in range(options.rounds):
         for mode in options.modes:
+            if distributed.is_main():
+                print(f"round {turn + 1} of {options.rounds}: {options.steps} steps, kernels {mode}", file=sys.stderr)
             with forced(mode):
                 if turn == 0:
                     _steps(trainer, batches, options.warmup)

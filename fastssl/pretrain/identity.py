@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import zlib
@@ -23,19 +24,19 @@ LOOKED_AT = 64  # images that are compared with one another
 def settings(config: Config) -> dict[str, Any]:
     """The keys that a continuation must have in common with the run, flat and as plain values. A tokenizer's file
     counts by its content."""
-    flat = dict(_flat("", config.as_dict()))
     kept = {
         key: value
-        for key, value in flat.items()
+        for key, value in flat("", config.as_dict())
         if key not in FREE and (key == "run.seed" or not key.startswith(("run.", "monitor.", "health.")))
     }
     return {key: _content(value) if key in FILES and os.path.isfile(value) else value for key, value in kept.items()}
 
 
-def _flat(prefix: str, value: Any) -> Any:
+def flat(prefix: str, value: Any) -> Any:
+    """Dotted keys and their values."""
     if isinstance(value, dict):
         for key, item in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else key, item)
+            yield from flat(f"{prefix}.{key}" if prefix else key, item)
     else:
         yield prefix, value
 
@@ -50,33 +51,37 @@ def _content(path: str) -> str:
 
 
 def identity(source: Source) -> str:
-    """A short text that is the same for the same images in the same order, wherever they lie: by labels and the
-    checksums of a .beton's tables and samples, or by a folder's names, sizes and labels."""
+    """A short text that is the same for the same images in the same order, wherever they lie: by labels, and the tables
+    and some samples' bytes of a .beton, or a folder's names and sizes. Side files have no part in it: they may go."""
     digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
     if isinstance(source, FolderSource):
-        for i in range(len(source)):
-            path = source.name(i)
+        for i, name in enumerate(source.files):
             try:
-                size = os.path.getsize(path)
+                size = os.path.getsize(source.file(i))
             except OSError:
                 size = -1  # the loader will say what is wrong with it
-            digest.update(os.fsencode(f"{os.path.relpath(path, source.path)}:{size}\n"))
+            digest.update(os.fsencode(f"{name}:{size}\n"))
     else:
         shards = source.shards if isinstance(source, Shards) else [cast(BetonSource, source)]
         for beton in (shard.beton for shard in shards):
-            samples = zlib.crc32(np.ascontiguousarray(beton.side.crc32)) if beton.side else "unknown"
-            digest.update(f"{beton.size}:{beton.tables_crc32()}:{samples}\n".encode())
+            stored = []
+            for i in _spaced(len(beton), -(-LOOKED_AT // len(shards))):
+                with contextlib.suppress(DecodeError):
+                    stored.append(zlib.crc32(beton.image(i).data))
+            digest.update(f"{beton.size}:{beton.tables_crc32()}:{stored}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _spaced(images: int, count: int) -> list[int]:
+    return np.unique(np.linspace(0, images - 1, count).astype(int)).tolist()
 
 
 def repeated(source: Source) -> str | None:
     """A line where most of some images, evenly spaced over the data, have the same bytes; else None."""
     found = []
-    for i in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)):
-        try:
-            found.append(zlib.crc32(source.read(int(i)).data))
-        except DecodeError:
-            continue
+    for i in _spaced(len(source), LOOKED_AT):
+        with contextlib.suppress(DecodeError):
+            found.append(zlib.crc32(source.read(i).data))
     different = len(set(found))
     if len(found) < 8 or different > len(found) // 2:
         return None

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import os
+import sys
 from functools import partial
 
+import numpy as np
 import torch
 from torch import nn
 
-from fastssl.config import Config, ConfigError
+from fastssl.config import Config
 from fastssl.evaluation.data import open_labelled, spaced_ids
 from fastssl.evaluation.frozen.features import extract
 from fastssl.evaluation.frozen.knn_vote import knn_classify
+from fastssl.evaluation.shared import shared_sentence
+from fastssl.loaders.sources import Source
 
 BUDGET = 64 * 2**20  # bytes for similarities: less than the activations that a training step has just given back
+
+
+def why_off(config: Config, source: Source) -> str:
+    """Why nothing can be measured although monitor.every asks for it; empty where it can, or where nothing is asked."""
+    if config.monitor.every and not config.data.val:
+        return "data.val names no labelled images"
+    if config.monitor.every and (np.asarray(source.labels) < 0).all():
+        return f"{config.data.path} has no labels"
+    return ""
 
 
 class KNNMonitor:
@@ -29,23 +42,20 @@ class KNNMonitor:
         workers: decoding threads.
 
     Raises:
-        ConfigError: data.val is empty.
         SourceError: data.val cannot be opened.
         EvaluationError: data.path or data.val has no labels, or their classes differ.
     """
 
     def __init__(self, config: Config, *, device: torch.device, dtype: torch.dtype, workers: int) -> None:
         path, val = config.data.path, config.data.val
-        if not val:
-            raise ConfigError(
-                f"monitor.every is {config.monitor.every}, but data.val is empty; "
-                "name labelled validation images there, or set monitor.every=0"
-            )
         self.train, self.val = open_labelled(path, val, "data.path", "data.val")
+        self.same_images = os.path.realpath(path) == os.path.realpath(val)
+        sentence = shared_sentence(self.train, self.val, f"data.path ({path})", f"data.val ({val})")
+        if sentence and not self.same_images:
+            print(f"monitor: {sentence}; its k-NN accuracy will be too good", file=sys.stderr)
         self.train_ids = spaced_ids(len(self.train), config.monitor.train_images)
         self.val_ids = spaced_ids(len(self.val), config.monitor.val_images)
         self.k, self.size, self.batch_size = config.monitor.k, config.model.image_size, config.data.batch_size
-        self.same_images = os.path.realpath(path) == os.path.realpath(val)
         self.mean_patch = config.monitor.mean_patch
         self.device, self.dtype, self.workers = device, dtype, workers
 

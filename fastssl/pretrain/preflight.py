@@ -1,7 +1,10 @@
-"""One line before the first step: what the run will take in memory, disk and time, estimated from a tiny trial step."""
+"""Before the first step: what the run will take in memory, disk and time, estimated from a tiny trial step, and whether
+the loader, tried for a moment, feeds it."""
 
 from __future__ import annotations
 
+import contextlib
+import time
 from dataclasses import dataclass
 
 import torch
@@ -11,12 +14,15 @@ from fastssl.augment import augment
 from fastssl.batch import Batch, Photometric
 from fastssl.config import Config, View
 from fastssl.kernels._rate import matrix_rate
+from fastssl.loaders.loader import BadSampleError, Loader
 from fastssl.loaders.masks import add_masks
 from fastssl.methods.method import Method
 from fastssl.step import Values
 
 TRIAL = 2  # images in the trial batch
 REACHED = 0.4  # share of the device's matrix rate that training usually reaches
+FEW_STEPS = 100  # a run of fewer does not try its loader
+TRIED, SECONDS = 1024, 2.0  # images, and the time after which there are no more
 
 
 @dataclass
@@ -28,7 +34,8 @@ class Preflight:
         host: bytes of host memory for batches in preparation.
         checkpoint: bytes of one checkpoint.
         flops: floating-point operations per image, forward and backward.
-        seconds: compute time of one epoch, data not counted.
+        images_per_s: what computing allows, data not counted.
+        seconds: compute time of one epoch at that.
         epochs: epochs of the whole run.
     """
 
@@ -36,6 +43,7 @@ class Preflight:
     host: float
     checkpoint: float
     flops: float
+    images_per_s: float
     seconds: float
     epochs: int
 
@@ -44,6 +52,19 @@ class Preflight:
             f"pre-flight (estimates): {_size(self.memory)} device memory, {_size(self.host)} host buffers, "
             f"{_size(self.checkpoint)} per checkpoint, {self.flops / 1e9:.1f} GFLOP per image, "
             f"compute {_duration(self.seconds)} per epoch and {_duration(self.seconds * self.epochs)} in all"
+        )
+
+    def loader_line(self, rate: float) -> str:
+        """Whether a loader that gives `rate` images per second feeds the step."""
+        if rate > 1.3 * self.images_per_s:
+            verdict = "enough"
+        elif rate > 0.8 * self.images_per_s:
+            verdict = "it may just feed the step"
+        else:
+            verdict = "the step will wait for data; 'fastssl bench loader' with this recipe says what would help"
+        return (
+            f"loader: gives about {_rate(rate)} images/s per process, the step is estimated to take "
+            f"{_rate(self.images_per_s)}: {verdict}"
         )
 
 
@@ -87,14 +108,28 @@ def preflight(
     moments = {"adamw": 2, "sgd": 1, "lars": 1}[config.optim.name]
     moments *= sum(max(4, p.itemsize) * p.numel() for p in method.parameters() if p.requires_grad)
     crops = sum(view.count * 3 * view.size**2 for view in views) * config.data.batch_size
+    rate = REACHED * matrix_rate(device, dtype) / flops
     return Preflight(
         memory=state + masters + gradients + moments + activations + 5 * crops,
         host=crops * config.data.prefetch,
         checkpoint=state + masters // 2 + moments,
         flops=flops,
-        seconds=flops * images / (REACHED * matrix_rate(device, dtype)),
+        images_per_s=rate,
+        seconds=images / rate,
         epochs=config.schedule.epochs,
     )
+
+
+def loading_rate(loader: Loader, epoch: int) -> float:
+    """Images per second that a loader gives after its first batch; 0 where its data is too little, or bad, to say."""
+    images, begin, now = 0, 0.0, 0.0
+    with contextlib.closing(loader), contextlib.suppress(BadSampleError):
+        for batch in loader.epoch(epoch):
+            now = time.perf_counter()
+            begin, images = (now, 0) if not begin else (begin, images + len(batch))
+            if images >= TRIED or now - begin > SECONDS:
+                break
+    return images / (now - begin) if images else 0.0
 
 
 def trial_batch(views: list[View], count: int, part_grid: dict[str, int] | None = None) -> Batch:
@@ -131,6 +166,10 @@ def trial_batch(views: list[View], count: int, part_grid: dict[str, int] | None 
             if (grid := (part_grid or {}).get(v.name))
         },
     )
+
+
+def _rate(count: float) -> str:
+    return f"{count:.0f}" if count >= 10 else f"{count:.2g}"
 
 
 def _size(count: float) -> str:

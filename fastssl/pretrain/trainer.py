@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
+import shlex
 import sys
 import time
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,30 +17,33 @@ import torch
 import yaml
 from torch import Tensor, nn
 
+from fastssl import __version__
 from fastssl.augment import augment
 from fastssl.batch import Batch
 from fastssl.config import Config, ConfigError
 from fastssl.evaluation.data import frozen
-from fastssl.loaders import batch_pool
 from fastssl.loaders.engine import choose_engine, decoding_threads, open_loader
+from fastssl.loaders.loader import Loader
+from fastssl.loaders.pool import cores
 from fastssl.loaders.sources import open_source
 from fastssl.methods import METHODS, view_list
-from fastssl.models.resnet import ResNet
-from fastssl.models.vit import ViT
+from fastssl.models import AnyBackbone
 from fastssl.pictures import save as save_picture
-from fastssl.pretrain.identity import identity, repeated, settings
-from fastssl.pretrain.monitor import KNNMonitor
-from fastssl.pretrain.preflight import preflight
+from fastssl.pretrain.identity import flat, identity, repeated, settings
+from fastssl.pretrain.monitor import KNNMonitor, why_off
+from fastssl.pretrain.preflight import FEW_STEPS, loading_rate, preflight
 from fastssl.step import Values
 from fastssl.training import distributed
 from fastssl.training.checkpoint import Checkpoint, replace_file
 from fastssl.training.device import Transfer, choose_device, choose_dtype
 from fastssl.training.graph import StepGraph
 from fastssl.training.health import HealthWatch
+from fastssl.training.loggers import check_loggers
 from fastssl.training.loop import Pace, Run, Stopped, TrainingError
 from fastssl.training.masters import Masters
 from fastssl.training.optim import Optimizer, build_optimizer, set_hyperparameters
 from fastssl.training.schedule import cosine, warmup_cosine
+from fastssl.weights.init import start_from
 
 
 class Trainer(Run[Batch, dict[str, Any]]):
@@ -56,6 +62,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
     def __init__(self, config: Config) -> None:
         self.config = config
         begin = time.perf_counter()
+        self.loggers = check_loggers([name.strip() for name in config.run.loggers.split(",") if name.strip()])
 
         # Where: device, arithmetic, processes.
         device = choose_device(config.run.device)
@@ -71,32 +78,18 @@ class Trainer(Run[Batch, dict[str, Any]]):
         self.views = view_list(config.views)
         self.source = open_source(config.data.path)
         self.threads = decoding_threads(config.data.workers, distributed.local_world())
-        part_grid = METHODS[config.method].part_grid(config)
-        if part_grid and not self.source.has_parts:
-            raise ConfigError(
-                f"{config.data.path} has no part maps, which method {config.method} needs; 'fastssl parts learn' and "
-                "'fastssl parts write' make a .beton that has them, 'fastssl convert --parts' takes maps made elsewhere"
-            )
-        self.loader = open_loader(
-            self.source,
-            self.views,
-            config.data,
-            seed=config.run.seed,
-            rank=distributed.rank(),
-            world=distributed.world(),
-            threads=self.threads,
-            pin_memory=device.type == "cuda",
-            part_grid=part_grid,
-            masks=METHODS[config.method].masks(config),
-        )
+        self.loader = self._open_loader(config.data.batch_size, device)
         pace = self._pace()
         self.peak_lr = config.optim.lr * (pace.images_per_step / config.optim.lr_batch if config.optim.lr_batch else 1)
 
         # What is trained, and how.
         torch.manual_seed(config.run.seed)
-        self.method = METHODS[config.method](config).to(device).train()
+        self.method = METHODS[config.method](config)
+        new = not (folder / self.file_name).exists()
+        self.origin = start_from(self.method, config) if config.model.init and new else []  # lines on what was taken
+        self.method = self.method.to(device).train()
         if device.type == "cuda":
-            backbone = cast(ViT | ResNet, self.method.backbone)
+            backbone = cast(AnyBackbone, self.method.backbone)
             self.method = self.method.to(memory_format=backbone.memory_format)
         # Gradients of several micro-batches are added up in float32, so the copies are for one.
         masters = Masters(self.method, dtype if dtype == torch.bfloat16 and pace.accumulate == 1 else torch.float32)
@@ -105,7 +98,8 @@ class Trainer(Run[Batch, dict[str, Any]]):
         # What watches it.
         self.watch = HealthWatch(config.health, self.method.chance_loss, first_step=pace.steps_per_epoch)
         self.monitor = None
-        if config.monitor.every and distributed.is_main():
+        self.monitor_off = why_off(config, self.source)
+        if config.monitor.every and not self.monitor_off and distributed.is_main():
             self.monitor = KNNMonitor(config, device=device, dtype=dtype, workers=self.threads)
         self.last_line: dict[str, float] = {}
         self.history: list[str] = []  # settings that were changed on the way
@@ -129,6 +123,21 @@ class Trainer(Run[Batch, dict[str, Any]]):
         if config.run.graph != "never" and device.type == "cuda" and distributed.world() == 1:
             check = config.run.graph == "check"
             self.graph = StepGraph(self.method, self.one_pass, check=check, say=self._say)
+
+    def _open_loader(self, batch_size: int, device: torch.device) -> Loader:
+        config, method = self.config, METHODS[self.config.method]
+        return open_loader(
+            self.source,
+            self.views,
+            replace(config.data, batch_size=batch_size),
+            seed=config.run.seed,
+            rank=distributed.rank(),
+            world=distributed.world(),
+            threads=self.threads,
+            pin_memory=device.type == "cuda",
+            part_grid=method.part_grid(config),
+            masks=method.masks(config),
+        )
 
     def _pace(self) -> Pace:
         """The run's numbers, from the configuration and the size of the data."""
@@ -178,7 +187,8 @@ class Trainer(Run[Batch, dict[str, Any]]):
     def schedule(self) -> dict[str, float]:
         config, pace, optim = self.config, self.pace, self.config.optim
         warmup = round(config.schedule.warmup_epochs * pace.steps_per_epoch)
-        lr = warmup_cosine(self.step, pace.total_steps, warmup, self.peak_lr, optim.min_lr)
+        twice = self.method.peak_twice
+        lr = warmup_cosine(self.step, pace.total_steps, warmup, self.peak_lr, optim.min_lr, peak_twice=twice)
         end = optim.weight_decay if optim.weight_decay_end is None else optim.weight_decay_end
         weight_decay = cosine(self.step, pace.total_steps, optim.weight_decay, end)
         set_hyperparameters(self.optimizer, lr, weight_decay)
@@ -223,11 +233,12 @@ class Trainer(Run[Batch, dict[str, Any]]):
             self.config.as_dict(),
             self.masters.state_dict(),
             self.method.backbone_prefix,
-            extra={"health": self.watch.state_dict(), "changes": self.history},
+            extra={"health": self.watch.state_dict(), "changes": self.history, "origin": self.origin},
         )
 
     def restore(self, saved: Checkpoint) -> None:
         self.watch.load_state_dict(saved.extra["health"])
+        self.origin = saved.extra.get("origin", [])
         self.history = [*saved.extra.get("changes", []), *(f"step {self.step}: {words}" for words in self.changes)]
 
     # -- between steps -------------------------------------------------------------------------------------------------
@@ -236,6 +247,35 @@ class Trainer(Run[Batch, dict[str, Any]]):
         if distributed.is_main() and self.folder is not None:
             text = yaml.safe_dump(self.config.as_dict(), sort_keys=False)
             self._keep("config.yaml", text)
+            self.log.describe(text, dict(flat("", self.config.as_dict())), ("loss", "knn_top1"))
+            self._note_start()
+
+    def _note_start(self) -> None:
+        """Adds a line to starts.jsonl: when, at which step, by which command, where, with which versions."""
+        from fastssl.kernels._bench import versions
+
+        line = {
+            "time": round(time.time(), 3),
+            "step": self.step,
+            "command": shlex.join(sys.argv),
+            "host": platform.node(),
+            "device": str(self.device),
+            "processes": distributed.world(),
+            "images": len(self.source),
+            "images_per_step": self.pace.images_per_step,
+            "precision": _name(self.dtype),
+            "engine": choose_engine(self.config.data.engine)[0],
+            "cores": cores(),
+            "fastssl": __version__,
+            "python": platform.python_version(),
+            **versions(),
+        }
+        assert self.folder is not None
+        try:
+            with open(self.folder / "starts.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            self.log.warn(f"{self.folder / 'starts.jsonl'} cannot be written ({error})")
 
     def observe(self, steps: list[int], rows: list[dict[str, float]]) -> None:
         self._judge([line for step, row in zip(steps, rows, strict=True) for line in self.watch.observe(step, row)])
@@ -246,7 +286,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
 
     def _judge(self, findings: list[str], fatal: bool = True) -> None:
         for line in findings:
-            self.log.say(f"health: {line}")
+            self.log.finding(self.step, line)
         if findings and fatal and self.config.health.action == "stop":
             raise TrainingError(f"stopped by health.action=stop: {findings[0]}; kept: {self.kept()}")
 
@@ -282,8 +322,9 @@ class Trainer(Run[Batch, dict[str, Any]]):
         with frozen(self.method), torch.random.fork_rng(gpus), self.autocast():
             pictures = self.method.pictures(self.on_device(batch), self.values)
         try:
-            for name, rows in pictures.items() if distributed.is_main() else ():
-                save_picture(self.folder / "pictures" / f"{name}-{self.step:07d}.png", rows)
+            for name, sheet in pictures.items() if distributed.is_main() else ():
+                image = save_picture(self.folder / "pictures" / f"{name}-{self.step:07d}.png", sheet)
+                self.log.picture(name, image, self.step)
         except OSError as error:
             self.log.warn(f"pictures cannot be written ({error}); training goes on")
 
@@ -291,9 +332,8 @@ class Trainer(Run[Batch, dict[str, Any]]):
         """The derived numbers of the run, one line each, as printed before the first step."""
         c = self.config
         engine, why = choose_engine(c.data.engine)
-        if engine == "ffcv" and not batch_pool.available():
-            why += "; image by image, for its C part is missing: install again where a C compiler and libjpeg-turbo are"
-        start = f"from step {self.step} of {self.path}" if self.step else "from scratch"
+        begin = f"from the weights of {c.model.init}" if c.model.init else "from scratch"
+        start = f"from step {self.step} of {self.path}" if self.step else begin
         return [
             f"{c.method} with {c.model.name} on {self.device}, {_name(self.dtype)}, "
             f"{distributed.world()} process(es); {start}",
@@ -303,12 +343,23 @@ class Trainer(Run[Batch, dict[str, Any]]):
             f"{c.run.accumulate} accumulated), {self.pace.steps_per_epoch} steps per epoch, {self.pace.total_steps} "
             f"in all; peak learning rate {self.peak_lr:.3g}",
             self.estimate.line(),
+            *self._loader_line(),
+            *(() if self.step else self.origin),
             *self._warnings(),
         ]
+
+    def _loader_line(self) -> list[str]:
+        if self.last_step - self.step < FEW_STEPS:
+            return []
+        few = min(self.config.data.batch_size, 64)  # however large the batch, this takes about two seconds
+        rate = loading_rate(self._open_loader(few, self.device), self.step // self.pace.steps_per_epoch)
+        return [self.estimate.loader_line(rate)] if rate else []
 
     def _warnings(self) -> list[str]:
         """Lines on what is changed or looks wrong."""
         lines = [f"changed: {words}" for words in self.changes]
+        lines += [f"online k-NN is off: {self.monitor_off}"] if self.monitor_off else []
+        lines += self._batch_line()
         if self.changes:
             left = self.pace.total_steps - self.step
             rate = self.schedule()["lr"]
@@ -316,6 +367,25 @@ class Trainer(Run[Batch, dict[str, Any]]):
                 f"the schedule goes on at step {self.step} with learning rate {rate:.3g}; {left} steps are left"
             )
         return lines + [f"data: {line}" for line in [repeated(self.source)] if line]
+
+    def _batch_line(self) -> list[str]:
+        """A line where a step has far fewer or more images than the recipe is for."""
+        c, here, recipe = self.config, self.pace.images_per_step, self.config.run.recipe_batch
+        if not recipe or 0.5 <= here / recipe <= 2:
+            return []
+        scaled = "nothing is scaled by this"
+        if c.optim.lr_batch:
+            scaled = f"the peak learning rate is scaled by this, {c.optim.lr:g} x {here} / {c.optim.lr_batch}"
+        more = recipe // (here // c.run.accumulate)
+        restore = "fewer processes or a smaller data.batch_size restore them"
+        if recipe > len(self.source):
+            restore = f"the data has too few images ({len(self.source)}) to restore them"
+        elif more > c.run.accumulate:
+            restore = f"--run.accumulate {more} restores them (batch norm and contrasts still see one micro-batch)"
+        return [
+            f"{here} images per step where the recipe has {recipe}: {scaled}; epochs, warm-up, weight decay, averages "
+            f"and temperatures stay as written; {restore}"
+        ]
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -385,7 +455,7 @@ def _set_threads(threads: int, device: torch.device) -> None:
 def _compile(method: nn.Module) -> None:
     """Compiles the repeated parts of the backbones (blocks, stages) where they stand; state-dict keys do not change."""
     for module in list(method.modules()):
-        if isinstance(module, ViT | ResNet):
+        if isinstance(module, AnyBackbone):
             for part in module.compile_parts():
                 part.compile()
 

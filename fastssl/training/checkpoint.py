@@ -6,15 +6,22 @@ it is not there.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import fcntl
 import os
+import pathlib
+import pickle
 import platform
+import re
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -173,24 +180,74 @@ def read(path: str | Path, *kinds: str, device: torch.device | str = "cpu") -> C
     Raises:
         CheckpointError: no such file, not a checkpoint of this package, damaged, or of another kind.
     """
+    return record(path, load(path, device), *kinds)
+
+
+PLAIN: list[Any] = [  # what authors' training files hold beside tensors: their arguments, paths and NumPy scalars
+    argparse.Namespace,
+    pathlib.Path,
+    pathlib.PosixPath,
+    pathlib.PurePosixPath,
+    np.dtype,
+    np.float64(0).__reduce__()[0],  # the function that makes NumPy scalars; its module changed with NumPy 2
+    type(np.dtype(np.float64)),
+    type(np.dtype(np.float32)),
+    type(np.dtype(np.int64)),
+]
+
+
+def load(path: str | Path, device: torch.device | str = "cpu") -> Any:
+    """What a PyTorch or safetensors file holds, of tensors and plain values; nothing in it is executed.
+
+    Raises:
+        CheckpointError: no such file, damaged, or something else; the message says what.
+    """
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        with open(path, "rb") as file:
+            head = file.read(256)
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < os.path.getsize(path):
+            return safetensors.torch.load_file(path, device=str(device))
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
+            warnings.simplefilter("ignore")  # of other pickles' versions
+            return torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such checkpoint") from None
     except IsADirectoryError:
         raise CheckpointError(
             f"{path} is a folder; name the checkpoint inside it, e.g. {Path(path) / 'last.pt'}"
         ) from None
+    except PermissionError:
+        raise CheckpointError(f"{path} may not be read (no permission)") from None
     except Exception as error:  # torch.load raises many types on damaged or foreign files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read as a checkpoint ({reason[:120]})") from None
-    return record(path, content, *kinds)
+        raise CheckpointError(f"{path} {_fault(head, error)}") from None
+
+
+def _fault(head: bytes, error: Exception) -> str:
+    """What is wrong with a file that begins with `head` and could not be loaded, as the end of a sentence."""
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if not head:
+        return "is empty (0 bytes)"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file that it stands for; fetch that with: git lfs pull"
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<!--")):
+        return "is an HTML page, not weights: the download got a web page (a login, an error) in place of the file"
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    pickled = isinstance(error, pickle.UnpicklingError)
+    if pickled and (code or head.startswith((b"PK", b"\x80"))):
+        what = f"reading it would execute code of its own ({code[1]})" if code else "it may execute code of its own"
+        return f"is refused: {what}; ask for a file that holds only tensors and plain values"
+    if re.fullmatch(rb"[\x20-\x7e\s]*", head):
+        return f"is a text, not weights; it begins with {' '.join(head[:60].decode().split())!r}"
+    reason = "it is no PyTorch file, or damaged" if pickled else str(error).strip() or type(error).__name__
+    return f"cannot be read as a checkpoint ({re.split(r'[.] |$', reason, maxsplit=1, flags=re.M)[0][:160]})"
 
 
 def record(path: str | Path, content: Any, *kinds: str) -> Checkpoint:
     """The record in what a file held; see `read`."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is not a fastssl checkpoint (no format mark {FORMAT!r})")
+        raise CheckpointError(
+            f"{path} is not a fastssl checkpoint (no format mark {FORMAT!r}); fastssl import takes authors' files"
+        )
     stored = content.keys() - {"format"}
     if stored != STORED:
         odd = ", ".join(sorted(f"{key} is missing" for key in STORED - stored) + sorted(map(str, stored - STORED)))
@@ -254,9 +311,10 @@ def locked(folder: Path, option: str) -> Iterator[None]:
 
     Raises:
         InUseError: another process has it.
+        CheckpointError: nothing can be written there.
     """
     try:
-        file = open(folder / ".lock", "a+")  # noqa: SIM115 - closed below
+        file = open(folder / ".lock", "a+b", buffering=0)  # noqa: SIM115 - closed below
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be written ({error.strerror}); choose another {option}") from None
     with file:
@@ -264,15 +322,18 @@ def locked(folder: Path, option: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = (file.read() or b"").decode().strip() or "another process"
             raise InUseError(f"{folder} is in use by {holder}; wait for it, or choose another {option}") from None
         except OSError:  # a file system without locks
             pass
         else:
-            with contextlib.suppress(OSError):  # a full disk: then the holder stays unnamed
+            try:
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {platform.node()}\n")
-                file.flush()
+                file.write(f"process {os.getpid()} on {platform.node()}\n".encode())
+            except OSError as error:
+                raise CheckpointError(
+                    f"{folder} cannot be written ({error.strerror}); free some space, or choose another {option}"
+                ) from None
             for part in folder.glob(".*.part"):
                 if not _alive(part.name.split(".")[-2]):
                     part.unlink(missing_ok=True)

@@ -96,6 +96,7 @@ class Run(ABC, Generic[B, R]):
     salt: ClassVar[bytes] = b""  # keeps the randomness of different kinds of runs apart
     ends_if_not_finite: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
     scales_loss: ClassVar[bool] = True  # where autocast is to float16
+    loggers: Sequence[str] = ()  # beside TensorBoard
 
     # -- what a run brings ---------------------------------------------------------------------------------------------
 
@@ -216,6 +217,7 @@ class Run(ABC, Generic[B, R]):
         self.ring, self.clock, self.agreement = MetricRing(), Clock(), distributed.Agreement()
         self.recent_ids: dict[int, list[Any]] = {}  # step -> this process's sample ids, since the last reading
         self.unlogged: list[dict[str, float]] = []  # scalars of the steps since the last log line
+        self.timed = 0  # how many of these steps this start has made
         self.rates: dict[str, float] = {}
         self.found = checkpoint.stamp(self.path)
         if self.path is not None and self.path.exists():
@@ -261,6 +263,7 @@ class Run(ABC, Generic[B, R]):
             ) from None
         self.scaler.load_state_dict(saved.scaler)
         self.step = self.saved_step = saved.step
+        self.unlogged = list(saved.extra.get("unlogged", []))
         self.restore(saved)
 
     # -- the loop ------------------------------------------------------------------------------------------------------
@@ -375,12 +378,21 @@ class Run(ABC, Generic[B, R]):
     def logging(self) -> Iterator[RunLog]:
         """The run's log, open while the loop runs; the folder is this run's alone meanwhile."""
         with contextlib.ExitStack() as stack:
-            if self.folder is not None and distributed.is_main():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(checkpoint.locked(self.folder, self.folder_option))
-                if checkpoint.stamp(self.path) != self.found:
-                    raise checkpoint.InUseError(f"{self.path} has moved on since this start read it; start again")
-            yield stack.enter_context(contextlib.closing(RunLog(self.folder, self.step, self.pace.total_steps)))
+            try:
+                if self.folder is not None and distributed.is_main():
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    stack.enter_context(checkpoint.locked(self.folder, self.folder_option))
+                    if checkpoint.stamp(self.path) != self.found:
+                        raise checkpoint.InUseError(f"{self.path} has moved on since this start read it; start again")
+                log = RunLog(self.folder, self.step, self.last_step, self.pace.images_per_step, self.loggers)
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.folder} cannot be written ({error.strerror}); free some space, or choose another "
+                    f"{self.folder_option}"
+                ) from None
+            if log.told:
+                self.unlogged.clear()
+            yield stack.enter_context(contextlib.closing(log))
 
     def read_scalars(self) -> None:
         """Reads the scalars since the last reading; stops where one is not finite."""
@@ -391,6 +403,7 @@ class Run(ABC, Generic[B, R]):
             raise TrainingError(self._non_finite(broken))
         self.recent_ids.clear()
         self.unlogged += mean
+        self.timed += len(mean)
         self.observe(steps, mean)
 
     def _non_finite(self, broken: list[tuple[int, str]]) -> str:
@@ -413,13 +426,14 @@ class Run(ABC, Generic[B, R]):
         if not self.unlogged:
             return
         elapsed, waited = self.clock.read()
-        rows, self.unlogged = self.unlogged, []
+        rows, timed = self.unlogged, self.timed
+        self.unlogged, self.timed = [], 0
         line = {
             "step": self.step,
             "epoch": self.epoch,
             **{key: sum(row[key] for row in rows) / len(rows) for key in rows[0]},
             **self.rates,
-            "images_per_s": len(rows) * self.pace.images_per_step / elapsed,
+            "images_per_s": timed * self.pace.images_per_step / elapsed,
             "data_wait": waited,
         }
         self.log.record(line)
@@ -443,6 +457,7 @@ class Run(ABC, Generic[B, R]):
                     f"nothing is written; kept: {self.kept()}"
                 )
             saved.step, saved.fingerprint = self.step, self.fingerprint()
+            saved.extra["unlogged"] = self.unlogged
             saved.optimizer, saved.scaler = self.optimizer.state_dict(), self.scaler.state_dict()
             checkpoint.write(path, saved)
         distributed.barrier()
@@ -483,7 +498,9 @@ def signals(stop: Callable[[int], None]) -> Iterator[None]:
 
 # -- what runs on labelled data say alike ------------------------------------------------------------------------------
 
-FREE = ("dir", "val", "workers", "device", "precision", "batch_size", "accumulate")  # may change when a run goes on
+FREE = (  # may change when a run goes on
+    *("dir", "val", "allow_shared", "workers", "device", "precision", "batch_size", "accumulate"),
+)
 
 
 def settings(options: Any, *free: str) -> dict[str, Any]:

@@ -18,12 +18,14 @@ Pairs = Sequence[tuple[nn.Module, nn.Module]]  # (teacher, student), modules wit
 def param_groups(module: nn.Module) -> list[dict[str, Any]]:
     """Trainable parameters in two groups: those that decay, and those that do not (biases, and all of one dimension).
 
-    Class tokens, mask tokens and learned position tables decay, as in the authors' code of DINO and MAE.
+    Class tokens, mask tokens and learned position tables decay, as in the authors' code of DINO and MAE, unless the
+    module names them in `undecayed` (`Method`).
     """
+    still = (".bias", *getattr(module, "undecayed", ()))
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim > 1 and not name.endswith(".bias")].append(parameter)
+            groups[parameter.ndim > 1 and not name.endswith(still)].append(parameter)
     return [{"params": params, "decay": decay} for decay, params in groups.items() if params]
 
 

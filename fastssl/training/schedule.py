@@ -12,11 +12,22 @@ def cosine(step: float, total_steps: float, start: float, end: float) -> float:
 
 
 def warmup_cosine(
-    step: float, total_steps: float, warmup_steps: float, peak: float, end: float, start: float = 0.0
+    step: float,
+    total_steps: float,
+    warmup_steps: float,
+    peak: float,
+    end: float,
+    start: float = 0.0,
+    peak_twice: bool = False,
 ) -> float:
-    """Linear from `start` to `peak` over `warmup_steps`, then half a cosine to `end` at `total_steps`."""
+    """Linear from `start` towards `peak` over `warmup_steps`, then half a cosine from `peak` to `end` at `total_steps`.
+
+    Args:
+        peak_twice: the last step of the warm-up has the peak, as the first one after it (numpy's linspace, in DINO's
+            code and in what is built on it). False: the first step after the warm-up has it first (MAE).
+    """
     if step < warmup_steps:
-        return start + (peak - start) * step / warmup_steps
+        return start + (peak - start) * step / max(warmup_steps - 1 if peak_twice else warmup_steps, 1)
     return cosine(step - warmup_steps, total_steps - warmup_steps, peak, end)
 
 

@@ -5,6 +5,7 @@ Our ViT carries timm's names and our ResNet torchvision's, so nothing is renamed
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,16 @@ from torch import Tensor
 from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD
 from fastssl.config import ConfigError, Model
 from fastssl.models import VITS
+from fastssl.models.resnet import ResNet
+from fastssl.models.timm_backbone import PREFIX, TimmBackbone
 from fastssl.models.vit import ViT
 from fastssl.training import checkpoint
 from fastssl.training.checkpoint import CheckpointError, replace_file
-from fastssl.weights.backbone import open_backbone, open_method
+from fastssl.weights.backbone import Backbone, open_backbone, open_method
+from fastssl.weights.card import model_card
+
+ONNX_LIMIT = 2_000_000_000  # bytes
+ONNX_ERROR = 1e-4  # of the largest feature
 
 
 @dataclass
@@ -31,16 +38,21 @@ class ExportOptions:
     """Checkpoint of a run or an import, e.g. runs/dino/last.pt."""
     out: str = ""
     """File to write (.pth or .safetensors), or the folder for hf."""
-    to: Literal["timm", "torchvision", "hf", "official"] = "timm"
+    to: Literal["timm", "torchvision", "hf", "onnx", "official"] = "timm"
     """timm: a state dict for timm.create_model. torchvision: one for torchvision.models.resnet*. hf: a folder as on
-    Hugging Face's hub (model.safetensors, config.json), which timm opens as local-dir:FOLDER, or from the hub.
+    Hugging Face's hub (model.safetensors, config.json, a model card), which timm opens as local-dir:FOLDER, or from the
+    hub. onnx: a file that takes images and gives features, compared with PyTorch's (.onnx).
     official: all networks of the method as its authors' code saves them (.pth)."""
 
     def __post_init__(self) -> None:
         for key in ("checkpoint", "out"):
             if not getattr(self, key):
-                raise ConfigError(f"{key} is empty; fastssl export CHECKPOINT OUT --to timm|torchvision|hf|official")
-        if self.to != "hf" and Path(self.out).suffix not in (".pth", ".safetensors"):
+                raise ConfigError(
+                    f"{key} is empty; fastssl export CHECKPOINT OUT --to timm|torchvision|hf|onnx|official"
+                )
+        if self.to == "onnx" and Path(self.out).suffix != ".onnx":
+            raise ConfigError(f"out is '{self.out}'; it must end in .onnx")
+        if self.to not in ("hf", "onnx") and Path(self.out).suffix not in (".pth", ".safetensors"):
             raise ConfigError(f"out is '{self.out}'; it must end in .pth or .safetensors")
         if self.to == "official" and Path(self.out).suffix != ".pth":
             raise ConfigError(
@@ -72,47 +84,131 @@ class Exported:
 
 
 def export(options: ExportOptions) -> Exported:
-    """Write a backbone for timm, torchvision or Hugging Face, or a whole method for its authors' code.
+    """Write a backbone for timm, torchvision, Hugging Face or ONNX, or a whole method for its authors' code.
 
     Raises:
-        CheckpointError: the library has no such architecture, the file has not all networks of the method, or the disk
-            refused.
+        CheckpointError: the library has no such architecture, the file has not all networks of the method, a library is
+            missing, or the disk refused.
     """
     if options.to == "official":
         return _export_official(options)
     backbone = open_backbone(options.checkpoint)
-    state = {key: value.contiguous() for key, value in backbone.module.state_dict().items()}
-    module = backbone.module
-    vit = isinstance(module, ViT)
-    if vit == (options.to == "torchvision"):
-        kind = "a ViT" if vit else "a ResNet"
-        raise CheckpointError(
-            f"{options.checkpoint} is {kind}; export it --to {'timm or hf' if vit else 'torchvision'}"
-        )
     path = Path(options.out)
+    if options.to == "torchvision":
+        return _export_torchvision(options.checkpoint, backbone, path)
+    theirs = as_timm(options.checkpoint, backbone)
+    state = {key: value.contiguous() for key, value in theirs.state.items()}
+    if options.to == "onnx":
+        return _export_onnx(options.checkpoint, backbone, theirs, path)
+    cfg = _image_settings(backbone)
+    call = ", ".join([f"{theirs.name!r}", *(f"{key}={value!r}" for key, value in theirs.arguments.items())])
+    call += f", pretrained_cfg_overlay={cfg!r}"
+    if options.to == "hf":
+        code = f"import timm\nmodel = timm.create_model('local-dir:{path}', pretrained=True)"
+        _write_hf(path, theirs, backbone, cfg, state, model_card(options.checkpoint, backbone, theirs.name, path.name))
+    else:
+        _write(path, state)
+        code = f"import timm\n{_reading(path)}\nmodel = timm.create_model({call})\nmodel.load_state_dict(weights)"
+    return Exported(str(path), theirs.name, len(state), code)
+
+
+@dataclass(frozen=True)
+class Theirs:
+    """A backbone as timm has it.
+
+    Attributes:
+        name: of the architecture.
+        arguments: of timm.create_model, which make exactly this one, without a head.
+        state: its state dict.
+        layers: its first convolution and its classifier, by timm's names in a configuration.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    state: dict[str, Tensor]
+    layers: dict[str, Any]
+
+
+def as_timm(source: str, backbone: Backbone) -> Theirs:
+    """The backbone as timm has it.
+
+    Raises:
+        CheckpointError: timm has no such architecture.
+    """
+    module = backbone.module
+    if isinstance(module, TimmBackbone):
+        cfg = module.net.pretrained_cfg
+        name = cfg.get("architecture") or backbone.model.name.removeprefix(PREFIX).partition(".")[0]
+        layers = {key: cfg.get(key) for key in ("first_conv", "classifier")}
+        return Theirs(name, {"num_classes": 0, **module.options}, module.net.state_dict(), layers)
     if isinstance(module, ViT):
         name, arguments = timm_architecture(backbone.model, module)
-        call = ", ".join([f"{name!r}", *(f"{key}={value!r}" for key, value in arguments.items())])
-        if options.to == "hf":
-            _write_hf(path, name, arguments, state)
-            code = f"import timm\nmodel = timm.create_model('local-dir:{path}', pretrained=True)"
-        else:
-            _write(path, state)
-            code = f"import timm\n{_reading(path)}\nmodel = timm.create_model({call})\nmodel.load_state_dict(weights)"
-    else:
-        model = backbone.model
-        if model.small_images or model.width not in (0, 64):
-            raise CheckpointError(
-                f"{options.checkpoint} has a stem or widths that torchvision's {model.name} has not "
-                "(model.small_images, model.width)"
-            )
-        name = model.name
-        _write(path, state)
-        code = (
-            f"import torch, torchvision\n{_reading(path)}\nmodel = torchvision.models.{name}()\n"
-            "model.fc = torch.nn.Identity()\nmodel.load_state_dict(weights)"
+        return Theirs(name, arguments, module.state_dict(), {"first_conv": "patch_embed.proj", "classifier": "head"})
+    _check_plain(source, backbone.model)
+    layers = {"first_conv": "conv1", "classifier": "fc"}
+    return Theirs(backbone.model.name, {"num_classes": 0}, module.state_dict(), layers)
+
+
+def _check_plain(source: str, model: Model) -> None:
+    if model.small_images or model.width not in (0, 64):
+        raise CheckpointError(
+            f"{source} has a stem or widths that the libraries' {model.name} has not (model.small_images, model.width)"
         )
+
+
+def _export_torchvision(source: str, backbone: Backbone, path: Path) -> Exported:
+    if not isinstance(backbone.module, ResNet):
+        kind = "a ViT" if isinstance(backbone.module, ViT) else "a model of timm"
+        raise CheckpointError(f"{source} is {kind}; export it --to timm, hf or onnx")
+    _check_plain(source, backbone.model)
+    state, name = backbone.module.state_dict(), backbone.model.name
+    _write(path, state)
+    code = (
+        f"import torch, torchvision\n{_reading(path)}\nmodel = torchvision.models.{name}()\n"
+        "model.fc = torch.nn.Identity()\nmodel.load_state_dict(weights)"
+    )
     return Exported(str(path), name, len(state), code)
+
+
+def _export_onnx(source: str, backbone: Backbone, theirs: Theirs, path: Path) -> Exported:
+    """Writes the graph of timm's network with these weights, for any number of images, and runs it once."""
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CheckpointError(
+            f"--to onnx needs {' and '.join(missing)}, not installed here: pip install 'fastssl-vision[onnx]'"
+        )
+    if sum(value.nbytes for value in theirs.state.values()) > ONNX_LIMIT:
+        raise CheckpointError(f"{source} is larger than the 2 GB that one ONNX file holds")
+    import onnxruntime
+    import timm
+
+    network = timm.create_model(theirs.name, **theirs.arguments).eval()
+    network.load_state_dict(theirs.state)
+    side = backbone.image_size
+    images = torch.randn(3, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+    def write(part: Path) -> None:
+        torch.onnx.export(
+            network, (images[:2],), str(part), dynamo=True, input_names=["images"], output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False,
+        )  # fmt: skip
+        session = onnxruntime.InferenceSession(str(part), providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        with torch.no_grad():
+            expected = backbone.module(images)
+        if found.shape != expected.shape or (found - expected).abs().max() > ONNX_ERROR * expected.abs().max():
+            raise CheckpointError(f"{source}: the ONNX file gives other features than PyTorch; it is not kept")
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        replace_file(path, write)
+    except OSError as error:
+        raise CheckpointError(f"{path} could not be written ({error}); free some space") from None
+    code = (
+        f"import onnxruntime\nmodel = onnxruntime.InferenceSession({str(path)!r})\n"
+        f"features = model.run(None, {{'images': images}})[0]  # float32 [B, 3, {side}, {side}], ImageNet-normalised"
+    )
+    return Exported(str(path), f"{theirs.name}, equal to PyTorch's features", len(theirs.state), code)
 
 
 def _export_official(options: ExportOptions) -> Exported:
@@ -158,30 +254,37 @@ def _write(path: Path, state: dict[str, Tensor]) -> None:
         raise CheckpointError(f"{path} could not be written ({error}); free some space") from None
 
 
-def _write_hf(folder: Path, name: str, arguments: dict[str, Any], state: dict[str, Tensor]) -> None:
+def _image_settings(backbone: Backbone) -> dict[str, Any]:
+    """How images are prepared for the backbone, in timm's words: its own names of architectures have other values."""
+    judged = backbone.config.get("judged", {"crop_pct": 0.875, "interpolation": "bicubic"})
+    return {**judged, "mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+
+
+def _write_hf(
+    folder: Path, theirs: Theirs, backbone: Backbone, images: dict[str, Any], state: dict[str, Tensor], card: str
+) -> None:
     """The layout of timm's models on Hugging Face's hub; weights last, so that a folder with weights is whole."""
-    size = arguments.get("img_size", 224)
     settings = {
-        "architecture": name,
+        "architecture": theirs.name,
         "num_classes": 0,
-        "num_features": state["norm.weight"].numel(),
-        "model_args": {key: value for key, value in arguments.items() if key != "num_classes"},
+        "num_features": backbone.module.width,
+        "model_args": {key: value for key, value in theirs.arguments.items() if key != "num_classes"},
         "pretrained_cfg": {
             "custom_load": False,
-            "input_size": [3, size, size],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
+            "input_size": [3, backbone.image_size, backbone.image_size],
+            "fixed_input_size": "img_size" in theirs.arguments or isinstance(backbone.module, ViT),
             "crop_mode": "center",
-            "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD),
+            **images,
             "num_classes": 0,
-            "first_conv": "patch_embed.proj",
-            "classifier": "head",
+            **theirs.layers,
         },
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / "config.json", lambda part: Path(part).write_text(json.dumps(settings, indent=2) + "\n"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / "config.json", lambda part: Path(part).write_text(json.dumps(settings, indent=2) + "\n"))
+        replace_file(folder / "README.md", lambda part: Path(part).write_text(card))
+    except OSError as error:
+        raise CheckpointError(f"{folder} could not be written ({error})") from None
     _write(folder / "model.safetensors", state)
 
 

@@ -1,11 +1,14 @@
 """The threads that fill whole batches: what they fill and what they leave, how they end, forks, and doing without."""
 
 import contextlib
+import io
 import os
+import struct
 import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -16,8 +19,10 @@ from fastssl.config import View
 from fastssl.loaders import batch_pool, window_decoder
 from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.draw import draw_all
+from fastssl.loaders.engine import choose_engine
 from fastssl.loaders.ffcv_loader import FFCVLoader
-from fastssl.loaders.loader import BadSampleError, Crops
+from fastssl.loaders.loader import BadSampleError, Crops, Loader
+from fastssl.loaders.masks import SemanticMask
 from fastssl.loaders.reference_loader import ReferenceLoader
 from fastssl.loaders.sources import FolderSource, open_source
 
@@ -145,6 +150,99 @@ def test_what_is_no_usual_image_is_left_and_comes_all_the_same(tmp_path):
     same(batches(FFCVLoader, source, workers=1, prefetch=5), expected)
 
 
+def exif(*entries, head=b"II*\0", count=None):
+    """An APP1 segment with little-endian entries (tag, kind, count, value)."""
+    order = "<" if head[:1] == b"I" else ">"
+    body = struct.pack(order + "H", len(entries) if count is None else count)
+    for tag, kind, number, value in entries:
+        body += struct.pack(order + "HHI", tag, kind, number) + struct.pack(order + "HH", value, 0)
+    return app1(b"Exif\0\0" + head + struct.pack(order + "I", 8) + body + bytes(4))
+
+
+def app1(content):
+    return b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content
+
+
+XMP = b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:%s='%d'/>"
+UPRIGHT, TURNED = (0x0112, 3, 1, 1), (0x0112, 3, 1, 6)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_files_that_say_they_are_upright_are_filled(tmp_path):
+    said = {  # APP1 segments -> whether the pool takes them
+        "nothing": (b"", True),
+        "upright": (exif((0x0100, 4, 1, 9), UPRIGHT), True),
+        "upright, big-endian": (exif(UPRIGHT, head=b"MM\0*"), True),
+        "turned": (exif(TURNED), False),
+        "turned, big-endian": (exif(TURNED, head=b"MM\0*"), False),
+        "both": (exif(UPRIGHT, TURNED), False),
+        "not of it": (exif((0x0100, 4, 1, 9)), True),
+        "a long number": (exif((0x0112, 4, 1, 6)), False),
+        "cut": (exif(UPRIGHT, count=3), False),
+        "no TIFF": (exif(UPRIGHT, head=b"IIII"), False),
+        "text": (app1(XMP % (b"Model", 6)), True),
+        "turned by text": (app1(XMP.replace(b"'", b'"') % (b"Orientation", 6)), False),
+        "upright, and text": (exif(UPRIGHT) + app1(XMP % (b"Orientation", 1)), True),
+        "two blocks": (exif((0x0100, 4, 1, 9)) + exif(TURNED), False),
+        "short": (app1(b"Exif\0\0II"), True),
+    }
+    for k, (segments, _) in enumerate(said.values()):
+        out = io.BytesIO()
+        picture(k, 60, 60).save(out, "JPEG")
+        (tmp_path / f"{k:02}.jpg").write_bytes(out.getvalue()[:2] + segments + out.getvalue()[2:])
+    source = FolderSource(str(tmp_path))
+    filled, _ = fill(source, np.arange(len(said)))
+    assert dict(zip(said, filled, strict=True)) == {name: taken for name, (_, taken) in said.items()}
+    same(batches(FFCVLoader, source, batch_size=3), batches(ReferenceLoader, source, batch_size=3))
+
+
+def test_of_other_files_only_the_beginning_is_read(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (500, 500, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    source = FolderSource(str(tmp_path))
+    ids = np.zeros(1, np.int64)
+    source.sizes(ids)
+
+    def read():
+        with open("/proc/self/io") as file:
+            return int(file.readline().split()[1])
+
+    before = read()
+    assert fill(source, ids, VIEWS[:1])[0] == [False]
+    assert read() - before < 100_000 < os.path.getsize(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_part_labels_come_without_python_for_each_image(folder, tmp_path, shards, monkeypatch):
+    rng = np.random.default_rng(0)
+    for path in folder.rglob("*.jpg"):
+        target = tmp_path / "parts" / path.relative_to(folder).with_suffix(".npy")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.save(target, rng.integers(0, 256, (5, 9, 7), np.uint8))
+    for k in range(shards):
+        make_beton(folder, tmp_path / f"p-{k}.beton", parts=str(tmp_path / "parts"), shard=f"{k}/{shards}")
+    source = open_source(str(tmp_path / "p-*.beton"))
+    more = {"part_grid": {"a": 4, "c": 3}, "masks": [SemanticMask("a", 16, 0.75, 5, 10)]}
+    expected = batches(ReferenceLoader, source, **more)
+    by_row = []
+    monkeypatch.setattr(FFCVLoader, "_fill", lambda self, *rest: by_row.append(rest) or Loader._fill(self, *rest))
+    found = batches(FFCVLoader, source, **more)
+    assert not by_row
+    rows = source.shards[0].beton.rows
+    pointers = rows[f"f{source.shards[0].beton._parts}"]
+    for wrong in (0, 2**64 - 1, int(pointers[3]) + 1):
+        pointers[2] = wrong
+        with FFCVLoader(source, VIEWS, batch_size=24, seed=3, **more) as loader:
+            [damaged] = loader.epoch(1)
+        assert [i for i, _, _ in loader.bad] == [2]
+        assert 2 not in damaged.id
+    for mine, other in zip(found, expected, strict=True):
+        for name in more["part_grid"]:
+            assert torch.equal(mine.parts[name], other.parts[name])
+        assert all(torch.equal(a, b) for a, b in zip(mine.masks["a"], other.masks["a"], strict=True))
+    same(found, expected)
+
+
 def test_faults_are_left(folder, tmp_path):
     source = open_source(str(folder))
     files = [source.name(k) for k in range(6)]
@@ -229,7 +327,7 @@ def test_closing_wakes_what_waits_and_ends_the_threads(folder):
     assert len(caught) == 4
 
 
-@pytest.mark.parametrize("leave", ["close", "drop", "loader", "error", "end"])
+@pytest.mark.parametrize("leave", ["close", "drop", "break", "loader", "error", "end"])
 def test_however_an_epoch_ends_its_threads_end(folder, leave):
     source = open_source(str(folder))
     on_bad = "raise" if leave == "error" else "skip"
@@ -241,6 +339,11 @@ def test_however_an_epoch_ends_its_threads_end(folder, leave):
         stream.close()
     elif leave == "drop":
         del stream
+    elif leave == "break":
+        stream.close()
+        for _ in loader.epoch(1):
+            assert decode_threads() == 3
+            break
     elif leave == "loader":
         loader.close()
     elif leave == "end":
@@ -252,6 +355,55 @@ def test_however_an_epoch_ends_its_threads_end(folder, leave):
             list(stream)
     assert_no_decode_threads()
     assert len(list(loader.epoch(1))) == 12 if leave != "error" else True
+
+
+def test_closing_ends_an_epoch_that_is_still_compiling(folder, monkeypatch):
+    compiling, go_on, caught = threading.Event(), threading.Event(), []
+    start = batch_pool.start
+
+    def compile_slowly(threads):
+        compiling.set()
+        assert go_on.wait(60)
+        return start(threads)
+
+    monkeypatch.setattr(batch_pool, "start", compile_slowly)
+    loader = FFCVLoader(open_source(str(folder)), VIEWS, batch_size=2, seed=0, workers=2)
+
+    def read():
+        with pytest.raises(RuntimeError, match="the loader was closed while its batches were being read"):
+            caught.extend(loader.epoch(0))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert compiling.wait(60)
+    loader.close()
+    go_on.set()
+    reader.join(60)
+    assert not reader.is_alive()
+    assert caught == []
+    assert_no_decode_threads()
+    assert len(list(loader.epoch(0))) == 12
+
+
+def test_two_loaders_at_once(folder, tmp_path):
+    sources = open_source(str(folder)), make_beton(folder, tmp_path / "a.beton", mode="raw")
+    options = dict(seed=3), dict(seed=4, views=VIEWS[1:], workers=1)
+    expected = [batches(FFCVLoader, source, **more) for source, more in zip(sources, options, strict=True)]
+    with ExitStack() as stack:
+        loaders = [
+            stack.enter_context(FFCVLoader(source, more.pop("views", VIEWS), batch_size=4, **dict(workers=3) | more))
+            for source, more in zip(sources, options, strict=True)
+        ]
+        pairs = list(zip(*(loader.epoch(1) for loader in loaders), strict=True))
+        found: list[list] = [[], []]
+        threads = [threading.Thread(target=lambda k=k: found[k].extend(loaders[k].epoch(1))) for k in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    for k in range(2):
+        same([pair[k] for pair in pairs], expected[k])
+        same(found[k], expected[k])
 
 
 def test_many_epochs_of_many_threads(folder):
@@ -270,6 +422,12 @@ def test_without_the_c_part_batches_are_the_same(folder, monkeypatch):
     monkeypatch.setattr(window_decoder, "_library", None)
     assert batch_pool.start(1) is None
     same(batches(FFCVLoader, source), expected)
+    engine, why = choose_engine("auto")
+    assert engine == "ffcv"
+    assert "PIL decodes, at half the speed or less, as the compiled part is missing" in why
+    with FFCVLoader(source, VIEWS, batch_size=24, seed=3, workers=3) as loader:
+        _, pieces = loader._prepare(np.arange(24), 0, 0)
+        assert len(pieces) == 6  # of four rows each
 
 
 @pytest.mark.parametrize("how", ["end", "exit", "error"])
@@ -314,11 +472,17 @@ for leave in (False, True):
         mine = [batch.views["a"].sum().item() for batch in make().epoch(0)]
         os._exit(mine[0] != sums[0] or len(mine) != 12)
     children.append(child)
+rest = len(list(stream))
+child = os.fork()  # after its use
+if child == 0:
+    mine = [batch.views["a"].sum().item() for batch in loader.epoch(0)]
+    os._exit(mine[0] != sums[0] or len(mine) != 12)
+children.append(child)
 print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-print(len(list(stream)))
+print(rest)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.stdout == "[0, 0]\n11\n", done.stderr
+    assert done.stdout == "[0, 0, 0]\n11\n", done.stderr
 
 
 def test_the_cut_follows_pils_version_whatever_is_cached():

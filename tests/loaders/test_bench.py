@@ -78,10 +78,9 @@ def test_every_peer_works_through_all_images(name, case, folder, tmp_path):
     needs = {"peer-dali": "nvidia.dali", "peer-ffcv": "ffcv"}.get(name)
     if needs:
         pytest.importorskip(needs)  # not by its first part: PyTorch brings other packages named nvidia.*
-    views, floats = CASES[case]
     path = tmp_path / "data.beton"
     convert(ConvertOptions(str(folder), str(path)))
-    peer = Peer(open_source(str(path)), np.arange(10), views, floats=floats, batch_size=4, workers=1, beton=str(path))
+    peer = Peer(open_source(str(path)), np.arange(10), CASES[case], batch_size=4, workers=1, beton=str(path))
     with ExitStack() as stack:
         if name == "peer-ffcv" and case != "single":
             with pytest.raises(Missing, match="one crop per decoding"):

@@ -1,6 +1,7 @@
 import errno
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -454,6 +455,17 @@ def test_full_disk_is_said_and_leaves_nothing(tmp_path, many, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("where", ["convert._Turn", "pool.ProcessPoolExecutor"])
+def test_a_full_shared_memory_is_not_the_destinations_fault(tmp_path, many, monkeypatch, where):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(f"fastssl.loaders.{where}", full)
+    with pytest.raises(ConvertError, match=r"cannot be started \(No space left on device\); is /dev/shm full\?"):
+        run(many, tmp_path / "a.beton")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_killed_worker_is_said_and_leaves_nothing(tmp_path, many, monkeypatch):
     def die(data, name, options):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -526,3 +538,12 @@ def test_interrupted_by_the_keyboard(tmp_path, many):
     assert os.listdir(tmp_path) == []
     assert errors.count("Traceback") == 1
     assert "KeyboardInterrupt" in errors
+
+
+def test_what_was_left_out_is_said(tmp_path, many, capsys):
+    shutil.copytree(many, tmp_path / "in")
+    (tmp_path / "in" / "class 0" / "movie.mp4").touch()
+    result = run(tmp_path / "in", tmp_path / "a.beton")
+    line = "left out: 1 with endings that are not listed (.mp4 1): class 0/movie.mp4"
+    assert line in capsys.readouterr().err
+    assert result.left_out == line

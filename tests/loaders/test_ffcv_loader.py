@@ -184,7 +184,7 @@ def test_a_file_replaced_while_training_changes_nothing(beton, folder, tmp_path)
 
 @pytest.mark.parametrize("where", ["resample.cut_all", "batch_pool.BatchPool.fill"])
 def test_an_error_in_a_worker_reaches_the_consumer(beton, where, monkeypatch):
-    def fail(*_):
+    def fail(*_, **__):
         raise ZeroDivisionError("in a worker")
 
     if where == "resample.cut_all" or not batch_pool.start(1):

@@ -501,7 +501,9 @@ def test_part_labels_of_the_loader_are_taken_flattened():
     generator = np.random.default_rng(0)
     maps = generator.integers(0, 256, (6, 14, 14), dtype=np.uint8)
     box, flip = np.array([[10, 20, 100, 80], [10, 20, 100, 80]]), np.array([False, True])
-    parts = torch.from_numpy(np.stack([part_labels(maps, box, flip, (224, 200), 14)] * 5))  # [B, n, g, g]
+    parts = torch.from_numpy(
+        part_labels(maps[None], box[None], flip[None], np.array([[224, 200]]), 14).repeat(5, 0)
+    )  # [B, n, g, g]
     assert torch.equal(parts[:, 0].flip(2), parts[:, 1])
     keep, hidden = semantic(parts[:, 0].flatten(1), inter=1.0, parts=6)
     check_lists(keep, hidden, 196)

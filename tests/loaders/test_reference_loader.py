@@ -259,7 +259,7 @@ def test_part_labels_follow_crop_and_flip():
     maps = rng.integers(0, 256, (6, 14, 10), dtype=np.uint8)
     box = np.array([[0, 0, 50, 80], [3, 7, 20, 31], [40, 60, 10, 20]])
     for flip in (np.zeros(3, bool), np.ones(3, bool), np.array([True, False, True])):
-        labels = part_labels(maps, box, flip, (50, 80), 7)
+        (labels,) = part_labels(maps[None], box[None], flip[None], np.array([[50, 80]]), 7)
         assert labels.dtype == np.int64
         for crop in range(3):
             assert np.array_equal(labels[crop], labels_of_one(maps, box[crop], flip[crop], (50, 80), 7))
@@ -268,8 +268,10 @@ def test_part_labels_follow_crop_and_flip():
 def test_part_labels_of_a_mirrored_crop_are_mirrored():
     maps = np.random.default_rng(0).integers(0, 256, (6, 14, 14), dtype=np.uint8)
     box = np.array([[3, 7, 20, 31]])
-    straight, mirrored = (part_labels(maps, box, np.array([flip]), (50, 80), 14) for flip in (False, True))
-    assert np.array_equal(straight[:, :, ::-1], mirrored)
+    straight, mirrored = (
+        part_labels(maps[None], box[None], np.array([[flip]]), np.array([[50, 80]]), 14) for flip in (False, True)
+    )
+    assert np.array_equal(straight[..., ::-1], mirrored)
 
 
 def test_loader_delivers_part_labels():
@@ -425,7 +427,7 @@ def test_close_ends_epochs():
         (dict(rank=2, world=2), ValueError, "rank 2 does not exist"),
         (dict(seed=2**32), ValueError, "seed is 4294967296"),
         (dict(views=[View(name="a"), View(name="a")]), ConfigError, "different, non-empty names"),
-        (dict(part_grid={"a": 3}), ValueError, "the data has no part maps"),
+        (dict(part_grid={"a": 3}), ConfigError, "has no part maps, which the method needs"),
     ],
 )
 def test_unusable_arguments(arguments, error, message):

@@ -140,9 +140,6 @@ def test_no_more_is_decoded_than_the_centre_is_made_of(monkeypatch):
 def test_a_damaged_file_that_pil_reads_counts():
     whole = file(PICTURE, "JPEG", quality=95)
     damaged = replace(whole, data=np.concatenate([whole.data[: len(whole.data) // 2], whole.data[-2:]]))
-    if window_decoder._library:
-        with pytest.raises(DecodeError, match="is damaged"):
-            window_decoder.decode(damaged)
     (batch,) = evaluation_batches(Stored([damaged]), size=64, resize=73, batch_size=1)
     assert np.array_equal(batch.views["eval"][0, 0].numpy(), by_pil(damaged, 64, 73))
 
@@ -200,7 +197,7 @@ def test_boxes_flips_and_part_labels_of_several_groups():
         upright = np.zeros(1, bool)
         for name, grid in grids.items():
             box = batch.box[name][row, :1].double().numpy()
-            labels = part_labels(maps[row], box, upright, (1, 1), grid)[0]
+            labels = part_labels(maps[row][None], box[None], upright[None], np.ones((1, 2)), grid)[0, 0]
             assert all(np.array_equal(found.numpy(), labels) for found in batch.parts[name][row])
     assert set(batch.parts) == set(grids)
 
@@ -234,10 +231,10 @@ def test_no_image_is_left_out():
         list(evaluation_batches(source, size=16, resize=18, batch_size=4))
 
 
-@pytest.mark.parametrize(("mode", "sides"), [("raw", (4, 5)), ("jpg", (0, 0)), ("file", (4, 5))])
+@pytest.mark.parametrize(("mode", "sides"), [("raw", (4, 5)), ("jpg", (0, 5)), ("file", (4, 5))])
 def test_metadata_that_promise_another_image(mode, sides):
     data = noise(5, 5).reshape(-1) if mode == "raw" else FILES["jpeg"].data
-    with pytest.raises(BadSampleError, match=rf"^sample 0 .* but {sides[0]} x {sides[1]} .*promised"):
+    with pytest.raises(BadSampleError, match=rf"^sample 0 .*{sides[0]} x {sides[1]} .*promised"):
         list(evaluation_batches(Stored([Encoded(data, mode, *sides)]), size=16, resize=18, batch_size=4))
 
 

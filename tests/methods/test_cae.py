@@ -615,7 +615,9 @@ def test_the_tokenizer_is_opened_late_and_is_no_part_of_the_state(codebook):
 def test_pictures(codebook):
     method, batch = make_method(codebook).eval(), make_batch()
     with torch.no_grad():
-        sheet = method.pictures(batch, VALUES)["codes"]
+        made = method.pictures(batch, VALUES)["codes"]
+    sheet = made.pictures
+    assert len(made.titles) == 6
     assert sheet.shape == (3, 6, 3, 32, 32)
     assert 0 <= sheet.min() <= sheet.max() <= 1
     _, masked = batch.masks["main"]

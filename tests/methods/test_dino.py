@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +16,14 @@ from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 from fastssl.methods import METHODS, view_list
 from fastssl.methods import dino as module
 from fastssl.methods.dino import DINO, update_center
+from fastssl.parse import parse_pretrain
 from fastssl.pictures import heat, to_picture
 from fastssl.step import Values
 from fastssl.training.optim import build_optimizer
 from fastssl.training.timing import Stopwatch
 
 B, K = 4, 32
+RECIPE = Path(__file__).parents[2] / "configs/imagenet/dino_vit_small.yaml"
 
 
 def make_config(model: Model | None = None, large: int = 32, small: int = 16, **settings) -> Config:
@@ -271,9 +275,11 @@ def test_pictures_show_where_the_teacher_looks(name):
     config = make_config(None if name == "vit" else Model("resnet18", width=4, small_images=True))
     method, batch = make_method(config).eval(), make_batch(config)
     with torch.no_grad():
-        (picture,) = method.pictures(batch, Values(0, 10, 1)).values()
+        (sheet,) = method.pictures(batch, Values(0, 10, 1)).values()
         looks = [module.attention(method.teacher.backbone, batch.views[f"global{i}"][:, 0]) for i in (1, 2)]
-    assert picture.shape == (B, 4, 3, 32, 32)
+    picture = sheet.pictures
+    assert picture.shape == (B, len(sheet.titles), 3, 32, 32) == (B, 4, 3, 32, 32)
+    assert ("attention" in sheet.legend[0][1]) == (name == "vit")
     for column, view in ((0, "global1"), (2, "global2")):
         torch.testing.assert_close(picture[:, column], to_picture(batch.views[view][:, 0]))
         torch.testing.assert_close(picture[:, column + 1], heat(picture[:, column], looks[column // 2]))
@@ -384,3 +390,9 @@ def test_the_teachers_temperature_rises_over_its_epochs_as_the_authors(epochs, e
     """numpy.linspace(0.04, 0.07, epochs), then 0.07: with one epoch it has the first temperature alone."""
     method = make_method(make_config(teacher_temp=0.07, warmup_teacher_temp=0.04, warmup_teacher_temp_epochs=epochs))
     assert [method.teacher_temp(Values(epoch * 5, 100, 5)) for epoch in range(4)] == pytest.approx(expected)
+
+
+def test_the_recipes_temperature_is_that_of_the_authors_command():
+    config = parse_pretrain([f"--config={RECIPE}", "--data.path=x"])[0]
+    method = SimpleNamespace(settings=config.settings)
+    assert [DINO.teacher_temp(method, Values(epoch, 100, 1)) for epoch in (0, 1, 30, 99)] == [0.04] * 4

@@ -12,7 +12,7 @@ from fastssl.config import Config, ConfigError, Model
 from fastssl.kernels.patch_pixel_loss import patch_pixel_loss
 from fastssl.loaders.masks import RandomMask, add_masks
 from fastssl.methods import METHODS, view_list
-from fastssl.methods.mae import MAE, paste_patches
+from fastssl.methods.mae import MAE
 from fastssl.models.vit import cut_patches
 from fastssl.pictures import to_picture
 from fastssl.step import Values
@@ -142,40 +142,39 @@ def test_to_official_is_the_inverse():
 
 
 @pytest.mark.parametrize("norm_pixels", [True, False])
-def test_pasted_patches_stand_where_they_belong(norm_pixels):
-    """The true patches, as the loss wants them, give the image back; a wrong one changes its own square alone."""
-    torch.manual_seed(0)
-    images, masked = torch.randn(2, 3, 32, 24), torch.tensor([[7, 2], [0, 11]])
-    prediction = torch.empty(2, 2, 192)
-    for b in range(2):
-        for m in range(2):
-            row, column = divmod(masked[b, m].item(), 3)
-            true = images[b, :, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8].permute(1, 2, 0).flatten()
-            prediction[b, m] = (true - true.mean()) / (true.var() + 1e-6).sqrt() if norm_pixels else true
-    torch.testing.assert_close(paste_patches(images, prediction, masked, 8, norm_pixels), images)
-    prediction[0, 0] += 1  # patch 7: row 2, column 1
-    changed = paste_patches(images, prediction, masked, 8, norm_pixels) - images
-    assert changed[0, :, 16:24, 8:16].abs().min() > 0.5
-    changed[0, :, 16:24, 8:16] = 0
-    assert changed.abs().max() < 1e-5
-
-
-def test_pictures_show_the_crop_what_is_seen_and_what_is_painted():
-    method, batch = make_method().eval(), make_batch()
-    with torch.no_grad():
-        pictures = method.pictures(batch, VALUES)["reconstruction"]
-    assert pictures.shape == (3, 3, 3, 32, 32)
+def test_pictures_show_what_is_seen_and_what_is_predicted(norm_pixels):
+    """The true patches, as the loss wants them, give the image back; a network that knows nothing shows nothing."""
+    method, batch = make_method(norm_pixel_loss=norm_pixels).eval(), make_batch()
     keep, masked = batch.masks["main"]
-    crop, seen, painted = (cut_patches(column, 8) for column in pictures.unbind(1))
-    assert torch.equal(crop, cut_patches(to_picture(batch.views["main"][:, 0]), 8))
+    images = batch.views["main"][:, 0] * 0.3  # no pixel is cut off
+    batch.views["main"] = images[:, None]
+    true = (
+        images.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    )  # row, column, channel
+    if norm_pixels:
+        true = (true - true.mean(2, keepdim=True)) / (true.var(2, keepdim=True) + 1e-6).sqrt()
+    answers = {"right": true, "nothing": torch.zeros_like(true)}
 
-    def at(patches, ids):
-        return patches.gather(1, ids[..., None].expand(-1, -1, 192))
+    def at(picture, ids):
+        return cut_patches(picture, 8).gather(1, ids[..., None].expand(-1, -1, 192))
 
-    assert (at(seen, masked) == 0.5).all()
-    torch.testing.assert_close(at(seen, keep), at(crop, keep))
-    torch.testing.assert_close(at(painted, keep), at(crop, keep))
-    assert (at(painted, masked) - at(crop, masked)).abs().mean() > 0.1
+    for name, answer in answers.items():
+        method.decoder.forward = lambda *_, answer=answer: answer.gather(1, masked[..., None].expand(-1, -1, 192))
+        with torch.no_grad():
+            sheet = method.pictures(batch, VALUES)["reconstruction"]
+        crop, seen, *others = sheet.pictures.unbind(1)
+        assert len(sheet.titles) == 2 + len(others) == (5 if norm_pixels else 3)
+        assert torch.equal(crop, to_picture(images))
+        assert (at(seen, masked) == 0.5).all()
+        torch.testing.assert_close(at(seen, keep), at(crop, keep))
+        torch.testing.assert_close(at(others[-1], keep), at(crop, keep))
+        torch.testing.assert_close(at(others[0], keep), at(others[1] if norm_pixels else crop, keep))
+        if name == "right":
+            torch.testing.assert_close(others[-1], crop)
+            torch.testing.assert_close(others[0], others[1] if norm_pixels else crop)
+        else:  # one and the same colour, whatever was hidden
+            assert at(others[0], masked).flatten(0, 1).flatten(0, 1).std() < (1e-6 if norm_pixels else 0.1)
+            assert (at(others[0], masked) - at(others[-2] if norm_pixels else crop, masked)).abs().mean() > 0.05
 
 
 def test_named_parts_of_the_step():

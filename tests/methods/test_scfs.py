@@ -455,10 +455,11 @@ def test_schedules_of_the_recipe():
     assert temps == pytest.approx([0.04, 0.0406122, 0.07, 0.07], abs=1e-7)
     optim = SCFS.defaults
     lr = [
-        warmup_cosine(step, 200 * steps, 10 * steps, optim["optim.lr"], optim["optim.min_lr"])
+        warmup_cosine(step, 200 * steps, 10 * steps, 0.1, 0.0048, peak_twice=SCFS.peak_twice)
         for step in (0, 50039, 50040, 200 * steps - 1)
     ]
-    assert lr == pytest.approx([0.0, 0.1, 0.1, 0.0048], rel=1e-4)
+    assert (optim["optim.lr"], optim["optim.min_lr"]) == (0.1, 0.0048)
+    assert lr == pytest.approx([0.0, 0.1, 0.1, 0.0048], rel=1e-9)
     assert method.momentum(Values(0, 100, 1)) == pytest.approx(0.996)
 
 
@@ -758,8 +759,14 @@ def test_pictures_show_crops_and_their_maps(model):
     method = make_method(config).eval()
     batch = make_batch(config)
     with torch.no_grad():
-        (picture,) = method.pictures(batch, VALUES).values()
-    assert picture.shape == (B, 1 + 3 * 4, 3, 32, 32)
+        (sheet,) = method.pictures(batch, VALUES).values()
+    picture = sheet.pictures
+    assert picture.shape == (B, len(sheet.titles), 3, 32, 32)
+    level = "stage 4" if model is RESNET else "block "
+    assert sheet.titles[0] == "large crop"
+    for m in (1, 2):
+        assert sheet.titles[4 * m - 3] == f"small crop {m}"
+        assert all(title.startswith(f"crop {m} in {level[:5]}") for title in sheet.titles[4 * m - 2 : 4 * m + 1])
     assert 0 <= picture.min() < picture.max() <= 1
     for m in range(3):
         first = picture[:, 1 + 4 * m]

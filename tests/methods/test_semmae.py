@@ -320,8 +320,9 @@ def test_bfloat16_stays_close():
 
 def test_pictures_show_parts_and_mask():
     method, batch = make_method().eval(), make_batch()
-    pictures = method.pictures(batch, VALUES)["reconstruction"]
-    assert pictures.shape == (B, 4, 3, SIDE, SIDE)
+    sheet = method.pictures(batch, VALUES)["reconstruction"]
+    pictures = sheet.pictures
+    assert pictures.shape == (B, len(sheet.titles), 3, SIDE, SIDE) == (B, 6, 3, SIDE, SIDE)
     assert 0 <= pictures.min() <= pictures.max() <= 1
     _, masked = batch.masks["main"]
     cells = F.avg_pool2d((pictures[:, 2] != 0.5).float().amax(1)[:, None], PATCH).flatten(1)
@@ -368,7 +369,7 @@ def test_data_without_part_maps_end_before_the_first_step(tmp_path, capsys):
     assert main([*command, "--run.device=cpu", "--data.batch_size=8"]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
-    assert "has no part maps, which method semmae needs; 'fastssl parts learn' and 'fastssl parts write'" in lines[0]
+    assert "has no part maps, which the method needs; 'fastssl parts learn' and 'fastssl parts write'" in lines[0]
 
 
 @pytest.mark.parametrize(

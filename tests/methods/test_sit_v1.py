@@ -20,6 +20,7 @@ from fastssl.methods.sit_v1 import SiTv1, damage, rotate, weighted_sum
 from fastssl.models import build_backbone
 from fastssl.step import Values
 from fastssl.training import distributed
+from fastssl.training.optim import param_groups
 
 B, S = 16, 32
 VALUES = Values(3, 10, 2, seed=5)
@@ -367,7 +368,7 @@ def test_evaluation_mode_tells_the_values_by_chance():
 def test_pictures():
     method, batch = make_method().eval(), part_of(make_batch(), slice(0, 5))
     with torch.no_grad():
-        rows = method.pictures(batch, VALUES)["reconstruction"]
+        rows = method.pictures(batch, VALUES)["reconstruction"].pictures
     assert rows.shape == (5, 8, 3, S, S)
     assert rows.min() >= 0
     assert rows.max() <= 1
@@ -439,6 +440,16 @@ def test_recipe_is_the_authors():
     assert d["optim.lr"] * 288 / d["optim.lr_batch"] == pytest.approx(5.625e-4)
     settings = SiTv1.Settings()
     assert (settings.out_dim, settings.temperature, settings.rec_region) == (512, 0.5, "all")
+
+
+def test_tokens_and_position_tables_do_not_decay():
+    method = make_method()
+    names = {id(p): name for name, p in method.named_parameters()}
+    decays = {names[id(p)] for group in param_groups(method) if group["decay"] for p in group["params"]}
+    matrices = {name for name, p in method.named_parameters() if p.ndim > 1 and not name.endswith(".bias")}
+    tables = {"rotation_token", "encoder.cls_token", "rotation_position", "encoder.pos_embed"}
+    assert decays == matrices - tables
+    assert tables < matrices
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ def timm_twin(model: ViT, **changes) -> VisionTransformer:
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 24), (8, 8)], ids=str)
 def test_equals_timm(size):
-    model = small_vit()
+    model = small_vit(resample="antialiased")
     twin = timm_twin(model)
     images = torch.randn(2, 3, *size)
     torch.testing.assert_close(model.tokens(images), twin.forward_features(images))
@@ -68,8 +68,38 @@ def test_positions_of_the_own_grid_are_the_table_itself():
     assert model.positions(6, 3).shape == (1, 19, 48)
 
 
+@pytest.mark.parametrize("rule", ["plain", "dino", "antialiased"])
+@pytest.mark.parametrize("grid", [(6, 6), (32, 20)], ids=str)
+def test_positions_of_another_grid_are_the_authors(rule, grid):
+    """PyTorch's interpolation, called as MAE (plain), DINO and timm call it."""
+    model = ViT(width=16, depth=1, heads=2, resample=rule)
+    x = model.pos_embed.detach().clone().requires_grad_()
+    table = x[:, 1:].reshape(1, 14, 14, 16).permute(0, 3, 1, 2)
+    how = {"size": grid, "antialias": rule == "antialiased", "align_corners": False}
+    if rule == "dino":
+        how = {"scale_factor": tuple((cells + 0.1) / 14 for cells in grid)}
+    table = F.interpolate(table, mode="bicubic", **how).permute(0, 2, 3, 1).reshape(1, -1, 16)
+    expected = torch.cat([x[:, :1], table], dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.positions(*grid)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    grad = torch.randn_like(expected)
+    expected.backward(grad)
+    found.backward(grad)
+    torch.testing.assert_close(model.pos_embed.grad, x.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_small_crops_see_the_positions_of_a_fresh_table():
+    """Antialiased, the table of 6 x 6 patches is an average that has lost 60 % of its deviation."""
+    torch.manual_seed(0)
+    model = ViT(width=384, depth=1, heads=6, resample="dino")
+    assert model.positions(6, 6)[:, 1:].std().item() == pytest.approx(0.017, abs=5e-4)
+    model.resample = "antialiased"
+    assert model.positions(6, 6)[:, 1:].std().item() == pytest.approx(0.007, abs=5e-4)
+
+
 def test_learned_positions_learn_at_every_size():
-    for side in (32, 24):
+    for side in (32, 40):  # plain bicubic leaves rows out where it shrinks
         model = small_vit()
         model(torch.randn(2, 3, side, side)).square().sum().backward()
         assert model.pos_embed.grad.abs().sum(-1).gt(0).all()

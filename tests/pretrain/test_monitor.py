@@ -1,9 +1,11 @@
+import shutil
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastssl.config import Config, ConfigError, Data, Model, Monitor
+from fastssl.config import Config, Data, Model, Monitor
 from fastssl.evaluation.data import EvaluationError
 from fastssl.loaders.sources import SourceError
 from fastssl.models import build_backbone
@@ -44,6 +46,15 @@ def test_tells_a_seeing_backbone_from_a_blind_one(folders):
     seeing = monitor(folders, k=3)
     assert seeing.measure(build_backbone(MODEL)) == 100.0
     assert seeing.measure(Broken()) == 50.0
+
+
+def test_images_of_val_that_are_in_data_are_said(folders, tmp_path, capsys):
+    monitor(folders)
+    monitor(folders, val="train")  # each image is judged by the others
+    assert capsys.readouterr().err == ""
+    shutil.copytree(folders / "train", tmp_path / "val")
+    monitor(folders, val=tmp_path / "val")
+    assert "monitor: 24 of 24 images of data.val" in capsys.readouterr().err
 
 
 def test_a_training_run_goes_on_bitwise(folders):
@@ -94,8 +105,6 @@ def test_the_same_images_do_not_find_themselves(folders):
 
 
 def test_needs_validation_images(folders):
-    with pytest.raises(ConfigError, match=r"monitor.every is 1, but data.val is empty; .* or set monitor.every=0"):
-        monitor(folders, val="")
     with pytest.raises(SourceError, match="nowhere does not exist"):
         monitor(folders, val="nowhere")
 

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -13,6 +15,7 @@ import pytest
 import torch
 from tiny import recipe
 
+from fastssl.cli import main
 from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.synthetic import draw_images
 from fastssl.parse import parse_pretrain
@@ -212,6 +215,20 @@ def test_weights_that_are_not_finite_never_replace_good_ones(images, tmp_path):
     assert all(value.isfinite().all() for value in saved.network.values())
 
 
+def test_a_folder_that_cannot_be_written_is_one_line_before_the_first_step(finished, images, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    before, limits = files(finished), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as on a full disk, nothing can be written
+    try:
+        for run in (finished, tmp_path / "new", tmp_path / "file/run"):
+            assert main(["pretrain", *arguments(images, run)]) == 1
+            error = capsys.readouterr().err
+            assert re.fullmatch(rf"fastssl: error: {run} cannot be written \(.*\); free .*another --run\.dir\n", error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert files(finished) == before
+
+
 def test_lines_have_a_time_and_a_log_that_cannot_be_written_is_said_once(images, tmp_path, capsys):
     trainer = Trainer(config(images, tmp_path / "run", run__log_every=1))
     step, begin = trainer.train_step, time.time()
@@ -228,6 +245,18 @@ def test_lines_have_a_time_and_a_log_that_cannot_be_written_is_said_once(images,
     assert [line["step"] for line in lines] == [1, 2]
     assert all(begin - 1 < line["time"] < time.time() + 1 for line in lines)
     assert capsys.readouterr().err.count("the log cannot be written") == 1
+
+
+def test_every_step_is_in_one_log_line(images, tmp_path):
+    """The checkpoint of step 4 holds its scalars, which the start that made it has logged at its end."""
+    for steps in (4, 8, 8):
+        pretrain(config(images, tmp_path / "parts", run__log_every=3, run__steps=steps))
+    pretrain(config(images, tmp_path / "whole", run__log_every=1))
+    rows = [[json.loads(line) for line in (tmp_path / f"{run}/metrics.jsonl").open()] for run in ("parts", "whole")]
+    loss = [row["loss"] for row in rows[1]]
+    means = {3: sum(loss[:3]) / 3, 4: loss[3], 6: sum(loss[4:6]) / 2, 8: sum(loss[6:]) / 2}
+    assert {row["step"]: row["loss"] for row in rows[0]} == pytest.approx(means)
+    assert len(rows[0]) == 4
 
 
 def test_pictures_that_cannot_be_written_do_not_end_the_run(images, tmp_path, capsys):

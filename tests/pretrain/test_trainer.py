@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tiny import recipe
 
 from fastssl.cli import main
@@ -19,6 +24,7 @@ from fastssl.loaders.synthetic import draw_images
 from fastssl.methods import METHODS
 from fastssl.parse import parse_pretrain
 from fastssl.prepare.tokenizer import TokenizerOptions, train_tokenizer
+from fastssl.pretrain.preflight import loading_rate
 from fastssl.pretrain.trainer import Trainer, pretrain
 from fastssl.training import checkpoint
 from fastssl.training.loop import TrainingError
@@ -129,18 +135,13 @@ def wait_for_step(process, run, step):
     pytest.fail("no checkpoint within two minutes")
 
 
-def test_a_run_killed_outright_continues_bitwise(images, tmp_path):
-    more = {"run__save_every": 0.25, "schedule__epochs": 400}
-    process = start(images, tmp_path / "killed", **more)
-    wait_for_step(process, tmp_path / "killed", 6)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    reached = checkpoint.read(tmp_path / "killed/last.pt").step
-    assert 6 <= reached < 1600
-    end = reached + 6
-    pretrain(config(images, tmp_path / "killed", run__steps=end, **more))
-    pretrain(config(images, tmp_path / "whole", run__steps=end, **more))
-    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+@pytest.mark.parametrize(("method", "shares"), [("dino", [0, 1 / 3, 2 / 3, 1, 1]), ("mae", [0, 0.25, 0.5, 0.75, 1])])
+def test_the_warmup_is_the_authors(images, tmp_path, method, shares):
+    """Of four steps. What is built on DINO's code has numpy's linspace, MAE's divides by the epoch."""
+    assert {name for name, kind in METHODS.items() if not kind.peak_twice} == {"mae", "semmae", "sit_v1"}
+    trainer = Trainer(config(images, tmp_path, method))
+    for trainer.step, share in enumerate(shares):
+        assert trainer.schedule()["lr"] == pytest.approx(share * trainer.peak_lr)
 
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGUSR1])
@@ -159,7 +160,8 @@ def test_sigterm_and_sigusr1_save_and_end_cleanly(images, tmp_path, kind):
 def test_sigterm_to_torchrun_saves_on_all_processes_and_leaves_none_behind(images, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "fastssl", "pretrain"]
-    command += arguments(images, tmp_path, schedule__epochs=4000, run__save_every=0.25, data__batch_size=8)
+    more = {"data__batch_size": 8, "run__log_every": 500}  # a signal does not wait for a log line
+    command += arguments(images, tmp_path, schedule__epochs=4000, run__save_every=0.25, **more)
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_step(process, tmp_path, 1)
     process.send_signal(signal.SIGTERM)
@@ -246,6 +248,8 @@ def test_collapse_is_said_in_one_line_and_can_stop_the_run(images, tmp_path):
     more = {"optim__lr": 1e-12, "optim__min_lr": 0.0, "dino__warmup_teacher_temp": 100.0, "dino__teacher_temp": 100.0}
     with pytest.raises(TrainingError, match=r"health\.action=stop: step \d+: .*(pinned|uniform|collapsed)"):
         pretrain(config(images, tmp_path, health__action="stop", health__patience=4, **more))
+    lines = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["health"] for line in lines if "health" in line]  # kept with the numbers
 
 
 def test_the_run_folder_holds_config_log_and_summary(images, tmp_path):
@@ -257,7 +261,17 @@ def test_the_run_folder_holds_config_log_and_summary(images, tmp_path):
     again = parse_pretrain([f"--config={tmp_path / 'config.yaml'}"])[0]
     assert again.as_dict() == config(images, tmp_path, run__steps=10, run__keep_every=2).as_dict()
     assert (tmp_path / "epoch-0002.pt").exists()
-    assert list((tmp_path / "tensorboard").iterdir())
+    (start,) = [json.loads(text) for text in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert {"step": 0, "device": "cpu", "processes": 1, "torch": torch.__version__}.items() <= start.items()
+    board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    assert "loss" in board.Tags()["scalars"]
+    assert "optim:" in board.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    content = board.summary_metadata["_hparams_/experiment"].plugin_data.content
+    shown = HParamsPluginData.FromString(content).experiment.hparam_infos
+    assert {"optim.lr", "dino.out_dim"} <= {one.name for one in shown}
+    (name,) = board.Tags()["images"]
+    drawn = Image.open(tmp_path / "pictures" / f"{name}-0000010.png")
+    assert (board.Images(name)[0].width, board.Images(name)[0].height) == drawn.size
 
 
 def test_the_online_monitor_measures_and_does_not_disturb_the_run(images, tmp_path):
@@ -282,6 +296,30 @@ def test_the_preflight_line_estimates_and_leaves_the_model_as_it_was(images, tmp
     assert all(p.grad is None for p in trainer.method.parameters())
 
 
+def test_the_loader_is_tried_before_a_run_of_more_than_a_few_steps(images, tmp_path, monkeypatch):
+    few = Trainer(config(images, tmp_path))
+    assert not [line for line in few.describe() if line.startswith("loader:")]
+    monkeypatch.setattr("fastssl.pretrain.trainer.FEW_STEPS", 0)
+    (line,) = [line for line in Trainer(config(images, tmp_path)).describe() if line.startswith("loader:")]
+    assert re.match(
+        r"loader: gives about [1-9][\d.]* images/s per process, the step is estimated to take [\d.]+: ", line
+    )
+    estimate = few.estimate
+    for times, words in ((2, "enough"), (1, "it may just feed the step"), (0.5, "the step will wait for data")):
+        assert f": {words}" in estimate.loader_line(times * estimate.images_per_s)
+    assert estimate.seconds * estimate.images_per_s == pytest.approx(64)
+
+
+def test_trying_a_loader_takes_a_bounded_time_and_leaves_no_thread(images, tmp_path, monkeypatch):
+    loader = Trainer(config(images, tmp_path)).loader
+    monkeypatch.setattr("fastssl.pretrain.preflight.SECONDS", 0.0)
+    taken = []
+    monkeypatch.setattr(loader._memory, "pinned", lambda batch: taken.append(batch) or batch)
+    assert loading_rate(loader, 0) > 0
+    assert len(taken) == 2  # the first and the one that is measured
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastssl-loader")]
+
+
 def test_resnet_trains(images, tmp_path):
     more = {"model__name": "resnet18", "model__small_images": "true", "model__drop_path": 0.0}
     more |= {"model__width": 0, "model__depth": 0, "model__heads": 0, "data__batch_size": 4}
@@ -296,7 +334,7 @@ def test_resnet_trains(images, tmp_path):
         ({"run__device": "gpu"}, "run.device"),
         ({"run__precision": "fp16"}, "needs a GPU"),
         ({"model__name": "vit_smal"}, "vit_small"),
-        ({"monitor__every": 1}, "data.val"),
+        ({"monitor__every": 1, "data__val": "nowhere"}, "nowhere does not exist"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_first_step(images, tmp_path, more, words, capsys):
@@ -336,6 +374,27 @@ def test_pictures_show_masks_of_epoch_0_with_schedules_as_they_stand(images, tmp
 
 def test_a_loader_without_its_compiled_part_is_said(images, tmp_path, monkeypatch):
     trainer = Trainer(config(images, tmp_path))
-    assert not any("image by image" in line for line in trainer.describe())
+    assert not any("PIL decodes" in line for line in trainer.describe())
     monkeypatch.setattr("fastssl.loaders.batch_pool.available", lambda: False)
-    assert any("image by image, for its C part is missing" in line for line in trainer.describe())
+    assert any("PIL decodes, at half the speed or less" in line for line in trainer.describe())
+
+
+def test_a_recipe_runs_on_a_flat_folder_and_says_what_is_off_and_what_its_batch_means(images, tmp_path, capsys):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in (images / "train").rglob("*.jpg"):
+        (flat / f"{path.parent.name}-{path.name}").symlink_to(path)
+    more = {"data__path": flat, "monitor__every": 1, "run__recipe_batch": 48, "run__steps": 1}
+    pretrain(config(images, tmp_path / "run", "mae", **more))
+    said = capsys.readouterr().err
+    assert "online k-NN is off: data.val names no labelled images" in said
+    assert "16 images per step where the recipe has 48: the peak learning rate is scaled by this" in said
+    assert "--run.accumulate 3 restores them" in said
+    assert "step 1/1  loss " in said  # no terminal: a line per log step
+    assert "\r" not in said
+
+    more |= {"data__val": images / "val", "run__recipe_batch": 16}
+    pretrain(config(images, tmp_path / "other", "mae", **more))
+    said = capsys.readouterr().err
+    assert f"online k-NN is off: {flat} has no labels" in said
+    assert "where the recipe has" not in said

@@ -65,7 +65,7 @@ def test_bad_files_get_one_line(tmp_path):
         "none.pt": "no such checkpoint",
         "": "is a folder",
         "cut.pt": "cannot be read as a checkpoint",
-        "text.pt": "cannot be read as a checkpoint",
+        "text.pt": "is a text, not weights",
         "foreign.pt": "is not a fastssl checkpoint",
         "older.pt": "is not a fastssl checkpoint",
         "less.pt": "config is missing",

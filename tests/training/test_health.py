@@ -46,6 +46,7 @@ def test_a_break_starts_the_count_again_and_rearms_the_report():
         ({"teacher_entropy": 0.995}, "uniform"),
         ({"feature_std": 0.003}, "features have collapsed"),
         ({"data_wait": 0.6}, "waits for data 60%"),
+        ({"grad_norm": math.inf}, "every step is left out, for its gradients are not finite"),
     ],
 )
 def test_each_sign_has_its_line(scalars, words):

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from fastssl.training.schedule import cosine, linear_ramp, warmup_cosine
@@ -17,6 +18,14 @@ def test_warmup_is_linear_and_meets_the_cosine_at_its_peak():
     assert values[100] == pytest.approx(0.1)
     assert values[10:] == sorted(values[10:], reverse=True)
     assert len(set(values[10:])) == 91
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 2, 7])
+def test_dinos_warmup_is_numpys_linspace(warmup):
+    left = np.arange(20 - warmup)
+    authors = 0.1 + 0.5 * (3.0 - 0.1) * (1 + np.cos(np.pi * left / len(left)))
+    authors = np.concatenate([np.linspace(0.0, 3.0, warmup), authors])
+    assert [warmup_cosine(step, 20, warmup, 3.0, 0.1, peak_twice=True) for step in range(20)] == pytest.approx(authors)
 
 
 def test_no_warmup_starts_at_the_peak():

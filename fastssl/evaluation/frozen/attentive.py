@@ -37,11 +37,13 @@ from fastssl.config import (
     check,
 )
 from fastssl.evaluation.accuracy import format_table
-from fastssl.evaluation.data import EvaluationError, check_labels, check_resize, open_labelled
+from fastssl.evaluation.data import EvaluationError, central_view, check_labels, open_labelled
 from fastssl.evaluation.frozen.features import extract
 from fastssl.evaluation.frozen.linear_probe import check_numbers, held_out_images
 from fastssl.evaluation.options import EvaluateOptions
-from fastssl.evaluation.scoring import Scored, check_weights, score
+from fastssl.evaluation.record import recorded
+from fastssl.evaluation.scoring import Scored, score
+from fastssl.evaluation.shared import check_shared
 from fastssl.loaders.engine import decoding_threads, open_loader
 from fastssl.loaders.index import batch_ids, order
 from fastssl.loaders.sources import Source
@@ -52,7 +54,7 @@ from fastssl.training.checkpoint import Checkpoint
 from fastssl.training.device import choose_device, choose_dtype
 from fastssl.training.loop import LOG_EVERY, Pace, Run, settings
 from fastssl.training.schedule import warmup_cosine
-from fastssl.weights.backbone import open_backbone
+from fastssl.weights.backbone import digest, open_backbone
 
 EPS = 1e-6  # of the layer norms
 MIN_LR = 1e-6  # at the end of the cosine
@@ -236,6 +238,7 @@ class AttentiveEvaluation:
         return "\n\n".join(parts)
 
 
+@recorded("attentive")
 def evaluate_attentive(options: AttentiveOptions) -> AttentiveEvaluation:
     """Train a cross-attention block with one learned query on the frozen tokens of a checkpoint's ViT and classify
     images with it; under torchrun on many GPUs.
@@ -265,17 +268,17 @@ class Probing(Run[Tokens, AttentiveEvaluation]):
         device = choose_device(options.device, "device")
         dtype = choose_dtype(options.precision, device, "precision")
         distributed.start(device)
-        self.train_source, self.val_source = open_labelled(options.data, options.val)
+        self.train_source, self.val_source = sources = open_labelled(options.data, options.val)
+        check_shared(*sources, f"data ({options.data})", f"val ({options.val})", options.allow_shared)
         classes = check_labels(self.train_source, self.val_source, "data", "val")
         self.backbone = open_backbone(options.checkpoint, device)
         vit = self.backbone.module
-        check_weights(vit, options.checkpoint)
         if not isinstance(vit, ViT):
             raise ConfigError(f"{options.checkpoint} holds a {self.backbone.model.name}; only a ViT has tokens")
-        self.vit = vit
+        self.vit, self.weights = vit, digest(vit)
         self.size = options.size or self.backbone.image_size
         check_image_size(self.backbone.model, "size", self.size)
-        check_resize(options.resize, self.size)
+        self.view = {"size": self.size, **central_view(options.resize, self.backbone, self.size)}
 
         world, images = distributed.world(), len(self.train_source)
         self.batch_size = min(options.batch_size, images // world)
@@ -326,8 +329,7 @@ class Probing(Run[Tokens, AttentiveEvaluation]):
         rows = extract(
             _Tokens(self.vit),
             self.train_source,
-            size=self.size,
-            resize=self.options.resize,
+            **self.view,
             batch_size=self.batch_size,
             workers=decoding_threads(self.options.workers, distributed.local_world()),
             dtype=self.dtype,
@@ -377,7 +379,8 @@ class Probing(Run[Tokens, AttentiveEvaluation]):
     def schedule(self) -> dict[str, float]:
         total, warmup = self.pace.total_steps, round(self.options.warmup_epochs * self.pace.steps_per_epoch)
         for group in self.optimizer.param_groups:
-            group["lr"] = warmup_cosine(self.step, total, warmup, group["peak"], min(MIN_LR, group["peak"]))
+            end = min(MIN_LR, group["peak"])
+            group["lr"] = warmup_cosine(self.step, total, warmup, group["peak"], end, peak_twice=True)
         return {}
 
     def losses(self, batch: Tokens) -> tuple[Tensor, dict[str, Tensor]]:
@@ -389,7 +392,7 @@ class Probing(Run[Tokens, AttentiveEvaluation]):
 
     def fingerprint(self) -> dict[str, Any]:
         same = settings(self.options, "step_size", "resize", "upstream_bn_eval")
-        return {**same, "images_per_step": self.pace.images_per_step, "size": self.size}
+        return {**same, "weights": self.weights, "images_per_step": self.pace.images_per_step, "size": self.size}
 
     def record(self) -> Checkpoint:
         return Checkpoint(self.kind, self.backbone.config, self.probes.state_dict(), None)
@@ -443,8 +446,7 @@ class Probing(Run[Tokens, AttentiveEvaluation]):
             return score(
                 classify,
                 source,
-                size=self.size,
-                resize=options.resize,
+                **self.view,
                 classifiers=len(probes),
                 batch_size=batch,
                 workers=options.workers,

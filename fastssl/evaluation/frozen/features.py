@@ -7,24 +7,28 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import sys
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import IO, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from fastssl import __version__
 from fastssl.augment import augment
 from fastssl.evaluation.data import EvaluationError, default_resize, device_of, frozen
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.sources import Source
 from fastssl.loaders.views import evaluation_batches
+from fastssl.progress import progress_bar
 from fastssl.training import distributed
 from fastssl.training.checkpoint import replace_file
+from fastssl.weights.backbone import digest
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def extract(
     ids: np.ndarray | None = None,
     progress: str = "",
     shared: bool = False,
+    interpolation: str = "bicubic",
 ) -> Features:
     """Features of the images of `source`, in order; leaves no trace on the backbone or on the random generators.
 
@@ -88,6 +93,7 @@ def extract(
         ids: int64 [n], positions of the images to take; None takes all.
         progress: label of the progress bar; empty shows none.
         shared: the processes of the run take each world-th image and exchange what they found; all return everything.
+        interpolation: of the resize.
 
     Raises:
         EvaluationError: a feature is NaN or infinite.
@@ -99,7 +105,7 @@ def extract(
             np.arange(len(source)) if ids is None else ids,
             progress=progress if distributed.is_main() else "",
             **{"size": size, "resize": resize, "batch_size": batch_size, "workers": workers, "dtype": dtype},
-            **{"blocks": blocks, "mean_patch": mean_patch},
+            **{"blocks": blocks, "mean_patch": mean_patch, "interpolation": interpolation},
         )
     device = device_of(backbone)
     stored = torch.float32 if dtype == torch.float32 else torch.float16
@@ -111,8 +117,9 @@ def extract(
         batch_size=batch_size,
         workers=decoding_threads(workers, 1),
         ids=ids,
+        interpolation=interpolation,
     )
-    bar = tqdm(total=total, desc=progress, unit="img", leave=False, disable=None if progress else True)
+    bar = progress_bar(total, progress)
     values, labels, seen = torch.empty(0, 0), [], []
     done = 0
     with frozen(backbone), _untouched_random(device), contextlib.closing(batches), bar:
@@ -146,7 +153,8 @@ def _extract_shared(backbone: nn.Module, source: Source, ids: np.ndarray, **how)
 def extract_cached(backbone: nn.Module, source: Source, *, cache: Path | None, batch_size: int, **how) -> Features:
     """As `extract`, but a table that was made before, of the same weights, data and settings, is read from disk.
 
-    The table is mapped into memory, not read. Delete the folder to free the disk.
+    The table is mapped into memory after its checksum was compared; one that is cut, damaged or of something else is
+    computed again. Delete the folder to free the disk.
 
     Args:
         cache: folder of the tables; None: nothing is kept.
@@ -154,36 +162,64 @@ def extract_cached(backbone: nn.Module, source: Source, *, cache: Path | None, b
     """
     if cache is None:
         return extract(backbone, source, batch_size=batch_size, **how)
-    settings = {key: how[key] for key in ("size", "resize", "dtype", "blocks", "mean_patch") if key in how}
-    key = hashlib.sha256(f"{_digest(backbone)} {source.fingerprint()} {settings}".encode()).hexdigest()[:32]
+    names = ("size", "resize", "interpolation", "dtype", "blocks", "mean_patch")
+    settings = {name: str(how[name]) for name in names if name in how}
+    facts = [__version__, _shape(backbone), digest(backbone), source.fingerprint(), settings]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
     path = cache / f"{key}.npy"
-    if not distributed.all_processes(path.exists(), device_of(backbone)):
+    kept = _kept(path, key, len(source))
+    if kept is None and path.exists() and distributed.is_main():
+        print(f"{path} is not the table of these features (cut, damaged or foreign); computed again", file=sys.stderr)
+    if not distributed.all_processes(kept is not None, device_of(backbone)):
         found = extract(backbone, source, batch_size=batch_size, **how)
         if distributed.is_main():
             try:
                 cache.mkdir(parents=True, exist_ok=True)
-                replace_file(path, lambda part: _write_table(part, found.values.numpy()))
+                replace_file(path, lambda part: _write_table(part, key, found.values.numpy()))
             except OSError as error:
                 print(f"features are not kept: {path} cannot be written ({error.strerror})", file=sys.stderr)
         distributed.barrier()
         return found
-    values = torch.from_numpy(np.load(path, mmap_mode="c"))
+    values = torch.from_numpy(kept)
     ids = torch.arange(len(source))
     return Features(values, torch.as_tensor(np.asarray(source.labels), dtype=torch.int64), ids, tuple(source.classes))
 
 
-def _write_table(path: Path, values: np.ndarray) -> None:
-    with open(path, "wb") as file:
+def _shape(module: nn.Module) -> str:
+    """The modules and their numbers: a count of attention heads shows in no weight."""
+    parts = [repr(module)]
+    for name, part in module.named_modules():
+        numbers = {k: v for k, v in vars(part).items() if k != "training" and isinstance(v, (bool, int, float, str))}
+        parts.append(f"{name} {sorted(numbers.items())}")
+    return "\n".join(parts)
+
+
+def _seal(file: IO[bytes], key: str, end: int) -> bytes:
+    """What stands behind a table: of what it is, and the checksum of the file's first `end` bytes."""
+    crc = 0
+    file.seek(0)
+    while end > 0 and (piece := file.read(min(end, 1 << 22))):
+        crc, end = zlib.crc32(piece, crc), end - len(piece)
+    return f"{key} {crc:08x}\n".encode()
+
+
+def _write_table(path: Path, key: str, values: np.ndarray) -> None:
+    with open(path, "w+b") as file:
         np.save(file, values)
+        file.write(_seal(file, key, file.tell()))
 
 
-def _digest(module: nn.Module) -> str:
-    """A checksum of all weights and buffers, and of the kinds of the modules that use them."""
-    digest = hashlib.sha256(repr(module).encode())
-    for key, value in module.state_dict().items():
-        digest.update(key.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _kept(path: Path, key: str, rows: int) -> np.ndarray | None:
+    """The table of `key` in a file, [rows, F], mapped; None where there is none, or anything else."""
+    try:
+        table = np.load(path, mmap_mode="c", allow_pickle=False)
+        with open(path, "rb") as file:
+            end = table.offset + table.nbytes
+            seal = _seal(file, key, end)
+            sealed = file.read() == seal
+    except Exception:  # NumPy's reader raises whatever damaged bytes make it
+        return None
+    return table if sealed and table.ndim == 2 and len(table) == rows and table.dtype.kind == "f" else None
 
 
 @torch.no_grad()  # not inference_mode: a position table that the network caches here must stay usable in training

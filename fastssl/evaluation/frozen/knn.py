@@ -19,6 +19,8 @@ from fastssl.evaluation.frozen.features import extract_cached, pixels
 from fastssl.evaluation.frozen.knn_vote import KNNResult, check_numbers, knn_classify
 from fastssl.evaluation.frozen.opening import Measured, measured, open_network
 from fastssl.evaluation.options import FrozenOptions
+from fastssl.evaluation.record import recorded
+from fastssl.evaluation.shared import check_shared
 from fastssl.models import build_backbone
 from fastssl.training.device import choose_device
 
@@ -79,6 +81,7 @@ class KNNEvaluation:
         return "\n".join(lines)
 
 
+@recorded("knn")
 def evaluate_knn(options: KNNOptions) -> KNNEvaluation:
     """Classify images by their nearest neighbours among the features of a checkpoint's backbone.
 
@@ -86,6 +89,8 @@ def evaluate_knn(options: KNNOptions) -> KNNEvaluation:
     """
     begin = time.perf_counter()
     train_source, val_source = open_labelled(options.data, options.val)
+    if not options.same_images:
+        check_shared(train_source, val_source, f"data ({options.data})", f"val ({options.val})", options.allow_shared)
     backbone, how = open_network(options)
     mean_patch = backbone.mean_patch if options.mean_patch is None else options.mean_patch
     how |= {"blocks": options.blocks, "mean_patch": mean_patch, "batch_size": options.batch_size}

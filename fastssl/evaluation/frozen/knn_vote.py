@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from tqdm import tqdm
 
 from fastssl.config import ConfigError
 from fastssl.evaluation.accuracy import Accuracy, class_ranks, top_accuracy
 from fastssl.evaluation.data import EvaluationError, check_labels
 from fastssl.evaluation.frozen.features import Features
+from fastssl.progress import progress_bar
 
 LOW = 2**32 - 1  # mask of a key's lower half
 SCALE = 2.0**30  # similarities are kept in steps of 1 / SCALE
@@ -89,7 +89,7 @@ def knn_classify(
     ranks: dict[int, list[Tensor]] = {each: [] for each in ks}
     tile = tile_shape(len(train), len(val), train.values.shape[1], k, budget)
     voting = max(1, budget // 8 // (32 * classes))  # queries whose votes are counted at a time
-    bar = tqdm(total=len(val), desc=progress, unit="img", leave=False, disable=None if progress else True)
+    bar = progress_bar(len(val), progress)
     with bar:
         for rows, similarity, index in _search(train, val, k, tile, torch.device(device), leave_one_out):
             targets = val.labels[rows]

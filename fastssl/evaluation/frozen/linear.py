@@ -24,6 +24,8 @@ from fastssl.evaluation.frozen.linear_probe import (
 )
 from fastssl.evaluation.frozen.opening import Measured, measured, open_network
 from fastssl.evaluation.options import FrozenOptions
+from fastssl.evaluation.record import recorded
+from fastssl.evaluation.shared import check_shared
 from fastssl.models.vit import ViT
 from fastssl.training.device import choose_device
 from fastssl.weights.backbone import Backbone
@@ -96,6 +98,7 @@ class LinearEvaluation:
         return "\n\n".join(parts)
 
 
+@recorded("linear")
 def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
     """Train a linear layer on the frozen features of a checkpoint's backbone and classify images with it.
 
@@ -103,6 +106,7 @@ def evaluate_linear(options: LinearOptions) -> LinearEvaluation:
     """
     begin = time.perf_counter()
     train_source, val_source = open_labelled(options.data, options.val)
+    check_shared(train_source, val_source, f"data ({options.data})", f"val ({options.val})", options.allow_shared)
     backbone, how = open_network(options)
     blocks, mean_patch = _as_dino(backbone) if options.protocol == "dino" else (1, False)
     how["blocks"] = options.blocks or blocks

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from fastssl.augment import augment
 from fastssl.config import ConfigError, Data, View
@@ -29,6 +28,7 @@ from fastssl.evaluation.data import EvaluationError, check_labels, device_of, fr
 from fastssl.evaluation.frozen.features import Features, extract, represent
 from fastssl.loaders.engine import decoding_threads, open_loader
 from fastssl.loaders.sources import Source
+from fastssl.progress import progress_bar
 from fastssl.training import distributed
 from fastssl.training.optim import trust_ratio
 from fastssl.training.schedule import cosine, warmup_cosine
@@ -140,6 +140,7 @@ def linear_probe_augmented(
     progress: str = "",
     hidden: int = 0,
     protocol: Literal["dino", "mae"] = "dino",
+    interpolation: str = "bicubic",
 ) -> ProbeResult:
     """`linear_probe` on random crops and flips, drawn and put through the backbone anew in every epoch.
 
@@ -147,7 +148,8 @@ def linear_probe_augmented(
     run share the images of a step (rounded down to a multiple of their number) and train the same layers.
 
     Args:
-        backbone, size, resize, blocks, mean_patch, workers, dtype: as in `features.extract`, and as `val` was made.
+        backbone, size, resize, interpolation, blocks, mean_patch, workers, dtype: as in `extract`, and as `val` was
+            made.
         source: labelled training images, same classes as `val`.
         forward_size: images per forward pass of the backbone; a step of `batch_size` images takes several.
         lrs, epochs, batch_size, seed, progress, hidden, protocol: as in `linear_probe`.
@@ -167,6 +169,7 @@ def linear_probe_augmented(
             source,
             size=size,
             resize=resize,
+            interpolation=interpolation,
             batch_size=forward_size,
             workers=workers,
             dtype=dtype,
@@ -249,7 +252,7 @@ def _train_layers(
     parameters = _start(val.values.shape[1], hidden, classes, len(peak), seed, device)
     velocity = [torch.zeros_like(parameter) for parameter in parameters]
     norm = nn.BatchNorm1d(val.values.shape[1], eps=1e-6, affine=False).to(device) if mae else nn.Identity()
-    for epoch in tqdm(range(epochs), desc=progress, unit="epoch", leave=False, disable=None if progress else True):
+    for epoch in progress_bar(epochs, progress, "epochs", iterable=range(epochs)):
         for step, (features, labels, held_out) in enumerate(minibatches(epoch)):
             lr = peak * (_mae_rate(epoch + step / steps, epochs) if mae else cosine(epoch, epochs, 1.0, 0.0))
             sees = torch.ones(len(labels), twins, len(lrs), device=device)  # 1 where the layer learns from the image

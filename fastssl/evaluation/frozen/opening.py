@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from fastssl.evaluation.data import check_resize
+from fastssl.evaluation.data import central_view
 from fastssl.evaluation.frozen.features import Features
 from fastssl.evaluation.options import EvaluateOptions
 from fastssl.loaders.engine import decoding_threads
@@ -50,9 +50,8 @@ def open_network(options: EvaluateOptions) -> tuple[Backbone, dict[str, Any]]:
     backbone = open_backbone(options.checkpoint, device)
     size = options.size or backbone.image_size
     check_image_size(backbone.model, "size", size)
-    check_resize(options.resize, size)
     workers = decoding_threads(options.workers, distributed.local_world())
-    return backbone, {"size": size, "resize": options.resize, "workers": workers, "dtype": dtype}
+    return backbone, {"size": size, **central_view(options.resize, backbone, size), "workers": workers, "dtype": dtype}
 
 
 def measured(options: EvaluateOptions, backbone: Backbone, images: int, val: Features, begin: float) -> Measured:

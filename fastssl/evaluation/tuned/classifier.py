@@ -8,13 +8,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastssl.config import ConfigError, Model
-from fastssl.models import build_backbone
+from fastssl.models import AnyBackbone, build_backbone
 from fastssl.models.relative_positions import add_relative_positions, attention_bias
-from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT
 from fastssl.training import checkpoint
 from fastssl.training.checkpoint import Checkpoint, CheckpointError
-from fastssl.weights.official import read_foreign
+from fastssl.weights.official import unwrapped
 
 HEAD_STD = 2e-5  # of the new linear layer: the first loss is ln C
 
@@ -36,7 +35,7 @@ class Classifier(nn.Module):
     index: Tensor | None  # int64 [1 + N, 1 + N]
 
     def __init__(
-        self, backbone: ViT | ResNet, classes: int, pool: str, size: int, relative_positions: bool = False
+        self, backbone: AnyBackbone, classes: int, pool: str, size: int, relative_positions: bool = False
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -47,7 +46,7 @@ class Classifier(nn.Module):
                 side = size // backbone.patch_size
                 index = add_relative_positions(backbone, side, side)
         elif pool == "class" or relative_positions:
-            raise ConfigError("pool=class and relative_positions change a ViT; the checkpoint holds a ResNet")
+            raise ConfigError("pool=class and relative_positions change a ViT; the checkpoint holds none")
         self.register_buffer("index", index, persistent=False)
         self.head = nn.Linear(backbone.width, classes)
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
@@ -69,28 +68,29 @@ class Classifier(nn.Module):
         return self.head(self.features(images))
 
 
-def open_finetuned(path: str) -> tuple[dict[str, Classifier], int, int, list[str]]:
+def open_finetuned(path: str) -> tuple[dict[str, Classifier], int, int, list[str], int]:
     """A fine-tuned network from a last.pt of ours, or from a file of MAE's or SemMAE's authors.
 
     Returns:
         The networks ("weights", and "moving average" if there is one), the side of their images in pixels, the epochs
-        done, and class names (empty where the file has none).
+        done, class names (empty where the file has none), and optimizer steps (0 where it does not say).
 
     Raises:
         CheckpointError: no such file, not of a fine-tuned network, or of another architecture.
     """
-    content = read_foreign(path)
+    content = checkpoint.load(path)
     if isinstance(content, dict) and "format" in content:
         return _ours(checkpoint.record(path, content, "finetune"))
-    state = content.get("model", content) if isinstance(content, dict) else {}
-    if not {"cls_token", "pos_embed", "patch_embed.proj.weight", "head.weight"} <= set(state):
+    needed = {"cls_token", "pos_embed", "patch_embed.proj.weight", "head.weight"}
+    state = next((state for _, state in unwrapped(content) if needed <= set(state)), None)
+    if state is None:
         raise CheckpointError(f"{path} holds no fine-tuned ViT (expected MAE's keys, with head.weight)")
     network, size = _as_ours(state, path)
     epoch = content.get("epoch", -1)
-    return {"weights": network}, size, int(epoch) + 1, []
+    return {"weights": network}, size, int(epoch) + 1, [], 0
 
 
-def _ours(saved: Checkpoint) -> tuple[dict[str, Classifier], int, int, list[str]]:
+def _ours(saved: Checkpoint) -> tuple[dict[str, Classifier], int, int, list[str], int]:
     extra = saved.extra
     how, states = extra["options"], {"weights": saved.network}
     if extra["ema"]:
@@ -100,7 +100,7 @@ def _ours(saved: Checkpoint) -> tuple[dict[str, Classifier], int, int, list[str]
         backbone = build_backbone(saved.section(Model, "model"), 0.0)
         networks[name] = Classifier(backbone, extra["num_classes"], how["pool"], how["size"], how["relative_positions"])
         networks[name].load_state_dict(state)
-    return networks, how["size"], len(extra["history"]), extra["classes"]
+    return networks, how["size"], len(extra["history"]), extra["classes"], saved.step
 
 
 def _as_ours(state: dict[str, Tensor], path: str) -> tuple[Classifier, int]:

@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from fastssl.config import ConfigError
+from fastssl.config import ConfigError, printable
 from fastssl.evaluation.data import EvaluationError
+from fastssl.loaders.decode import DecodeError, Frame, read_picture
+from fastssl.loaders.sources import Files
 
 Target = dict[str, Tensor]
 """boxes float32 [N, 4] (left, top, right, bottom; pixels), labels int64 [N], masks uint8 [N, H, W]."""
@@ -37,8 +38,8 @@ class CocoSet:
         images: COCO's entries (id, file_name, height, width), by ascending id.
         objects: by image id, its annotations, crowds included.
         categories: COCO's ids in ascending order; label l of a network is categories[l - 1].
-        names: of the categories.
-        content: the whole file, as pycocotools takes it.
+        names: of the categories; one that two have is followed by COCO's id.
+        content: the whole file, as pycocotools takes it; only the ids of the annotations are others.
     """
 
     path: str
@@ -48,6 +49,11 @@ class CocoSet:
     categories: tuple[int, ...]
     names: tuple[str, ...]
     content: dict[str, Any]
+    frame: Frame = ""
+
+    def files(self) -> Files:
+        """The images' files."""
+        return Files([str(self.folder / image["file_name"]) for image in self.images])
 
     def usable(self, image: dict[str, Any]) -> list[dict[str, Any]]:
         """The objects of an image that can be learned from: no crowds, boxes of at least one pixel either way."""
@@ -61,15 +67,9 @@ class CocoSet:
         """
         path = self.folder / image["file_name"]
         try:
-            with Image.open(path) as opened:
-                pixels = np.array(opened.convert("RGB"))
-        except (OSError, ValueError) as error:
-            raise EvaluationError(f"{path} cannot be decoded ({error})") from None
-        if pixels.shape[:2] != (image["height"], image["width"]):
-            raise EvaluationError(
-                f"{path} has {pixels.shape[1]} x {pixels.shape[0]} pixels, {self.path} says "
-                f"{image['width']} x {image['height']}"
-            )
+            pixels = read_picture(str(path), (image["height"], image["width"]), self.frame)
+        except DecodeError as error:
+            raise EvaluationError(f"{printable(str(path))} {error} ({self.path})") from None
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def target(self, image: dict[str, Any]) -> Target:
@@ -87,20 +87,21 @@ class CocoSet:
         return {"boxes": boxes, "labels": labels, "masks": torch.from_numpy(masks)}
 
 
-def read_coco(path: str, folder: str, key: str, image_key: str) -> CocoSet:
+def read_coco(path: str, folder: str, key: str, image_key: str, frame: Frame = "") -> CocoSet:
     """Reads and checks an annotation file.
 
     Args:
         path: a .json file in COCO's format, with segmentations (polygons or run lengths).
         folder: holds the images; empty: the folder of the annotation file.
         key, image_key: what the messages call the two options.
+        frame: as in `CocoSet`.
 
     Raises:
         ConfigError: no such file or folder, or not such a file.
         EvaluationError: an entry is unusable; the message names it.
     """
     try:
-        content = json.loads(Path(path).read_text())
+        content = json.loads(Path(path).read_text("utf-8", "surrogateescape"))
     except OSError as error:
         raise ConfigError(f"{key} is {path!r}, which cannot be read ({error.strerror})") from None
     except ValueError:
@@ -125,15 +126,18 @@ def read_coco(path: str, folder: str, key: str, image_key: str) -> CocoSet:
     for number, one in enumerate(content["annotations"], start=1):
         _check_object(path, one, images, categories)
         # pycocotools takes an annotation with id 0 for "no match", and needs these keys.
-        one["id"] = number
+        one["file_id"], one["id"] = one.get("id"), number
         one.setdefault("iscrowd", 0)
         if "area" not in one:
             image = images[one["image_id"]]
             one["area"] = float(_decode(path, one, image["height"], image["width"]).sum())
         objects.setdefault(one["image_id"], []).append(one)
-    names = tuple(str(categories[i].get("name", i)) for i in sorted(categories))
+    plain = [str(categories[i].get("name", i)) for i in sorted(categories)]
+    names = tuple(
+        f"{name} ({i})" if plain.count(name) > 1 else name for i, name in zip(sorted(categories), plain, strict=True)
+    )
     ordered = [images[i] for i in sorted(images)]
-    return CocoSet(path, root, ordered, objects, tuple(sorted(categories)), names, content)
+    return CocoSet(path, root, ordered, objects, tuple(sorted(categories)), names, content, frame)
 
 
 def check_categories(train: CocoSet, val: CocoSet) -> None:
@@ -157,11 +161,13 @@ def _by_id(path: str, what: str, entries: list[dict[str, Any]]) -> dict[int, dic
     return found
 
 
-def _check_object(path: str, one: dict[str, Any], images: dict, categories: dict) -> None:
+def _check_object(path: str, one: Any, images: dict, categories: dict) -> None:
+    if not isinstance(one, dict):
+        raise EvaluationError(f"{path}: annotation {str(one)[:80]} is not an object with keys")
     name = f"{path}: annotation {one.get('id')}"
-    if one.get("image_id") not in images:
+    if not isinstance(one.get("image_id"), int) or one["image_id"] not in images:
         raise EvaluationError(f"{name} is of image {one.get('image_id')}, which the file does not list")
-    if one.get("category_id") not in categories:
+    if not isinstance(one.get("category_id"), int) or one["category_id"] not in categories:
         raise EvaluationError(
             f"{name} has category {one.get('category_id')}, which the file does not list; "
             f"it lists {', '.join(map(str, sorted(categories)[:8]))}{' ...' if len(categories) > 8 else ''}"
@@ -179,8 +185,45 @@ def _check_object(path: str, one: dict[str, Any], images: dict, categories: dict
             f"{name} has box {box} (left, top, width, height), which reaches outside its image "
             f"of {image['width']} x {image['height']} pixels"
         )
-    if not one.get("segmentation"):
+    area = one.get("area", 0)
+    if one.get("iscrowd", 0) not in (0, 1) or not isinstance(area, (int, float)) or not 0 <= area < math.inf:
+        raise EvaluationError(f"{name} has iscrowd {one.get('iscrowd')} and area {area}; they are 0 or 1, and pixels")
+    form = one.get("segmentation")
+    if not form:
         raise EvaluationError(f"{name} has no segmentation; Mask R-CNN learns from masks")
+    if isinstance(form, list):
+        if not all(isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(map(_finite, p)) for p in form):
+            raise EvaluationError(f"{name} has a polygon that is not a list of three or more corners x, y in pixels")
+        return
+    counts = form.get("counts") if isinstance(form, dict) else None
+    if not isinstance(counts, (list, str)) or form.get("size") != [image["height"], image["width"]]:
+        raise EvaluationError(
+            f"{name} has a segmentation that is neither polygons nor run lengths of the size of its image, "
+            f"{[image['height'], image['width']]} (height, width)"
+        )
+    runs = _run_lengths(counts) if isinstance(counts, str) else counts
+    if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != image["height"] * image["width"]:
+        raise EvaluationError(f"{name} has run lengths that are not the pixels of its image")
+
+
+def _run_lengths(text: str) -> list[int]:
+    """COCO's compressed run lengths as numbers (pycocotools takes too few of them without a word): pieces of five bits
+    and a sixth that says whether more follow; from the fourth on, the difference to the last but one."""
+    runs: list[int] = []
+    value = shift = 0
+    for letter in text:
+        piece = ord(letter) - 48
+        value |= (piece & 31) << shift
+        shift += 5
+        if not piece & 32:
+            value -= (piece & 16) << (shift - 4)  # the sign
+            runs.append(value + runs[-2] if len(runs) > 2 else value)
+            value = shift = 0
+    return runs if not shift else []
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def _decode(path: str, one: dict[str, Any], height: int, width: int) -> np.ndarray:
@@ -194,12 +237,8 @@ def _decode(path: str, one: dict[str, Any], height: int, width: int) -> np.ndarr
             form = codec.frPyObjects(form, height, width)
         mask = codec.decode(form)
     except Exception as error:  # the codec raises many types on malformed entries
-        raise EvaluationError(f"{path}: the segmentation of annotation {one['id']} cannot be read ({error})") from None
-    if mask.shape != (height, width):
-        raise EvaluationError(
-            f"{path}: the segmentation of annotation {one['id']} is of {mask.shape[1]} x {mask.shape[0]} pixels, "
-            f"its image of {width} x {height}"
-        )
+        reason = f"cannot be read ({error})"
+        raise EvaluationError(f"{path}: the segmentation of annotation {one['file_id']} {reason}") from None
     return mask
 
 

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from fastssl.evaluation.data import EvaluationError
 from fastssl.evaluation.tuned.coco import CocoSet, pycocotools
 from fastssl.evaluation.tuned.coco_views import read_ahead
+from fastssl.progress import progress_bar
 from fastssl.training import distributed
 
 MASK_THRESHOLD = 0.5  # a pixel above it belongs to the mask
@@ -66,7 +66,7 @@ def detect(
     own = range(distributed.rank(), len(data.images), distributed.world())
     found: dict[int, list[dict[str, Any]]] = {}
     pictures = read_ahead(data, [[position] for position in own], data.picture, workers)
-    bar = tqdm(total=len(own), desc=progress, unit="img", leave=False, disable=None if progress else True)
+    bar = progress_bar(len(own), progress)
     with contextlib.closing(pictures), bar:
         for position, (picture,) in zip(own, pictures, strict=True):
             out = detector([picture.to(device) / 255])[0]

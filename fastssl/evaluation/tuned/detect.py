@@ -34,21 +34,22 @@ from fastssl.config import (
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError
 from fastssl.evaluation.options import Hardware, require
+from fastssl.evaluation.record import recorded
+from fastssl.evaluation.shared import check_shared
 from fastssl.evaluation.tuned.coco import check_categories, pycocotools, read_coco
 from fastssl.evaluation.tuned.coco_precision import Precision, average_precision, detect
 from fastssl.evaluation.tuned.coco_views import Cuts, cut, read_ahead
 from fastssl.evaluation.tuned.detector import build_detector
 from fastssl.evaluation.tuned.layer_decay import layer_groups, set_rates
+from fastssl.loaders.decode import Frame
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.index import batch_ids, order
-from fastssl.models import build_backbone
-from fastssl.models.resnet import ResNet
-from fastssl.models.vit import ViT
+from fastssl.models import AnyBackbone, build_backbone
 from fastssl.training import distributed
 from fastssl.training.checkpoint import Checkpoint, replace_file
 from fastssl.training.device import choose_device, choose_dtype
 from fastssl.training.loop import LOG_EVERY, Pace, Run, count_steps, run_folder, settings
-from fastssl.weights.backbone import open_backbone
+from fastssl.weights.backbone import digest, open_backbone
 
 WARMUP_FROM = 0.001  # of the peak learning rate
 DROP = 0.1
@@ -71,6 +72,11 @@ class DetectOptions(Hardware):
     dir: str = ""
     """Folder for last.pt (after every epoch), the logs, detections.json and result.json; the same command continues
     there. Empty: `detect` beside the checkpoint."""
+    frame: Frame = ""
+    """What the annotations of images that EXIF turns were drawn on: the upright image, or the stored pixels. Empty:
+    told by height and width; an error where both fit."""
+    allow_shared: bool = False
+    """Go on where images of val are in data too, as in some benchmarks' own splits, and print how many."""
     scratch: bool = False
     """Start from random weights instead of the checkpoint's: the baseline that pretraining has to beat."""
     epochs: PositiveInt = 12
@@ -131,6 +137,7 @@ class DetectEvaluation:
 
     Attributes:
         checkpoint: path of the backbone's checkpoint; `scratch`: its weights were not used.
+        step: optimizer steps of its run.
         box, mask: COCO's numbers.
         train_images, val_images: how many; training images without objects are not counted.
         steps: optimizer steps.
@@ -139,6 +146,7 @@ class DetectEvaluation:
     """
 
     checkpoint: str
+    step: int
     scratch: bool
     box: Precision
     mask: Precision
@@ -164,6 +172,7 @@ class DetectEvaluation:
         return "\n".join([head, "", format_table(rows), "", f"all in percent; detections: {self.detections}"])
 
 
+@recorded("detect")
 def evaluate_detect(options: DetectOptions) -> DetectEvaluation:
     """Fine-tune Mask R-CNN on a checkpoint's backbone; average precision of boxes and masks as COCO defines it.
 
@@ -196,9 +205,11 @@ class Detection(Run[Images, DetectEvaluation]):
         self.threads = decoding_threads(options.workers, distributed.local_world())
 
         pycocotools("mask")
-        self.data = read_coco(options.data, options.data_images, "data", "--data-images")
-        self.val = read_coco(options.val, options.val_images, "val", "--val-images")
+        self.data = read_coco(options.data, options.data_images, "data", "--data-images", options.frame)
+        self.val = read_coco(options.val, options.val_images, "val", "--val-images", options.frame)
         check_categories(self.data, self.val)
+        names = f"data ({options.data})", f"val ({options.val})"
+        check_shared(self.data.files(), self.val.files(), *names, options.allow_shared)
         self.usable = [i for i, image in enumerate(self.data.images) if self.data.usable(image)]
         for data in (self.data, self.val):
             if not any(map(data.usable, data.images)):
@@ -211,6 +222,7 @@ class Detection(Run[Images, DetectEvaluation]):
 
         torch.manual_seed(options.seed)
         self.backbone = open_backbone(options.checkpoint)
+        self.weights = "" if options.scratch else digest(self.backbone.module)
         if options.scratch:
             self.backbone.module = build_backbone(self.backbone.model)
         self.detector = build_detector(
@@ -284,7 +296,7 @@ class Detection(Run[Images, DetectEvaluation]):
     # -- the checkpoint ------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> dict[str, Any]:
-        images = {"images_per_step": self.pace.images_per_step, "images": len(self.usable)}
+        images = {"weights": self.weights, "images_per_step": self.pace.images_per_step, "images": len(self.usable)}
         return {**settings(self.options, "val_images", "checkpointing"), **images}
 
     def record(self) -> Checkpoint:
@@ -318,6 +330,7 @@ class Detection(Run[Images, DetectEvaluation]):
         box, mask = judged[0]
         result = DetectEvaluation(
             options.checkpoint,
+            self.backbone.step,
             options.scratch,
             box,
             mask,
@@ -340,7 +353,7 @@ def lr_factor(step: int, steps_per_epoch: int, warmup_steps: int, drop_epochs: t
     return factor
 
 
-def build_optimizer(detector: nn.Module, backbone: ViT | ResNet, options: DetectOptions) -> torch.optim.Optimizer:
+def build_optimizer(detector: nn.Module, backbone: AnyBackbone, options: DetectOptions) -> torch.optim.Optimizer:
     """The optimizer; each group's learning rate is to be multiplied by its `lr_scale`."""
     groups = layer_groups(detector, backbone, options.layer_decay, options.weight_decay)
     if options.optimizer == "sgd":

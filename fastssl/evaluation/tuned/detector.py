@@ -21,8 +21,8 @@ from torchvision.transforms.v2 import functional as transforms
 
 from fastssl.config import ConfigError
 from fastssl.evaluation.tuned.label_maps import resized
+from fastssl.models import AnyBackbone
 from fastssl.models.pyramid import Pyramid
-from fastssl.models.resnet import ResNet
 from fastssl.models.vit import ViT
 
 LEVELS = ("0", "1", "2", "3")  # P2 to P5; P6 ("pool") is for proposals alone
@@ -30,7 +30,7 @@ FULLY_CONNECTED = 1024
 
 
 def build_detector(
-    backbone: ViT | ResNet,
+    backbone: AnyBackbone,
     categories: int,
     *,
     channels: int = 256,
@@ -101,7 +101,7 @@ class PyramidMaps(nn.Module):
     """
 
     def __init__(
-        self, backbone: ViT | ResNet, channels: int, drop_path: float, checkpointing: bool, dtype: torch.dtype
+        self, backbone: AnyBackbone, channels: int, drop_path: float, checkpointing: bool, dtype: torch.dtype
     ) -> None:
         super().__init__()
         side = getattr(backbone, "patch_size", 4)

@@ -39,7 +39,9 @@ from fastssl.config import (
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError, check_labels, check_resize, frozen, open_labelled
 from fastssl.evaluation.options import EvaluateOptions
-from fastssl.evaluation.scoring import Scored, check_weights, score
+from fastssl.evaluation.record import recorded
+from fastssl.evaluation.scoring import Scored, score
+from fastssl.evaluation.shared import check_shared
 from fastssl.evaluation.tuned.classifier import Classifier, open_finetuned
 from fastssl.evaluation.tuned.crops import (
     EpochBatches,
@@ -58,7 +60,7 @@ from fastssl.training.checkpoint import Checkpoint
 from fastssl.training.device import choose_device, choose_dtype
 from fastssl.training.loop import LOG_EVERY, Pace, Run, count_steps, run_folder, settings
 from fastssl.training.schedule import warmup_cosine
-from fastssl.weights.backbone import open_backbone
+from fastssl.weights.backbone import digest, open_backbone
 
 
 @dataclass
@@ -158,6 +160,7 @@ class FinetuneEvaluation:
 
     Attributes:
         checkpoint: where training started, or what was judged.
+        step: optimizer steps of its run.
         path: the fine-tuned network.
         epoch: passes over the training images.
         final: after the last one.
@@ -168,6 +171,7 @@ class FinetuneEvaluation:
     """
 
     checkpoint: str
+    step: int
     path: str
     epoch: int
     final: Scored
@@ -208,6 +212,7 @@ class FinetuneEvaluation:
         return "\n".join(lines)
 
 
+@recorded("finetune")
 def evaluate_finetune(options: FinetuneOptions) -> FinetuneEvaluation:
     """Train the whole network and a linear layer on labelled images, and judge it on others; under torchrun on many
     GPUs. With --eval, judge a fine-tuned network. Recipes: configs/imagenet/finetune_*.yaml.
@@ -238,7 +243,8 @@ class Finetuner(Run[Labelled, FinetuneEvaluation]):
         dtype = choose_dtype(options.precision, device, "precision")
 
         # Data.
-        self.train_source, self.val_source = open_labelled(options.data, options.val)
+        self.train_source, self.val_source = sources = open_labelled(options.data, options.val)
+        check_shared(*sources, f"data ({options.data})", f"val ({options.val})", options.allow_shared)
         self.classes = check_labels(self.train_source, self.val_source, "data", "val")
         images_per_step, steps_per_epoch = count_steps(
             len(self.train_source), options.batch_size, options.accumulate, options.data
@@ -246,9 +252,8 @@ class Finetuner(Run[Labelled, FinetuneEvaluation]):
 
         # Network.
         pretrained = open_backbone(options.checkpoint)
-        if not options.scratch:
-            check_weights(pretrained.module, options.checkpoint)
-        self.config, model = pretrained.config, pretrained.model
+        self.config, model, self.first_step = pretrained.config, pretrained.model, pretrained.step
+        self.weights = "" if options.scratch else digest(pretrained.module)
         self.size = options.size or pretrained.image_size
         check_image_size(model, "size", self.size)
         check_resize(options.resize, self.size)
@@ -361,7 +366,11 @@ class Finetuner(Run[Labelled, FinetuneEvaluation]):
     # -- the checkpoint ------------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> dict[str, Any]:
-        images = {"images_per_step": self.pace.images_per_step, "images": len(self.train_source)}
+        images = {
+            "weights": self.weights,
+            "images_per_step": self.pace.images_per_step,
+            "images": len(self.train_source),
+        }
         return {**settings(self.options, "val_every"), **images}
 
     def record(self) -> Checkpoint:
@@ -424,6 +433,7 @@ class Finetuner(Run[Labelled, FinetuneEvaluation]):
         best = max((line for line in self.history if "top1" in line), key=lambda line: line["top1"])
         return FinetuneEvaluation(
             checkpoint=f"{options.checkpoint}{' (random weights)' if options.scratch else ''}",
+            step=self.first_step,
             path=str(self.path),
             epoch=options.epochs,
             final=scored["weights"],
@@ -484,7 +494,7 @@ def _judge(options: FinetuneOptions, device: torch.device) -> FinetuneEvaluation
     dtype = choose_dtype(options.precision, device, "precision")
     source = open_source(options.val)
     classes = check_labels(source, source, f"val ({options.val})", f"val ({options.val})")
-    networks, made_for, epoch, names = open_finetuned(options.checkpoint)
+    networks, made_for, epoch, names, step = open_finetuned(options.checkpoint)
     network, size = networks["weights"], options.size or made_for
     known = network.head.out_features
     if classes > known:
@@ -500,6 +510,7 @@ def _judge(options: FinetuneOptions, device: torch.device) -> FinetuneEvaluation
     scored = _score({n: net.to(device) for n, net in networks.items()}, source, options, size, device, dtype)
     return FinetuneEvaluation(
         checkpoint=options.checkpoint,
+        step=step,
         path=options.checkpoint,
         epoch=epoch,
         final=scored["weights"],

@@ -6,31 +6,36 @@ Letters: H and W sides of an image in pixels, S side of a training crop, K class
 from __future__ import annotations
 
 import contextlib
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
-from tqdm import tqdm
 
 from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD
-from fastssl.config import ConfigError
+from fastssl.config import ConfigError, printable
 from fastssl.evaluation.data import EvaluationError
 from fastssl.loaders.ahead import read_ahead
-from fastssl.loaders.decode import SUFFIXES, DecodeError, open_image, to_rgb
+from fastssl.loaders.decode import SUFFIXES, DecodeError, Frame, check_frame, read_indices, read_picture
 from fastssl.loaders.philox import below, random_words, uniform
-from fastssl.loaders.sources import read_file
+from fastssl.loaders.sources import list_images
+from fastssl.progress import progress_bar
 from fastssl.training import distributed
+
+log = logging.getLogger(__name__)
 
 IGNORED = -1  # the label of a pixel that does not count
 LABEL_FOLDERS = ("labels", "annotations", "masks")
 CROPS = 11  # a crop that one class dominates is drawn anew, up to ten times
 DOMINATED = 0.75
+MOST = 2**16  # a label is below it
+LISTED = 8  # values named in an error message
 
 
 @dataclass(frozen=True)
@@ -41,43 +46,68 @@ class LabelledFolder:
         images, labels: paths, in the same order.
         ignore: the value in a label picture that does not count.
         reduce_zero_label: 0 does not count either, and every other value is a class one too high.
+        frame: what the label pictures of images that EXIF turns were drawn on.
+        values: the value that means class 0, 1, .., even if it is `ignore`. Empty: a value is its class.
     """
 
     images: list[Path]
     labels: list[Path]
     ignore: int
     reduce_zero_label: bool
+    frame: Frame = ""
+    values: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def picture(self, i: int) -> Tensor:
-        """uint8 [3, H, W], upright; EvaluationError if it cannot be decoded."""
+    def picture(self, i: int, like: Tensor) -> Tensor:
+        """uint8 [3, H, W], turned as its label picture `like`, [H, W], is.
+
+        Raises:
+            EvaluationError: it cannot be decoded, or the two do not fit.
+        """
         try:
-            pixels = np.array(to_rgb(open_image(bytes(read_file(str(self.images[i]))))))
+            pixels = read_picture(str(self.images[i]), (like.shape[0], like.shape[1]), self.frame)
         except DecodeError as error:
-            raise EvaluationError(f"{self.images[i]} {error}") from None
+            raise self._error(i, error) from None
         return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def check_frame(self, i: int, like: Tensor) -> None:
+        """Raises EvaluationError where `picture` would, as far as the image's header tells."""
+        try:
+            check_frame(str(self.images[i]), (like.shape[0], like.shape[1]), self.frame)
+        except DecodeError as error:
+            raise self._error(i, error) from None
+
+    def _error(self, i: int, error: DecodeError) -> EvaluationError:
+        return EvaluationError(
+            f"{printable(str(self.images[i]))} {error} (label picture: {printable(str(self.labels[i]))})"
+        )
 
     def label_map(self, i: int) -> Tensor:
         """int64 [H, W]: a class index of 0 or more, or IGNORED.
 
         Raises:
-            EvaluationError: the file is not a picture, or one of colours rather than of class indices.
+            EvaluationError: the file is not a picture, or one of colours rather than of class indices, or it has a
+                value that means nothing.
         """
-        path = self.labels[i]
         try:
-            with Image.open(path) as opened:
-                mode = opened.mode
-                values = np.array(opened)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise EvaluationError(f"{path} cannot be decoded as a label picture ({error})") from None
-        if values.ndim != 2:
-            raise EvaluationError(
-                f"{path} is a colour picture (mode {mode}); a label picture has one class index per pixel"
-            )
+            values = read_indices(str(self.labels[i]))
+        except DecodeError as error:
+            raise EvaluationError(f"{printable(str(self.labels[i]))} {error}") from None
         values = values.astype(np.int64)
         ignored = values == self.ignore
+        if self.values:
+            classes = np.argsort(self.values)
+            known = np.sort(self.values)
+            at = np.searchsorted(known, values).clip(max=len(known) - 1)
+            listed = known[at] == values
+            if (odd := ~(listed | ignored)).any():
+                raise EvaluationError(
+                    f"{printable(str(self.labels[i]))} has value {values[odd][0]} in {int(odd.sum())} pixels, which is "
+                    f"neither among --values {_listed(self.values)} nor --ignore {self.ignore}"
+                )
+            return torch.from_numpy(np.where(listed, classes[at], IGNORED))
         if self.reduce_zero_label:
             ignored |= values == 0
             values -= 1
@@ -90,12 +120,8 @@ class LabelledFolder:
         Raises:
             EvaluationError: different sizes, or a label outside 0 .. classes - 1.
         """
-        picture, labels = self.picture(i), self.label_map(i)
-        if picture.shape[1:] != labels.shape:
-            raise EvaluationError(
-                f"{self.labels[i]} has {labels.shape[1]} x {labels.shape[0]} pixels, its image {self.images[i]} "
-                f"{picture.shape[2]} x {picture.shape[1]}"
-            )
+        labels = self.label_map(i)
+        picture = self.picture(i, labels)
         self.check_range(i, labels, classes)
         return picture, labels
 
@@ -106,12 +132,29 @@ class LabelledFolder:
             shift = int(self.reduce_zero_label)
             raise EvaluationError(
                 f"{self.labels[i]} has label {int(labels[outside][0]) + shift} in {int(outside.sum())} pixels; labels "
-                f"are {shift} to {classes - 1 + shift}, and {self.ignore} (--ignore) for pixels that do not count"
+                f"are {shift} to {classes - 1 + shift}, and {self.ignore} (--ignore) for pixels that do not count; "
+                "--values says which other values mean classes"
             )
+
+    def value(self, label: int) -> int:
+        """What means the class `label`, or IGNORED, in a label picture."""
+        if label == IGNORED:
+            return 0 if self.reduce_zero_label else self.ignore
+        return self.values[label] if self.values else label + int(self.reduce_zero_label)
+
+
+def _listed(values: Sequence[int]) -> str:
+    return f"[{','.join(map(str, values[:LISTED]))}{',..' if len(values) > LISTED else ''}]"
 
 
 def open_labelled_folder(
-    path: str, labels: str, key: str, ignore: int = 255, reduce_zero_label: bool = False
+    path: str,
+    labels: str,
+    key: str,
+    ignore: int = 255,
+    reduce_zero_label: bool = False,
+    frame: Frame = "",
+    values: tuple[int, ...] = (),
 ) -> LabelledFolder:
     """Lists images and finds the label picture of each: the same path below the labels' folder, ending in .png.
 
@@ -120,7 +163,7 @@ def open_labelled_folder(
             `annotations`, or `masks`).
         labels: folder of label pictures.
         key: what the messages call the option; the labels' is called key_labels.
-        ignore, reduce_zero_label: as in `LabelledFolder`.
+        ignore, reduce_zero_label, frame, values: as in `LabelledFolder`.
 
     Raises:
         ConfigError: no such folder, or no images in it.
@@ -140,7 +183,10 @@ def open_labelled_folder(
     for where, name in ((folder, key), (Path(labels), f"{key}_labels")):
         if not where.is_dir():
             raise ConfigError(f"{name} is {str(where)!r}, which is not a folder")
-    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    listed = list_images(folder)
+    if left_out := listed.left_out():
+        log.warning("%s: %s", printable(str(folder)), left_out)
+    images = [folder / name for name in listed.files]
     if not images:
         raise ConfigError(f"{key}: {folder} has no images in it; known endings: {' '.join(sorted(SUFFIXES))}")
     maps = [Path(labels) / image.relative_to(folder).with_suffix(".png") for image in images]
@@ -148,9 +194,9 @@ def open_labelled_folder(
     if missing:
         raise EvaluationError(
             f"{len(missing)} of {len(images)} images in {folder} have no label picture, the first is "
-            f"{images[missing[0]].name}: expected {maps[missing[0]]}"
+            f"{printable(images[missing[0]].name)}: expected {printable(str(maps[missing[0]]))}"
         )
-    return LabelledFolder(images, maps, ignore, reduce_zero_label)
+    return LabelledFolder(images, maps, ignore, reduce_zero_label, frame, values)
 
 
 def read_labels(
@@ -163,28 +209,40 @@ def read_labels(
         device: where the process group communicates.
 
     Raises:
-        EvaluationError: as `LabelledFolder`, or no pixel counts.
+        EvaluationError: as `LabelledFolder`; or the values cannot be class indices: one class alone is left, or, where
+            `classes` is 0, half of the classes up to the largest, or more, are not there.
     """
 
-    def largest_of(i: int) -> int:
+    def labels_of(i: int) -> Tensor:
         labels = data.label_map(i)
-        if classes:
-            data.check_range(i, labels, classes)
-        return int(labels.max())
+        data.check_frame(i, labels)
+        data.check_range(i, labels, classes or MOST)
+        return (labels - IGNORED).flatten().bincount().nonzero()[:, 0]
 
     own = range(distributed.rank(), len(data), distributed.world())
-    largest = IGNORED
-    bar = tqdm(total=len(own), desc=progress, unit="img", leave=False, disable=None if progress else True)
-    with bar, contextlib.closing(read_ahead(own, largest_of, workers)) as found:
-        for label in found:
-            largest = max(largest, label)
+    there = torch.zeros(MOST - IGNORED, dtype=torch.int64)
+    bar = progress_bar(len(own), progress)
+    with bar, contextlib.closing(read_ahead(own, labels_of, workers)) as found:
+        for labels in found:
+            there[labels] = 1
             bar.update()
-    largest = int(distributed.all_reduce_max(torch.tensor(largest, device=device)))
-    if largest < 0:
+    present = (distributed.all_reduce_max(there.to(device)).cpu().nonzero()[:, 0] + IGNORED).tolist()
+    counted = [label for label in present if label != IGNORED]
+    if not counted:
         raise EvaluationError(
             f"no pixel of the {len(data)} label pictures beside {data.images[0].parent} counts; all are ignored"
         )
-    return largest + 1
+    values = sorted(map(data.value, present))
+    sparse = not classes and len(counted) <= (counted[-1] + 1) / 2
+    if sparse or (len(counted) == 1 and len(present) > 1):
+        option = "--reduce-zero-label" if data.reduce_zero_label else "--ignore"
+        ignored = f", of which {data.value(IGNORED)} does not count ({option})" if len(present) > len(counted) else ""
+        raise EvaluationError(
+            f"the label pictures beside {data.images[0].parent} hold the values {_listed(values)[1:-1]}{ignored}: "
+            f"no class indices 0, 1, 2, ..; say which value means which class, e.g. --values {_listed(values)} for "
+            f"classes 0 to {len(values) - 1}{', or how many there are with --classes' if sparse else ''}"
+        )
+    return counted[-1] + 1
 
 
 def resized(height: int, width: int, short: int, long: int) -> tuple[int, int]:

@@ -11,18 +11,19 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from fastssl.models.resnet import ResNet
+from fastssl.models import AnyBackbone
+from fastssl.models.timm_backbone import TimmBackbone
 from fastssl.models.vit import ViT
 
 
 def layer_groups(
-    module: nn.Module, backbone: ViT | ResNet, layer_decay: float, weight_decay: float
+    module: nn.Module, backbone: AnyBackbone, layer_decay: float, weight_decay: float
 ) -> list[dict[str, Any]]:
     """The trainable parameters of `module` by layer and by whether they decay, as timm makes them.
 
-    Layer 0 is what makes the tokens (a ResNet's stem), layers 1 to L are a ViT's blocks (a ResNet's stages), L + 1 is
-    everything else in `module`. Biases, norms, the class token and the position table do not decay; a relative position
-    bias does.
+    Layer 0 is what makes the tokens (a ResNet's stem), layers 1 to L are a ViT's blocks (a ResNet's stages; of a timm
+    model what timm itself calls its layers), L + 1 is everything else in `module`. Biases, norms, the class token and
+    the position table do not decay; a relative position bias does.
 
     Args:
         module: the network that is trained.
@@ -36,18 +37,31 @@ def layer_groups(
     """
     name = next(name for name, part in module.named_modules() if part is backbone)
     prefix = f"{name}." if name else ""
+    still = ["cls_token", "pos_embed"]
+    layers: Any = {"stem": r"^conv1|bn1", "blocks": r"^layer(\d+)"}
     if isinstance(backbone, ViT):
-        stem, blocks = r"(?:cls_token|pos_embed|patch_embed)", r"blocks\.(\d+)"
-    else:
-        stem, blocks = r"(?:conv1|bn1)", r"layer(\d+)"
-    layers = {"stem": f"^{re.escape(prefix)}{stem}", "blocks": f"^{re.escape(prefix)}{blocks}"}
+        layers = {"stem": r"^cls_token|pos_embed|patch_embed", "blocks": r"^blocks\.(\d+)"}
+    elif isinstance(backbone, TimmBackbone):
+        prefix += "net."
+        layers = backbone.net.group_matcher(coarse=False)
+        still = list(getattr(backbone.net, "no_weight_decay", list)())
+    layers = _behind(prefix, layers)
     described: Any = SimpleNamespace(named_parameters=module.named_parameters, group_matcher=lambda coarse: layers)
     return param_groups_layer_decay(
         described,
         weight_decay=weight_decay,
-        no_weight_decay_list=(f"{prefix}cls_token", f"{prefix}pos_embed"),
+        no_weight_decay_list=tuple(f"{prefix}{key}" for key in still),
         layer_decay=layer_decay,
     )
+
+
+def _behind(prefix: str, names: Any) -> Any:
+    """timm's description of layers (regular expressions, in whatever they stand) for parameters behind a prefix."""
+    if isinstance(names, dict):
+        return {key: _behind(prefix, value) for key, value in names.items()}
+    if isinstance(names, list | tuple):
+        return type(names)(_behind(prefix, value) for value in names)
+    return f"^{re.escape(prefix)}(?:{names.replace('^', '')})" if isinstance(names, str) else names
 
 
 def set_rates(optimizer: torch.optim.Optimizer, lr: float) -> dict[str, float]:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
-from tqdm import tqdm
 
 from fastssl.config import (
     Ascending,
@@ -38,6 +37,8 @@ from fastssl.config import (
 from fastssl.evaluation.accuracy import format_table
 from fastssl.evaluation.data import EvaluationError, frozen, spaced_ids
 from fastssl.evaluation.options import Hardware, require
+from fastssl.evaluation.record import recorded
+from fastssl.evaluation.shared import check_shared
 from fastssl.evaluation.tuned.label_maps import (
     Crop,
     LabelledFolder,
@@ -59,18 +60,21 @@ from fastssl.evaluation.tuned.segmenter import (
     slide,
     whole,
 )
+from fastssl.loaders.decode import Frame
 from fastssl.loaders.engine import decoding_threads
 from fastssl.loaders.index import batch_ids, order
+from fastssl.loaders.sources import Files
 from fastssl.models import build_backbone, check_image_size
 from fastssl.models.pyramid import Pyramid
 from fastssl.models.vit import ViT
+from fastssl.pictures import Sheet, tint
 from fastssl.pictures import save as save_picture
-from fastssl.pictures import tint
+from fastssl.progress import progress_bar
 from fastssl.training import distributed
 from fastssl.training.checkpoint import Checkpoint
 from fastssl.training.device import choose_device, choose_dtype
 from fastssl.training.loop import Pace, Run, count_steps, run_folder, settings
-from fastssl.weights.backbone import open_backbone
+from fastssl.weights.backbone import digest, open_backbone
 
 WARMUP_FROM = 1e-6  # of the learning rate
 RESNET_WIDTH = 512  # of the decoder on a ResNet
@@ -97,8 +101,16 @@ class SegmentOptions(Hardware):
     """Value in the label pictures of pixels that do not count."""
     reduce_zero_label: bool = False
     """True: pixels with value 0 do not count either, and value k means class k - 1 (ADE20K)."""
+    values: tuple[NonNegativeInt, ...] = ()
+    """The value in the label pictures that means class 0, 1, .., e.g. [0,255]; a value listed here counts, even if
+    --ignore names it. Empty: a value is its class."""
+    frame: Frame = ""
+    """What the label pictures of images that EXIF turns were drawn on: the upright image, or the stored pixels. Empty:
+    told by the sizes; an error where both fit."""
+    allow_shared: bool = False
+    """Go on where images of val are in data too, as in some benchmarks' own splits, and print how many."""
     classes: NonNegativeInt = 0
-    """Number of classes. 0: one more than the largest label in data."""
+    """Number of classes. 0: those of names or values, else one more than the largest label in data."""
     names: str = ""
     """Text file with one class name per line, for the table. Empty: numbers."""
     dir: str = ""
@@ -170,6 +182,8 @@ class SegmentOptions(Hardware):
         require(self, checkpoint="a checkpoint", data="labelled images", val="labelled images")
         if Path(self.data).resolve() == Path(self.val).resolve():
             raise ConfigError(f"val is the same as data ({self.data}); name images that are not trained on")
+        check(len(set(self.values)) == len(self.values) != 1, "values", self.values, "two or more different values")
+        check(not (self.values and self.reduce_zero_label), "reduce_zero_label", True, "off with --values")
         check(self.classes != 1, "classes", self.classes, "2 or more, or 0 (as data has)")
         check(self.warmup_steps <= self.steps, "warmup_steps", self.warmup_steps, f"at most steps ({self.steps})")
         check(self.stride <= self.crop, "stride", self.stride, f"at most crop ({self.crop})")
@@ -188,6 +202,7 @@ class SegmentEvaluation:
 
     Attributes:
         checkpoint: path of the backbone's checkpoint; `scratch`: its weights were not used.
+        step: optimizer steps of its run.
         path: the trained network.
         overlap: the numbers.
         names: of the classes.
@@ -198,6 +213,7 @@ class SegmentEvaluation:
     """
 
     checkpoint: str
+    step: int
     scratch: bool
     path: str
     overlap: Overlap
@@ -261,14 +277,24 @@ class Segmentation(Run[Labelled, SegmentEvaluation]):
         self.threads = decoding_threads(options.workers, distributed.local_world())
 
         # Data.
-        meaning, bar = (options.ignore, options.reduce_zero_label), "labels" if distributed.is_main() else ""
+        meaning = (options.ignore, options.reduce_zero_label, options.frame, options.values)
+        bar = "labels" if distributed.is_main() else ""
         self.data = open_labelled_folder(options.data, options.data_labels, "data", *meaning)
         self.val = open_labelled_folder(options.val, options.val_labels, "val", *meaning)
+        data, val = (Files([str(path) for path in one.images]) for one in (self.data, self.val))
+        check_shared(data, val, f"data ({options.data})", f"val ({options.val})", options.allow_shared)
         names = read_names(options.names)
         lines = f"{len(names)}, the lines of {options.names}"
         check(not (names and options.classes) or options.classes == len(names), "classes", options.classes, lines)
-        self.classes = options.classes or len(names)
-        self.classes = self.classes or max(2, read_labels(self.data, 0, self.threads, device, bar))
+        self.classes = options.classes or len(names) or len(options.values)
+        check(
+            len(options.values) in (0, self.classes),
+            "values",
+            options.values,
+            f"one for each of {self.classes} classes",
+        )
+        self.classes = max(self.classes, read_labels(self.data, self.classes, self.threads, device, bar))
+        check(self.classes > 1, "data", options.data, "label pictures of two classes or more")
         read_labels(self.val, self.classes, self.threads, device, bar)  # now, not after hours of training
         self.names = names or [str(i) for i in range(self.classes)]
         images_per_step, steps_per_epoch = count_steps(
@@ -300,7 +326,8 @@ class Segmentation(Run[Labelled, SegmentEvaluation]):
     def _build(self) -> Segmenter:
         options = self.options
         found = open_backbone(options.checkpoint)
-        self.config = found.config
+        self.config, self.first_step = found.config, found.step
+        self.weights = "" if options.scratch else digest(found.module)
         check_image_size(found.model, "crop", options.crop)
         backbone = build_backbone(found.model) if options.scratch else found.module
         how: dict[str, Any] = {"taps": options.taps or None}
@@ -365,7 +392,12 @@ class Segmentation(Run[Labelled, SegmentEvaluation]):
 
     def fingerprint(self) -> dict[str, Any]:
         free = ("val_labels", "names", "mode", "stride", "pictures", "eval_every", "save_every", "checkpointing")
-        images = {"classes": self.classes, "images_per_step": self.pace.images_per_step, "images": len(self.data)}
+        images = {
+            "weights": self.weights,
+            "classes": self.classes,
+            "images_per_step": self.pace.images_per_step,
+            "images": len(self.data),
+        }
         return {**settings(self.options, *free), **images}
 
     def record(self) -> Checkpoint:
@@ -402,6 +434,7 @@ class Segmentation(Run[Labelled, SegmentEvaluation]):
         self.log.record({"step": self.step, "miou": found.miou, "macc": found.macc, "aacc": found.aacc})
         return SegmentEvaluation(
             checkpoint=options.checkpoint,
+            step=self.first_step,
             scratch=options.scratch,
             path=str(self.path),
             overlap=found,
@@ -481,7 +514,7 @@ def judge(
     """
     own = range(distributed.rank(), len(data), distributed.world())
     counts = torch.zeros(len(own), 3, classes, dtype=torch.int64)
-    bar = tqdm(total=len(own), desc=progress, unit="img", leave=False, disable=None if progress else True)
+    bar = progress_bar(len(own), progress)
     with bar, contextlib.closing(read_ahead(own, lambda i: data.pair(i, classes), workers)) as pairs:
         for row, i, (picture, labels) in zip(counts, own, pairs, strict=True):
             found = classify(picture)
@@ -495,7 +528,9 @@ def judge(
 def _draw(path: Path, picture: Tensor, labels: Tensor, found: Tensor, classes: int) -> None:
     """Image, truth and answer side by side; classes in evenly spaced colours, ignored pixels as they are."""
     plain = picture.float() / 255
-    save_picture(path, torch.stack([plain, tint(plain, labels, classes), tint(plain, found, classes)])[None])
+    rows = torch.stack([plain, tint(plain, labels, classes), tint(plain, found, classes)])[None]
+    words = "A colour per class; pixels that do not count keep their own."
+    save_picture(path, Sheet(rows, ["image", "truth", "answer"], [(None, words)]))
 
 
 def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
@@ -516,6 +551,7 @@ def read_names(path: str) -> list[str]:
         raise ConfigError(f"names is {path!r}, which cannot be read ({error})") from None
 
 
+@recorded("segment")
 def evaluate_segment(options: SegmentOptions) -> SegmentEvaluation:
     """Train UPerNet on a checkpoint's backbone on labelled pixels and measure its mean IoU on others.
 

@@ -23,6 +23,7 @@ from fastssl.models.dvae import nearest
 from fastssl.prepare.kmeans import kmeans
 from fastssl.prepare.parts.finder import PartFinder, load_finder, normalised, whole_images
 from fastssl.prepare.parts.learner import overlap
+from fastssl.progress import progress_bar
 from fastssl.training.device import choose_device, choose_dtype
 
 SHOWN = 8  # images in a picture
@@ -122,20 +123,21 @@ def judge(options: JudgeOptions) -> PartsReport:
     """
     device = choose_device(options.device, "device")
     finder = load_finder(options.parts, device, choose_dtype("fp32", device))
-    report, rows = judge_finder(finder, open_source(options.data), options)
+    report, sheet = judge_finder(finder, open_source(options.data), options)
     if options.pictures:
-        pictures.save(Path(options.pictures), rows)
+        pictures.save(Path(options.pictures), sheet)
     return report
 
 
-def judge_finder(finder: PartFinder, source: Source, options: JudgeOptions) -> tuple[PartsReport, Tensor]:
-    """As `judge`, for an open file of parts; also pictures [rows, columns, 3, S, S]: image, parts (truth, k-means)."""
+def judge_finder(finder: PartFinder, source: Source, options: JudgeOptions) -> tuple[PartsReport, pictures.Sheet]:
+    """As `judge`, for an open file of parts; also pictures: image, parts (truth, k-means)."""
     if options.truth and not source.has_parts:
         raise SourceError(f"{options.data} has no part maps to compare with")
     count = min(options.images, len(source))
     ids = np.arange(count) * len(source) // count
     examples = np.arange(min(SHOWN, count)) * count // min(SHOWN, count)  # spread, for data is often sorted by class
     cosine, mirror, labels, maps, tokens, shown = [], [], [], [], [], []
+    bar = progress_bar(count, "parts of images")
     for batch in whole_images(source, ids, finder.size, options.batch_size, options.workers):
         images = normalised(batch, finder.device)
         found = finder.tokens(images)
@@ -148,6 +150,8 @@ def judge_finder(finder: PartFinder, source: Source, options: JudgeOptions) -> t
         if options.truth:
             maps.append(here.cpu())
             tokens.append(found[:, 1:].cpu())
+        bar.update(len(images))
+    bar.close()
     label, parts = torch.cat(labels), maps[0].shape[1] if maps else finder.learner.parts + options.background
     share = F.one_hot(label.flatten(1), parts).float().mean(1)  # [n, P]
     views = pictures.to_picture(torch.cat(shown))
@@ -164,7 +168,8 @@ def judge_finder(finder: PartFinder, source: Source, options: JudgeOptions) -> t
         float(sum(mirror) / count),
         rows,
     )
-    return report, torch.stack(columns, dim=1)
+    titles = ["image", "learned parts", "true parts", "k-means in each image"][: len(columns)]
+    return report, pictures.Sheet(torch.stack(columns, dim=1), titles, [(None, "A colour per part.")])
 
 
 def _against_truth(
@@ -177,7 +182,8 @@ def _against_truth(
     truth = true.argmax(1)
     parts, side = maps.shape[1], maps.shape[2:]
     generator = torch.Generator().manual_seed(0)
-    single = torch.stack([nearest(points, kmeans(points, parts, ROUNDS, generator, TRIES)) for points in tokens])
+    each = progress_bar(len(tokens), "k-means in each image", iterable=tokens)
+    single = torch.stack([nearest(points, kmeans(points, parts, ROUNDS, generator, TRIES)) for points in each])
     flat = tokens.flatten(0, 1)
     sample = flat[torch.randperm(len(flat), generator=generator)[:FITTED]]
     common = nearest(flat, kmeans(sample, parts, ROUNDS, generator, TRIES)).view(len(tokens), -1)

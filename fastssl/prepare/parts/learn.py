@@ -33,6 +33,7 @@ from fastssl.models.vit import ViT
 from fastssl.prepare.parts.finder import PartFinder, normalised, whole_images
 from fastssl.prepare.parts.judge import JudgeOptions, PartsReport, judge_finder
 from fastssl.prepare.parts.learner import PartLearner, overlap
+from fastssl.progress import progress_bar
 from fastssl.training.checkpoint import CheckpointError
 from fastssl.training.device import choose_device, choose_dtype
 from fastssl.training.schedule import warmup_cosine
@@ -125,10 +126,10 @@ def learn(options: LearnOptions, say: Callable[[str], None] | None = None) -> Le
     finder = _new_finder(options, device, dtype)
     painting = _train(finder, source, options, say)
     finder.save(options.out)
-    report, rows = judge_finder(
+    report, sheet = judge_finder(
         finder, source, JudgeOptions(options.out, options.data, images=options.judge, workers=options.workers)
     )
-    pictures.save(Path(f"{options.out}.png"), rows)
+    pictures.save(Path(f"{options.out}.png"), sheet)
     return LearnedParts(options.out, painting, report, round(time.perf_counter() - begin, 1))
 
 
@@ -160,7 +161,7 @@ def _train(finder: PartFinder, source: Source, options: LearnOptions, say: Calla
         ids = np.arange(count) * len(source) // count
         finder.learn_place(whole_images(source, ids, finder.size, options.batch_size, options.workers))
     errors: list[Tensor] = []
-    for step, batch in enumerate(tqdm(batches, total=options.steps, unit="step", disable=None)):
+    for step, batch in enumerate(progress_bar(options.steps, "parts", "steps", iterable=batches)):
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(step, options.steps, 0, options.lr, 0.0)
         images = normalised(batch, device)

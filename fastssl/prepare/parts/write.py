@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from fastssl.config import Checked, ConfigError, NonNegativeInt, PositiveInt
 from fastssl.loaders.beton import ARRAY, IMAGE, INT, Field
@@ -16,6 +15,7 @@ from fastssl.loaders.beton_writer import BetonWriter
 from fastssl.loaders.sources import BetonSource, SourceError, open_source
 from fastssl.prepare.parts.finder import load_finder, normalised, whole_images
 from fastssl.prepare.parts.learner import to_bytes
+from fastssl.progress import progress_bar
 from fastssl.training.device import choose_device, choose_dtype
 
 
@@ -100,7 +100,7 @@ def write(options: WriteOptions) -> WrittenParts:
     names = source.beton.side
     with (
         BetonWriter(options.out, fields, len(source)) as writer,
-        tqdm(total=len(source), unit="img", disable=None) as bar,
+        progress_bar(len(source), "part maps") as bar,
     ):
         for batch in whole_images(source, np.arange(len(source)), finder.size, options.batch_size, options.workers):
             maps = finder.maps(finder.tokens(normalised(batch, device)), options.background)
@@ -111,5 +111,6 @@ def write(options: WriteOptions) -> WrittenParts:
             source.classes,
             [names.name(i) for i in range(len(source))] if names else [""] * len(source),
             names.shard if names else (0, 1),
+            names.conversion if names else 0,
         )
     return WrittenParts(options.out, len(source), shape, round(time.perf_counter() - begin, 1))

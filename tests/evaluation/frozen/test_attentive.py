@@ -21,6 +21,7 @@ from fastssl.evaluation.frozen.attentive import (
     standardised,
 )
 from fastssl.training import checkpoint
+from fastssl.training.checkpoint import CheckpointError
 
 VIT = Model(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=2, heads=2)
 
@@ -226,7 +227,7 @@ def test_networks_that_do_not_fit(given, tmp_path):
     with pytest.raises(ConfigError, match="heads is 5; it must divide the network's width, 24"):
         evaluate_attentive(AttentiveOptions(**given, **QUICK, heads=5))
     broken = save_checkpoint(tmp_path / "nan.pt", VIT, lambda weights: weights["teacher.norm.bias"].fill_(float("nan")))
-    with pytest.raises(EvaluationError, match=r"norm\.bias is not finite; the network's weights are broken"):
+    with pytest.raises(CheckpointError, match=r"norm\.bias is not finite; the weights are broken"):
         evaluate_attentive(AttentiveOptions(**{**given, **QUICK, "checkpoint": broken}))
     with pytest.raises(EvaluationError, match=r"diverged with learning rate 1e\+30; try smaller"):
         evaluate_attentive(AttentiveOptions(**{**given, **QUICK, "lrs": (1e30,)}))

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +13,7 @@ from PIL import Image
 
 from fastssl.cli import main
 from fastssl.config import Model
-from fastssl.evaluation.frozen.embed import nearest
+from fastssl.evaluation.frozen.embed import _write_list, _write_table, nearest, place
 from fastssl.evaluation.frozen.features import extract
 from fastssl.loaders.sources import open_source
 from fastssl.models import build_backbone
@@ -54,12 +57,16 @@ def test_table_list_and_sheet(folder, tmp_path, capsys):
     assert rows[4]["name"].endswith("red/3.png")
     sheet = np.asarray(Image.open(f"{out}.png")).astype(int)
     side = 32 * 3 + 2
-    cells = sheet[40::side, 40::side]  # one pixel of each picture: [2 queries, query and 4 others, 3]
+    (rows,) = (abs(sheet[:, 40] - [40, 30, 200]).max(-1) < 20).nonzero()  # the queries are blue
+    cells = sheet[[rows[40], rows[-40]], 40::side]  # one pixel of each picture: [2 queries, query and 4 others, 3]
     assert cells.shape == (2, 5, 3)
     red = cells[..., 0] > cells[..., 2]
     assert red[:, 0].tolist() == [False, False]  # images 0 and 2 of the folder's order are blue
     assert red[0].tolist() == [False, False, False, True, True]  # its own colour first
-    assert {path.name for path in out.parent.iterdir()} == {"cifar.npy", "cifar.csv", "cifar.png"}
+    assert {path.name for path in out.parent.iterdir()} == {
+        f"cifar{end}" for end in (".npy", ".csv", ".png", "-map.png")
+    }
+    assert result["note"] == ""
 
 
 def test_half_precision_and_no_sheet(folder, tmp_path, capsys):
@@ -71,11 +78,30 @@ def test_half_precision_and_no_sheet(folder, tmp_path, capsys):
 
 def test_nearest_against_a_loop():
     values = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
-    found = nearest(values, np.array([3, 17]), 4)
-    for row, query in zip(found.tolist(), (3, 17), strict=True):
-        cosine = [torch.cosine_similarity(values[query], other, dim=0).item() for other in values]
-        order = sorted((i for i in range(30) if i != query), key=lambda i: -cosine[i])
-        assert row == order[:4]
+    for own in (np.array([3, 17]), None):
+        similar, found = nearest(values, 2 * values[[3, 17]], 4, own)
+        for row, near, query in zip(found.tolist(), similar.tolist(), (3, 17), strict=True):
+            cosine = [torch.cosine_similarity(values[query], other, dim=0).item() for other in values]
+            order = sorted((i for i in range(30) if own is None or i != query), key=lambda i: -cosine[i])
+            assert row == order[:4]
+            assert near == pytest.approx([cosine[i] for i in row], abs=1e-6)
+
+
+def test_like_features_lie_together_on_the_map():
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(3, 60, generator=generator)
+    values = centres.repeat_interleave(20, 0) + 0.1 * torch.randn(60, 60, generator=generator)
+    points = torch.from_numpy(place(values))
+    assert points.shape == (60, 2)
+    distance = torch.cdist(points, points).fill_diagonal_(torch.inf)
+    assert (distance.argmin(1) // 20 == torch.arange(60) // 20).all()
+
+
+def test_the_map_is_left_out_in_a_line_where_its_library_is_missing(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    assert main(["embed", str(folder / "c.pt"), str(folder / "images"), str(tmp_path / "a")]) == 0
+    assert "note: no map, for sklearn.manifold is not installed: pip install" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npy", "a.csv", "a.png"}
 
 
 @pytest.mark.parametrize(
@@ -94,3 +120,26 @@ def test_messages(folder, arguments, code, words, monkeypatch, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert words in error
     assert not (folder / "out.npy").exists()
+
+
+def test_no_cell_of_the_list_is_a_formula_and_odd_names_are_written(tmp_path):
+    for name in ("=HYPERLINK(1)", "+1", "\udcff\n", "plain"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name / "a.png")
+    _write_list(tmp_path / "list.csv", open_source(str(tmp_path / "in")))
+    with open(tmp_path / "list.csv", newline="", encoding="utf-8") as file:
+        assert [row["class"] for row in csv.DictReader(file)] == ["'+1", "'=HYPERLINK(1)", "plain", "\\xff\\n"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_is_called_that():
+    with pytest.raises(OSError, match="No space left on device"):
+        _write_table(Path("/dev/full"), np.zeros((100, 100), np.float32))
+
+
+def test_the_table_is_numpys(tmp_path):
+    for kind in (np.float16, np.float32):
+        table = np.arange(6, dtype=kind).reshape(2, 3)
+        _write_table(tmp_path / "a.npy", table)
+        np.save(tmp_path / "b.npy", table)
+        assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()

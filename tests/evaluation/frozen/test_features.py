@@ -195,7 +195,7 @@ def test_features_are_finite_even_far_down_the_table():
 
 def small_network(seed=0):
     torch.manual_seed(seed)
-    return build_backbone(Model("vit_tiny", 32, 8, 32, 1, 2))
+    return build_backbone(Model(name="vit_tiny", image_size=32, patch_size=8, width=32, depth=1, heads=2))
 
 
 def test_kept_features_are_read_again_and_only_for_the_same_weights_data_and_settings(folder, tmp_path, monkeypatch):
@@ -229,6 +229,57 @@ def test_kept_features_are_read_again_and_only_for_the_same_weights_data_and_set
     features.extract_cached(network, source, **{**how, "cache": None})
     assert len(calls) == 5
     assert len(list((tmp_path / "kept").iterdir())) == 5
+
+
+def cut_short(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[300] ^= 1
+    path.write_bytes(data)
+
+
+def other_table(shape, dtype):
+    def write(path):
+        with open(path, "wb") as file:
+            np.save(file, np.ones(shape, dtype))
+
+    return write
+
+
+def of_other_weights(path):
+    [other] = (path.parent / "other").iterdir()
+    path.write_bytes(other.read_bytes())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [cut_short, flipped, lambda path: path.write_bytes(b""), lambda path: path.write_bytes(b"hello"), of_other_weights,
+     other_table((3, 5), np.float32), other_table((7, 32), np.float32), other_table((7, 32), object)],
+)  # fmt: skip
+def test_a_kept_table_that_is_not_this_one_is_computed_again_with_a_line(spoil, folder, tmp_path, capsys):
+    source, network = open_source(str(folder)), small_network()
+    how = {"size": 32, "batch_size": 4, "workers": 1}
+    features.extract_cached(small_network(1), source, cache=tmp_path / "kept/other", **how)
+    first = features.extract_cached(network, source, cache=tmp_path / "kept", **how)
+    assert first.values.shape == (7, 32)
+    [path] = (tmp_path / "kept").glob("*.npy")
+    spoil(path)
+    for lines in (1, 0):  # the second time it is whole again
+        again = features.extract_cached(network, source, cache=tmp_path / "kept", **how)
+        assert torch.equal(again.values, first.values)
+        assert capsys.readouterr().err.count("computed again") == lines
+
+
+def test_features_are_known_by_what_no_weight_shows(folder, tmp_path):
+    source, how = open_source(str(folder)), {"cache": tmp_path, "size": 32, "batch_size": 4, "workers": 1}
+    first, other = small_network(), small_network()
+    other.blocks[0].attn.num_heads, other.blocks[0].attn.head_dim = 4, 8
+    found = [features.extract_cached(network, source, **how).values for network in (first, other)]
+    assert not torch.equal(*found)
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_beton_is_known_by_its_checksums(folder, tmp_path):

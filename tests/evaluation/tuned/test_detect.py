@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,12 +45,12 @@ def annotation(number, image, category, box, **more):
     return {**one, "iscrowd": 0, "segmentation": rectangle(*box), **more}
 
 
-def write_set(folder, boxes=None, side=64, name="set.json", **changes):
+def write_set(folder, boxes=None, side=64, name="set.json", seed=0, **changes):
     """Images with coloured rectangles and their annotations; `boxes`: per image a list of (category, box)."""
     boxes = boxes or [[(3, (4, 8, 20, 12)), (40, (30, 30, 24, 24))], [], [(7, (10, 10, 40, 30))]]
     folder.mkdir(parents=True, exist_ok=True)
     images, objects = [], []
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     for i, found in enumerate(boxes):
         pixels = rng.integers(0, 60, (side, side + 8, 3), dtype=np.uint8)
         number = 100 - i
@@ -68,6 +68,26 @@ def write_set(folder, boxes=None, side=64, name="set.json", **changes):
 
 def opened(path):
     return read_coco(str(path), "", "data", "--data-images")
+
+
+def test_pictures_are_those_of_every_other_command(tmp_path):
+    """16 bits by their high byte, and turned as the annotations are."""
+    data = opened(write_set(tmp_path))
+    path, image = tmp_path / data.images[0]["file_name"], data.images[0]
+    plain = data.picture(image)
+    gray = plain[0].numpy()
+    Image.fromarray(gray.astype(np.uint16) * 257).save(path)
+    assert np.array_equal(data.picture(image), np.stack([gray] * 3))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for pixels in (np.rot90(gray), gray):  # stored turned, annotated upright; annotated as stored
+        Image.fromarray(np.ascontiguousarray(pixels)).save(path, exif=exif)
+        assert np.array_equal(data.picture(image)[0], gray)
+    exif[0x0112] = 3
+    Image.fromarray(gray).save(path, exif=exif)
+    with pytest.raises(EvaluationError, match=r"turned by EXIF \(orientation 3\).* --frame upright"):
+        data.picture(image)
+    assert np.array_equal(replace(data, frame="upright").picture(image)[0], gray[::-1, ::-1])
 
 
 def perfect(data, keep=lambda one: True, score=lambda one: 0.9):
@@ -239,6 +259,14 @@ def broken(where, **values):
         (broken(2, bbox=[10, float("nan"), 5, 5]), "its sides must be"),
         (broken(2, bbox=[10, 10, 5]), "must be [left, top, width, height]"),
         (broken(2, segmentation=[]), "has no segmentation"),
+        (broken(2, id=77, segmentation=[[1, 2]]), "annotation 77 has a polygon that is not a list of three or more"),
+        (broken(2, segmentation=[[1, 2, 3, 4, None, 6]]), "has a polygon"),
+        (broken(2, segmentation={"size": [8, 8], "counts": [64]}), "run lengths of the size of its image, [64, 72]"),
+        (broken(2, segmentation={"size": [64, 72], "counts": [64]}), "run lengths that are not the pixels"),
+        (broken(2, segmentation={"size": [64, 72], "counts": "zzzz"}), "run lengths that are not the pixels"),
+        (broken(2, iscrowd="no"), "has iscrowd no"),
+        (broken(2, image_id=[1]), "is of image [1]"),
+        (lambda c: c["annotations"].append(5), "annotation 5 is not an object"),
     ],
 )
 def test_bad_annotations_are_one_line_that_names_them(tmp_path, change, words):
@@ -262,16 +290,17 @@ def test_bad_files_and_pictures(tmp_path):
     (tmp_path / "0.png").write_bytes(b"nothing")
     Image.new("RGB", (9, 9)).save(tmp_path / "2.png")
     by_name = {image["file_name"]: image for image in data.images}
-    with pytest.raises(EvaluationError, match=r"0\.png cannot be decoded"):
+    with pytest.raises(EvaluationError, match=r"0\.png is not an image"):
         data.picture(by_name["0.png"])
-    with pytest.raises(EvaluationError, match=r"has 9 x 9 pixels, .* says 72 x 64"):
+    with pytest.raises(EvaluationError, match=r"has 9 x 9 pixels, .* 72 x 64"):
         data.picture(by_name["2.png"])
-    data.objects[100][0]["segmentation"] = [[1, 2]]
-    with pytest.raises(EvaluationError, match="the segmentation of annotation 1 cannot be read"):
-        data.target(by_name["0.png"])
-    data.objects[100][0]["segmentation"] = {"size": [8, 8], "counts": [64]}
-    with pytest.raises(EvaluationError, match="is of 8 x 8 pixels, its image of 72 x 64"):
-        data.target(by_name["0.png"])
+
+
+def test_two_categories_of_one_name_stay_two(tmp_path):
+    same = [{"id": i, "name": n} for i, n in zip(IDS, ("cat", "owl", "owl"), strict=True)]
+    data = opened(write_set(tmp_path, categories=same))
+    for precision in average_precision(data, perfect(data, keep=lambda one: one["category_id"] != 7)):
+        assert precision.by_category == {"cat": pytest.approx(100), "owl (7)": 0.0, "owl (40)": pytest.approx(100)}
 
 
 def test_other_categories_in_val_are_an_error(tmp_path):
@@ -554,7 +583,7 @@ def ready(tmp_path):
     checkpoint.write(tmp_path / "backbone.pt", Checkpoint("pretrain", config, state, "backbone.", step=9))
     boxes = [[(IDS[i % 3], (4 + i, 8, 24, 20))] if i % 4 else [] for i in range(12)]
     train = write_set(tmp_path / "train", boxes)
-    val = write_set(tmp_path / "val", boxes[:5])
+    val = write_set(tmp_path / "val", boxes[:5], seed=1)
     return {
         "checkpoint": str(tmp_path / "backbone.pt"),
         "data": str(train),

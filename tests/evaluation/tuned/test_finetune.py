@@ -331,7 +331,7 @@ def test_resnets(given, tmp_path):
     network = open_finetuned(evaluation.path)[0]["weights"]
     groups = layer_groups(network, network.backbone, 0.5, 0.05)
     assert {group["lr_scale"] for group in groups} == {0.5**i for i in range(6)}  # stem, four stages, head
-    with pytest.raises(ConfigError, match="change a ViT; the checkpoint holds a ResNet"):
+    with pytest.raises(ConfigError, match="change a ViT; the checkpoint holds none"):
         evaluate_finetune(FinetuneOptions(**options, dir=str(tmp_path / "other"), pool="class"))
 
 
@@ -372,7 +372,7 @@ def test_authors_file_gives_timms_scores(tmp_path, pool, given, capsys):
     nn.init.normal_(theirs.head.weight)
     path = tmp_path / "official.pth"
     torch.save({"model": theirs.state_dict(), "epoch": 78, "args": argparse.Namespace(lr=1)}, path)
-    networks, size, epoch, names = open_finetuned(str(path))
+    networks, size, epoch, names, _ = open_finetuned(str(path))
     assert (size, epoch, names) == (32, 79, [])
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -391,7 +391,7 @@ def test_files_that_do_not_fit(given, tuned, tmp_path):
     torch.save({"model": {"a": torch.ones(1)}}, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match="holds no fine-tuned ViT"):
         judge(tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
         judge(tmp_path / "none.pt")
     state = timm.create_model("vit_tiny_patch16_224", num_classes=3).state_dict()
     state["blocks.0.attn.extra"] = torch.ones(1)
@@ -406,9 +406,21 @@ def test_files_that_do_not_fit(given, tuned, tmp_path):
         judge(tuned[1].path, size=20)
 
 
+def test_a_finished_run_is_no_answer_for_other_weights_of_the_same_name(given, tmp_path):
+    """Of a run that went on meanwhile: its old number would be taken for the new one's."""
+    options = {**given, "checkpoint": save_checkpoint(tmp_path / "last.pt", VIT), "dir": str(tmp_path / "run")}
+    options |= {"epochs": 1, "warmup_epochs": 0}
+    first = evaluate_finetune(FinetuneOptions(**options))
+    save_checkpoint(tmp_path / "last.pt", VIT, seed=1)
+    with pytest.raises(CheckpointError, match=r"was written with other settings: weights \(was '.*', now '.*'\)"):
+        evaluate_finetune(FinetuneOptions(**options))
+    save_checkpoint(tmp_path / "last.pt", VIT)
+    assert evaluate_finetune(FinetuneOptions(**options)).top1 == first.top1
+
+
 def test_bad_weights_images_and_rates(given, tmp_path):
     path = save_checkpoint(tmp_path / "nan.pt", VIT, lambda weights: weights["teacher.norm.bias"].fill_(float("nan")))
-    with pytest.raises(EvaluationError, match=r"norm\.bias is not finite; the network's weights are broken"):
+    with pytest.raises(CheckpointError, match=r"norm\.bias is not finite; the weights are broken"):
         evaluate_finetune(FinetuneOptions(**{**given, "checkpoint": path}, dir=str(tmp_path / "a")))
     with pytest.raises(TrainingError, match=r"is not finite; samples of that step: \[.*\]; .*kept: no checkpoint yet"):
         evaluate_finetune(FinetuneOptions(**{**given, "lr": 1e30, "warmup_epochs": 0}, dir=str(tmp_path / "b")))

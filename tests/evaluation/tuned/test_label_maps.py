@@ -1,6 +1,7 @@
 """Folders of images and label pictures: pairing, reading, messages; crops whose labels stay on their pixels."""
 
 import colorsys
+import re
 
 import numpy as np
 import pytest
@@ -74,6 +75,36 @@ def test_ignored_and_shifted_labels(tmp_path):
         shifted.pair(0, 149)
 
 
+@pytest.mark.parametrize(
+    ("found", "how", "words"),
+    [
+        ((0, 255), {}, "hold the values 0,255, of which 255 does not count (--ignore): no class indices 0, 1, 2, ..; .*"
+                       "--values [0,255] for classes 0 to 1"),
+        ((0, 128), {}, "hold the values 0,128: .*--values [0,128] for classes 0 to 1, or how many there are with"),
+        ((1, 200, 255), {}, "hold the values 1,200,255, of which 255 does not count"),
+        ((0, 65535), {}, "hold the values 0,65535: "),
+        ((0, 1, 255), {"reduce_zero_label": True}, "hold the values 0,1, of which 0 does not count"),
+        ((0, 7, 255), {"values": (0, 255)}, "has value 7 in 8 pixels, which is neither among --values [0,255] nor"),
+        ((0, 128), {"classes": 2}, "has label 128 in 8 pixels; .*--values says which other values mean classes"),
+    ],
+)  # fmt: skip
+def test_values_that_are_no_class_indices_are_refused_with_what_maps_them(found, how, words, tmp_path):
+    classes = how.pop("classes", 0)
+    labels = np.repeat(np.array(found, np.uint16 if max(found) > 255 else np.uint8), 8).reshape(len(found), 8)
+    data = open_labelled_folder(write(tmp_path, labels), "", "data", **how)
+    with pytest.raises(EvaluationError, match=".*".join(map(re.escape, words.split(".*")))):
+        read_labels(data, classes, 1)
+
+
+def test_values_are_mapped_to_classes(tmp_path):
+    data = open_labelled_folder(
+        write(tmp_path, np.array([[0, 255, 9, 40]], np.uint8)), "", "data", 9, values=(255, 0, 40)
+    )
+    assert data.label_map(0).tolist() == [[1, 0, IGNORED, 2]]
+    assert read_labels(data, 3, 1) == 3
+    assert [data.value(label) for label in (IGNORED, 0, 1, 2)] == [9, 255, 0, 40]
+
+
 def test_palette_and_16_bit_pictures_give_indices(tmp_path):
     path = write(tmp_path, square(), names=("a",))
     data = open_labelled_folder(path, "", "data")
@@ -93,20 +124,20 @@ def test_messages(tmp_path):
     with pytest.raises(EvaluationError, match="has label 7 in 16 pixels"):
         read_labels(data, 5, 1)
     Image.new("L", (9, 8)).save(data.labels[0])
-    with pytest.raises(EvaluationError, match=r"a\.png has 9 x 8 pixels, its image .*a\.jpg 8 x 8"):
+    with pytest.raises(EvaluationError, match=r"a\.jpg has 8 x 8 pixels, what was drawn on it 9 x 8 \(label .*a\.png"):
         data.pair(0, 8)
     Image.new("RGB", (8, 8)).save(data.labels[0])
     with pytest.raises(EvaluationError, match=r"a\.png is a colour picture"):
         data.label_map(0)
     data.labels[0].write_bytes(b"nothing")
-    with pytest.raises(EvaluationError, match=r"a\.png cannot be decoded"):
+    with pytest.raises(EvaluationError, match=r"a\.png is not an image"):
         data.label_map(0)
     data.labels[0].unlink()
     with pytest.raises(EvaluationError, match=r"1 of 2 images .* the first is a\.jpg: expected .*a\.png"):
         open_labelled_folder(path, "", "val")
     data.images[0].write_bytes(data.images[0].read_bytes()[:100])
     with pytest.raises(EvaluationError, match=r"a\.jpg "):
-        data.picture(0)
+        data.picture(0, torch.zeros(8, 8))
 
 
 def test_messages_about_folders(tmp_path):
@@ -254,3 +285,29 @@ def test_distortion():
     assert views.max() <= 255
     same = (views - colour).abs().flatten(1).amax(1) < 1e-3
     assert 1 <= same.sum() <= 16  # one in sixteen is left as it is
+
+
+@pytest.mark.parametrize("sides", [(8, 8), (6, 10)])
+def test_pictures_that_exif_turns_and_their_label_pictures_stay_together(tmp_path, sides):
+    """The label picture of `b` was drawn on the stored pixels; `a` is not turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = np.zeros(sides, np.uint8)
+    stored[:3, :3] = 1
+    for name, more in (("a", {}), ("b", {"exif": exif})):
+        for folder, image, kw in (
+            ("images", Image.fromarray(stored * 255), more),
+            ("labels", Image.fromarray(stored), {}),
+        ):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            image.save(tmp_path / folder / f"{name}.png", **kw)
+    (tmp_path / "images" / "notes.txt").touch()
+    if sides[0] == sides[1]:
+        unsaid = open_labelled_folder(str(tmp_path), "", "data")
+        with pytest.raises(EvaluationError, match=r"b\.png is turned by EXIF \(orientation 6\).* --frame stored"):
+            read_labels(unsaid, 2, 1)  # before training
+    data = open_labelled_folder(str(tmp_path), "", "data", frame="stored" if sides[0] == sides[1] else "")
+    assert read_labels(data, 2, 1) == 2
+    for i in (0, 1):
+        picture, labels = data.pair(i, 2)
+        assert torch.equal(picture[0] > 0, labels > 0)

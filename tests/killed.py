@@ -1,0 +1,114 @@
+"""A pretraining run in a process of its own that ends itself with SIGKILL at a chosen moment.
+
+In a module by itself, so that processes can be forked from one that has imported everything: a start costs a fork.
+"""
+
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastssl.config import Config
+from fastssl.pretrain.trainer import Trainer, pretrain
+from fastssl.training import distributed
+from fastssl.training.log import RunLog
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a process kills itself.
+
+    Attributes:
+        event: at the so manieth of its events: a step begins, a file of the run folder is half written, is written, is
+            put in its place, stands there; half a line of the log is written.
+        delay: seconds later, wherever it may be by then. 0: at the event itself.
+        share: how much of a half-written file is there.
+        rank: the process that dies.
+    """
+
+    event: int
+    delay: float = 0.0
+    share: float = 0.5
+    rank: int = 0
+
+
+def start(world: int, config: Config, meeting: str, moment: Moment | None = None) -> list[int]:
+    """Runs pretraining on so many processes until each has ended; their exit codes. As under torchrun, the others are
+    asked to end when one has died, and killed where they cannot hear it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["fastssl.pretrain.trainer", "torch.utils.tensorboard", "numba.np.arraymath"])
+    processes = [context.Process(target=_run, args=(rank, world, config, meeting, moment)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    processes[moment.rank if moment else 0].join(120)
+    for process in processes:
+        if moment:
+            process.terminate()
+            process.join(5)
+            process.kill()
+        process.join(120)
+    return [process.exitcode for process in processes]
+
+
+def _run(rank: int, world: int, config: Config, meeting: str, moment: Moment | None) -> None:
+    with open(f"{meeting}.{rank}.txt", "w") as words:
+        os.dup2(words.fileno(), sys.stderr.fileno())
+        if world > 1:
+            where = {"init_method": f"file://{meeting}", "rank": rank, "world_size": world}
+            torch.distributed.init_process_group("gloo", **where)
+        if moment is not None and moment.rank == rank:
+            _watch(moment)
+        try:
+            pretrain(config)
+        finally:
+            distributed.stop()
+
+
+def _watch(moment: Moment) -> None:
+    left = moment.event
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def passed(before=lambda: None) -> None:
+        """An event; `before` leaves things as they are in the middle of it."""
+        nonlocal left
+        left -= 1
+        if left == 0 and moment.delay:
+            threading.Timer(moment.delay, kill).start()
+        elif left == 0:
+            before()
+            kill()
+
+    def counted(function):
+        @functools.wraps(function)
+        def counting(*args, **kwargs):
+            passed()
+            return function(*args, **kwargs)
+
+        return counting
+
+    whole, record, replace = torch.save, RunLog.record, os.replace
+
+    def save(content, part):
+        whole(content, part)
+        passed(lambda: os.truncate(part, int(moment.share * Path(part).stat().st_size)))
+
+    def log(self, line):
+        if self.files:
+            passed(lambda: self.file.write(f'{{"step": {line["step"]}, "lo') and self.file.flush())
+        record(self, line)
+
+    def put(part, path):
+        passed()
+        replace(part, path)
+        passed()
+
+    torch.save, RunLog.record, os.replace, os.fsync = save, log, put, counted(os.fsync)
+    Trainer.train_step = counted(Trainer.train_step)
