@@ -128,7 +128,7 @@ class Group:
 
 def pretrain(name: str, arguments: list[str]) -> int:
     """Pretrain a model: --config RECIPE.yaml [--optim.lr 1e-3 ...]; under torchrun on many GPUs."""
-    config, as_json = parse_pretrain(arguments)
+    config, as_json = parse_pretrain(arguments, must_exist=True)
     from fastssl.pretrain.trainer import pretrain as run
 
     return _show(run(config), as_json)

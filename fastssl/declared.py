@@ -38,6 +38,14 @@ def declaration(module: str, name: str) -> Any:
         return getattr(importlib.import_module(module), name)
 
 
+def first_line(module: str) -> str:
+    """The first line of a module's docstring, which its file begins with."""
+    path = _path(module)
+    assert path is not None
+    with open(path, encoding="utf-8") as file:
+        return file.readline().strip().strip('"')
+
+
 def real(kind: Any) -> Any:
     """The class that a declared one stands for, from its module; any other class as it is."""
     if not kind.__module__.startswith(PREFIX):

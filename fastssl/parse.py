@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import glob
 import json
 import math
+import os
 import re
 import sys
 from dataclasses import fields
@@ -19,7 +21,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from fastssl.config import Config, ConfigError, Data, Health, Model, Monitor, Optim, Run, Schedule, View, rules
-from fastssl.declared import at_sight, declaration, declared, real
+from fastssl.declared import at_sight, declaration, first_line, real
 from fastssl.methods import CLASSES, METHODS
 from fastssl.recipes import find_recipe, head, recipe_names
 
@@ -199,19 +201,27 @@ def parse_options(
     return real(kind)(**values), as_json
 
 
-def parse_pretrain(arguments: list[str]) -> tuple[Config, bool]:
+def parse_pretrain(arguments: list[str], must_exist: bool = False) -> tuple[Config, bool]:
     """The configuration of a pretraining run from the command line and the recipe it names, and whether --json is set.
+
+    Args:
+        must_exist: the images must be there already.
 
     Raises:
         ConfigError: unknown key (the nearest known one is named), wrong type, value out of range, no data.
     """
     about = "Pretrain a model on a .beton file or a folder of images; under torchrun on many GPUs."
-    config, as_json, _ = parse_recipe("fastssl pretrain", about, arguments, needs_data=True)
+    config, as_json, _ = parse_recipe("fastssl pretrain", about, arguments, needs_data=True, must_exist=must_exist)
     return config, as_json
 
 
 def parse_recipe(
-    prog: str, about: str, arguments: list[str], needs_data: bool = False, **sections: type
+    prog: str,
+    about: str,
+    arguments: list[str],
+    needs_data: bool = False,
+    must_exist: bool = False,
+    **sections: type,
 ) -> tuple[Config, bool, dict[str, Any]]:
     """As `parse_pretrain`, for other commands that take a recipe; data.path may be empty.
 
@@ -253,6 +263,10 @@ def parse_recipe(
     common: dict[str, Any] = {name: section(**values[name]) for name, section in SECTIONS.items()}
     if needs_data and not common["data"].path:
         raise ConfigError("data.path is empty; name a .beton file, a glob of shards, or a folder of images")
+    for key in ("path", "val") if must_exist else ():
+        path = getattr(common["data"], key)
+        if path and not os.path.exists(path) and not glob.glob(path):
+            raise ConfigError(f"data.{key} is {path}, which does not exist")
     at_sight(kind.Views, groups)
     at_sight(kind.Settings, values[method])
     for name, section in sections.items():
@@ -268,11 +282,12 @@ def parse_recipe(
 
 def _overview(prog: str, about: str, sections: dict[str, type]) -> str:
     """Help before a method is named: methods, recipes, and the options that matter most."""
-    methods = {name: declared(f"fastssl.methods.{name}").__doc__.splitlines()[0] for name in METHODS}
+    methods = {name: first_line(f"fastssl.methods.{name}") for name in METHODS}
     recipes = {name: head(name) for name in recipe_names()}
     titles = {name: parts["title"].split(". ")[0] for name, parts in recipes.items() if "pretrain" in parts["Command"]}
     parser = Parser(prog=prog, add_help=False)
-    for name, section in {**SECTIONS, **sections}.items():
+    common = {name: section for name, section in SECTIONS.items() if any(key.startswith(f"{name}.") for key in COMMON)}
+    for name, section in {**common, **sections}.items():
         parser.add_class_arguments(section, name)
     for action in parser._actions:
         if action.dest not in COMMON and action.dest.split(".")[0] not in sections:

@@ -13,8 +13,9 @@ from fastssl.methods import CLASSES, METHODS
 
 WRONG = [
     ["pretrain", "--method=mae", "--optim.learning_rate=1"],
-    ["pretrain", "--method=scfs", "--data.path=x", "--scfs.cross_weight=-1"],
+    ["pretrain", "--method=scfs", "--data.path=.", "--scfs.cross_weight=-1"],
     ["pretrain", "--config=imagenet/nothing_like_it"],
+    ["pretrain", "--method=mae", "--data.path=/nowhere"],
     ["evaluate", "knn", "--checkpoint=a", "--data=b"],
     ["evaluate", "finetune", "--checkpoint=a", "--data=b", "--val=c", "--epochs=0"],
     ["export", "a.pt", "b.txt"],

@@ -334,7 +334,7 @@ def test_resnet_trains(images, tmp_path):
         ({"run__device": "gpu"}, "run.device"),
         ({"run__precision": "fp16"}, "needs a GPU"),
         ({"model__name": "vit_smal"}, "vit_small"),
-        ({"monitor__every": 1, "data__val": "nowhere"}, "nowhere does not exist"),
+        ({"monitor__every": 1, "data__val": "nowhere"}, "data.val is nowhere, which does not exist"),
     ],
 )
 def test_what_does_not_fit_is_said_before_the_first_step(images, tmp_path, more, words, capsys):
