@@ -148,7 +148,7 @@ def _one_process() -> Iterator[None]:
 def _arguments(options: dict[str, Any], prefix: str = "") -> list[str]:
     """Options as the command line has them: --data.path=images."""
     found = []
-    for key, value in options.items():
+    for key, value in sorted(options.items(), key=lambda item: item[0] != "config"):  # what is given by name wins over it
         if isinstance(value, dict):
             found += _arguments(value, f"{prefix}{key}.")
             continue

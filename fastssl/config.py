@@ -101,6 +101,9 @@ class Data(Checked):
     """With on_bad=skip: more bad samples than this end the run."""
 
 
+OLD_RESAMPLE = "antialiased"  # `Model.resample` of records that do not name it
+
+
 @dataclass
 class Model(Checked):
     """The backbone."""

@@ -164,7 +164,12 @@ def save(path: Path, sheet: Sheet) -> Image.Image:
     """Writes a sheet as one PNG file, and makes its folder; returns the picture."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = draw(sheet)
-    image.save(path, "PNG")
+    part = path.with_name(f".{path.name}.part")
+    try:
+        image.save(part, "PNG")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return image
 
 

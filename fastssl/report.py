@@ -196,7 +196,7 @@ def read_run(name: str) -> RunFolder:
     run.evaluations = _read_lines(run, "evaluations.jsonl")
     for path in sorted(folder.glob("pictures/*.png")):
         kind, _, step = path.stem.rpartition("-")
-        if kind and step.isdigit():
+        if kind and step.isdecimal():
             run.pictures.setdefault(kind, []).append((int(step), path))
     return run
 
@@ -548,7 +548,7 @@ def _pictures(runs: Sequence[RunFolder], count: int) -> list[str]:
 def _embedded(path: Path) -> str | None:
     """A picture as a data URL, shrunk if it is wide; None where it cannot be read."""
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=("PNG",)) as opened:
             image = opened.convert("RGB")
     except (OSError, ValueError, Image.DecompressionBombError):
         return None

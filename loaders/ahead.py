@@ -102,7 +102,7 @@ class _Crew:
         self._tasks: SimpleQueue = SimpleQueue()
         self._idle: SimpleQueue = SimpleQueue()  # one entry for each thread that waits for a task
         self._threads: list[threading.Thread] = []
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a garbage collection inside may close this crew
 
     def submit(self, most: int, function: Callable[..., Any], *arguments: Any) -> SimpleQueue:
         """Gives a task to the threads, one more of them if none is idle and there are not so many; for `_result`.
@@ -139,6 +139,8 @@ class _Crew:
             del task, box, function, arguments, result  # so that nothing is kept while waiting
 
     def _next(self) -> Any:
+        if self.closed:
+            return None
         try:
             return self._tasks.get_nowait()
         except Empty:

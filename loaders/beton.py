@@ -246,6 +246,7 @@ class Beton:
             crc = zlib.crc32(value, crc)
         return crc
 
+    @cached_property
     def tables_crc32(self) -> int:
         """Checksum of everything but the stored data: header, descriptors, metadata rows, allocation table."""
         data = np.memmap(self._file, np.uint8, "r")
@@ -253,7 +254,7 @@ class Beton:
 
     def fingerprint(self) -> str:
         """A short text that changes when the content does: by checksums, and by time too where no side file has any."""
-        facts = [str(self.size), str(self.tables_crc32())]
+        facts = [str(self.size), str(self.tables_crc32)]
         if self.side:
             facts.append(str(zlib.crc32(np.ascontiguousarray(self.side.crc32))))
         else:
@@ -413,7 +414,7 @@ class SideFile:
         """Why this is not the side file of `beton`; None where it is."""
         if (self.size, len(self.crc32)) != (beton.size, len(beton)):
             return f"{self.path} belongs to another file than {beton.path}"
-        if self.tables_crc32 != beton.tables_crc32():
+        if self.tables_crc32 != beton.tables_crc32:
             return f"{beton.path} has a damaged header, metadata or allocation table (their checksum has changed)"
         return None
 

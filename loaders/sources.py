@@ -467,6 +467,13 @@ class _Folder:
         return found
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself, or into a closed folder
+        return False
+
+
 def _walk(root: str, found: Found) -> _Folder:
     """The images below a folder; notes in `found` what is left out. Real folders come first, then what links lead to,
     in the order of their names: the folder that two ways lead to is read by the same one each time."""
@@ -492,7 +499,7 @@ def _walk(root: str, found: Found) -> _Folder:
             name = os.path.join(place, entry.name)
             if entry.name.startswith("."):
                 leave_out(HIDDEN, name)
-            elif entry.is_dir():
+            elif _is_folder(entry):
                 if entry.is_symlink():
                     links.append((name, folder, entry.name))
                 elif below := read(name, linked):

@@ -93,3 +93,7 @@ def test_protocols_are_those_of_the_command():
     names = fastssl.api.Protocols.__args__
     assert hint == "Protocols"
     assert set(names) == EVALUATE.members.keys()
+
+
+def test_what_is_given_by_name_wins_over_a_recipe():
+    assert _arguments({"epochs": 3, "config": "r.yaml"}) == ["--config=r.yaml", "--epochs=3"]

@@ -34,7 +34,7 @@ class Scored(Accuracy):
     loss: float
 
     def as_dict(self) -> dict[str, Any]:
-        return {**super().as_dict(), "loss": self.loss}
+        return {**super().as_dict(), "loss": self.loss if math.isfinite(self.loss) else None}
 
     def cells(self) -> tuple[str, ...]:
         """Top-1, its interval, top-5 and the loss as text for a table."""

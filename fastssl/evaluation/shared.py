@@ -23,12 +23,13 @@ from fastssl.training import distributed
 
 ENDING = 64  # bytes at an image's end that are compared first
 THREADS = 16
+PART = 256  # images that a thread takes at a time
 Key = Hashable  # what equal images have in common
 
 
 def check_shared(data: Source, val: Source, data_name: str, val_name: str, allowed: bool) -> None:
     """Raises EvaluationError where images of val are in data too; where that is `allowed`, prints how many."""
-    sentence = shared_sentence(data, val, data_name, val_name)
+    sentence = distributed.from_main(lambda: shared_sentence(data, val, data_name, val_name))
     if sentence and not allowed:
         raise EvaluationError(f"{sentence}; name images that are not trained on (or --allow_shared true to go on)")
     if sentence and distributed.is_main():
@@ -53,17 +54,30 @@ def shared_images(data: Source, val: Source) -> list[tuple[int, int]]:
     looks: tuple[Callable[[_Images, int], Key] | None, ...] = (None, _Images.ending, _Images.content)
     sums = [crc for images in both if (crc := images.checksums()) is not None]
     if len(sums) == 2:
-        keys, looks = [list(zip(k, s.tolist(), strict=True)) for k, s in zip(keys, sums, strict=True)], (None,)
+        keys = [list(zip(k, s.tolist(), strict=True)) for k, s in zip(keys, sums, strict=True)]
+        looks = (None, _Images.ending)  # among a million images of one length some have a checksum in common by chance
     found: list[list[tuple[int, Key]]] = []
     with ThreadPoolExecutor(THREADS) as pool:
         for look in looks:
             if look:
-                keys = [list(pool.map(look, [images] * len(ids), ids)) for images, ids in zip(both, left, strict=True)]
+                keys = [_looks(pool, look, images, pairs) for images, pairs in zip(both, found, strict=True)]
             common = set(keys[0]) & set(keys[1]) - {None, 0}
             found = [[p for p in zip(*pair, strict=True) if p[1] in common] for pair in zip(left, keys, strict=True)]
             left = [[i for i, _ in pairs] for pairs in found]
     at = {key: i for i, key in reversed(found[0])}
     return [(at[key], j) for j, key in found[1]]
+
+
+def _looks(
+    pool: ThreadPoolExecutor, look: Callable[[_Images, int], Key], images: _Images, pairs: list[tuple[int, Key]]
+) -> list[Key]:
+    """The keys of images by a further look, each with its key before."""
+
+    def some(part: list[tuple[int, Key]]) -> list[Key]:
+        return [None if (seen := look(images, i)) is None else (key, seen) for i, key in part]
+
+    parts = [pairs[begin : begin + PART] for begin in range(0, len(pairs), PART)]
+    return [key for keys in pool.map(some, parts) for key in keys]
 
 
 class _Images:

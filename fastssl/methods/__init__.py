@@ -28,7 +28,8 @@ class _Methods(Mapping[str, "type[Method]"]):
     """The methods' classes by name; a method's file is imported when it is asked for."""
 
     def __getitem__(self, name: str) -> type[Method]:
-        return getattr(importlib.import_module(f"fastssl.methods.{name}"), CLASSES[name])
+        kind = CLASSES[name]
+        return getattr(importlib.import_module(f"fastssl.methods.{name}"), kind)
 
     def __contains__(self, name: object) -> bool:
         return name in CLASSES

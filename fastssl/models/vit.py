@@ -100,21 +100,8 @@ class ViT(nn.Module):
         return list(self.blocks)
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        """The position table for a grid of rows x columns patches, [1, 1+N, D]; resampled if it is not its own.
-
-        Two matrix products, because the backward pass of PyTorch's bicubic interpolation adds in any order on a GPU.
-        """
-        if (rows, columns) == self.grid:
-            return self.pos_embed
-        first, table = self.pos_embed.split([1, self.grid[0] * self.grid[1]], dim=1)
-        down, across = (
-            resampling(cells, size, self.resample, table.device).to(table.dtype)
-            for cells, size in zip(self.grid, (rows, columns), strict=True)
-        )
-        with torch.autocast(table.device.type, enabled=False):
-            table = (down @ table.view(self.grid[0], -1)).view(rows, self.grid[1], -1)  # [rows, G, D]
-            table = torch.matmul(across, table)  # [rows, columns, D]
-        return torch.cat([first, table.flatten(0, 1)[None]], dim=1)
+        """The position table for a grid of rows x columns patches, [1, 1+N, D]; resampled if it is not its own."""
+        return resample_positions(self.pos_embed, self.grid, (rows, columns), self.resample)
 
     def embed(self, images: Tensor, keep: Tensor | None = None) -> Tensor:
         """Class token and (kept) patches with their positions, before the first block: [B, 1+N, D] or [B, 1+K, D]."""
@@ -209,6 +196,31 @@ class ViT(nn.Module):
         if mean_patch:
             parts.append(outputs[-1][:, 1:].mean(dim=1))
         return torch.cat(parts, dim=-1)
+
+
+def resample_positions(table: Tensor, grid: tuple[int, int], new: tuple[int, int], rule: str) -> Tensor:
+    """A position table for another grid of patches, by the rule of `resampling`.
+
+    Two matrix products, because the backward pass of PyTorch's bicubic interpolation adds in any order on a GPU.
+
+    Args:
+        table: [1, 1+N, D], the class token's row first.
+        grid: rows and columns of its N cells.
+        new: rows and columns wanted.
+
+    Returns:
+        [1, 1 + rows x columns, D]; the table itself where the grids are the same.
+    """
+    if new == grid:
+        return table
+    first, cells = table.split([1, grid[0] * grid[1]], dim=1)
+    down, across = (
+        resampling(old, size, rule, table.device).to(table.dtype) for old, size in zip(grid, new, strict=True)
+    )
+    with torch.autocast(table.device.type, enabled=False):
+        cells = (down @ cells.view(grid[0], -1)).view(new[0], grid[1], -1)  # [rows, G, D]
+        cells = torch.matmul(across, cells)  # [rows, columns, D]
+    return torch.cat([first, cells.flatten(0, 1)[None]], dim=1)
 
 
 @functools.lru_cache(maxsize=256)

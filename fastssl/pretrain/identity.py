@@ -68,7 +68,7 @@ def identity(source: Source) -> str:
             for i in _spaced(len(beton), -(-LOOKED_AT // len(shards))):
                 with contextlib.suppress(DecodeError):
                     stored.append(zlib.crc32(beton.image(i).data))
-            digest.update(f"{beton.size}:{beton.tables_crc32()}:{stored}\n".encode())
+            digest.update(f"{beton.size}:{beton.tables_crc32}:{stored}\n".encode())
     return digest.hexdigest()[:16]
 
 

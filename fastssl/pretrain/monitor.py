@@ -50,9 +50,10 @@ class KNNMonitor:
         path, val = config.data.path, config.data.val
         self.train, self.val = open_labelled(path, val, "data.path", "data.val")
         self.same_images = os.path.realpath(path) == os.path.realpath(val)
-        sentence = shared_sentence(self.train, self.val, f"data.path ({path})", f"data.val ({val})")
-        if sentence and not self.same_images:
-            print(f"monitor: {sentence}; its k-NN accuracy will be too good", file=sys.stderr)
+        if not self.same_images:
+            sentence = shared_sentence(self.train, self.val, f"data.path ({path})", f"data.val ({val})")
+            if sentence:
+                print(f"monitor: {sentence}; its k-NN accuracy will be too good", file=sys.stderr)
         self.train_ids = spaced_ids(len(self.train), config.monitor.train_images)
         self.val_ids = spaced_ids(len(self.val), config.monitor.val_images)
         self.k, self.size, self.batch_size = config.monitor.k, config.model.image_size, config.data.batch_size

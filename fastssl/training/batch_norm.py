@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -24,7 +25,7 @@ def _synchronised(norm: _BatchNorm, device: torch.device) -> nn.Module:
     if hasattr(norm, "over_processes"):  # this project's own (`models.norms`)
         norm.over_processes = over_processes  # type: ignore[assignment]
     elif device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+        return convert_sync_batchnorm(norm)  # PyTorch's own, that keeps the activation within timm's norms
     else:
         norm.__class__ = SyncBatchNorm
     return norm
@@ -41,7 +42,8 @@ class SyncBatchNorm(_BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...] -> the same shape."""
-        return over_processes(self, x)
+        x = over_processes(self, x)
+        return self.act(self.drop(x)) if hasattr(self, "act") else x  # timm's norms do these too
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass

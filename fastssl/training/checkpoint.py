@@ -110,7 +110,7 @@ class Checkpoint:
                 f"{self.path} was written with '{name}.{unknown[0]}', which version {__version__} does not know"
             )
         try:
-            return kind(**values, **more)
+            return kind(**{**more, **values})
         except (TypeError, ConfigError) as error:
             raise CheckpointError(f"{self.path}: the section '{name}' of its config is unusable ({error})") from None
 
@@ -189,7 +189,7 @@ PLAIN: list[Any] = [  # what authors' training files hold beside tensors: their 
     pathlib.PosixPath,
     pathlib.PurePosixPath,
     np.dtype,
-    np.float64(0).__reduce__()[0],  # the function that makes NumPy scalars; its module changed with NumPy 2
+    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # NumPy 1 and 2
     type(np.dtype(np.float64)),
     type(np.dtype(np.float32)),
     type(np.dtype(np.int64)),

@@ -280,6 +280,7 @@ class Run(ABC, Generic[B, R]):
             for line in self.describe():
                 self.log.say(line)
             self.begin()
+            self.clock.read()  # what was before the first step is no part of its speed
             while self.step < self.last_step and not self.agreement(self.signal > 0):
                 self.train_step(stream)
                 self.log.progress()

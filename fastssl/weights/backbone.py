@@ -15,7 +15,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from fastssl.batch import IMAGENET_MEAN, IMAGENET_STD
-from fastssl.config import Config, Model, View
+from fastssl.config import OLD_RESAMPLE, Config, Model, View
 from fastssl.methods import METHODS
 from fastssl.methods.method import Method
 from fastssl.models import VITS, AnyBackbone, build_backbone
@@ -120,7 +120,7 @@ def backbone_of(saved: Checkpoint) -> Backbone:
         CheckpointError: there is none in it, or not all of it.
     """
     weights = saved.backbone()
-    model = saved.section(Model, "model")
+    model = saved.section(Model, "model", resample=OLD_RESAMPLE)
     module = build_backbone(model)
     missing, unexpected = module.load_state_dict(weights, strict=False)
     if missing or unexpected:
@@ -145,7 +145,7 @@ def config_of(saved: Checkpoint) -> Config:
         views = kind.Views(**groups)
     except TypeError as error:
         raise CheckpointError(f"{saved.path}: the views of its config are unusable ({error})") from None
-    return Config(name, views, saved.section(kind.Settings, name), model=saved.section(Model, "model"))
+    return Config(name, views, saved.section(kind.Settings, name), model=saved.section(Model, "model", resample=OLD_RESAMPLE))
 
 
 def open_method(saved: Checkpoint) -> tuple[Config, Method]:

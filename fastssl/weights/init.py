@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fastssl.config import Config
@@ -22,7 +21,7 @@ from fastssl.methods.method import Method
 from fastssl.models import VITS
 from fastssl.models.resnet import ResNet
 from fastssl.models.timm_backbone import TimmBackbone
-from fastssl.models.vit import ViT
+from fastssl.models.vit import ViT, resample_positions
 from fastssl.training import checkpoint
 from fastssl.training.checkpoint import CheckpointError
 from fastssl.weights.backbone import LIBRARIES, check_finite, open_backbone
@@ -249,7 +248,7 @@ def _fit_vit(state: State, module: ViT, config: Config, heads: int | None, notes
             f"{name} has a position table of {table.shape[1]} rows, which are no square and a class token"
         )
     if (side, side) != module.grid:
-        table = resample_abs_pos_embed(table, list(module.grid), num_prefix_tokens=1)
+        table = resample_positions(table.float(), (side, side), module.grid, module.resample)
         notes.append(f"position table resampled from {side} x {side} to {module.grid[0]} x {module.grid[1]} patches")
     if config.model.positions != "learned" and not torch.allclose(table, module.pos_embed, atol=1e-3):
         notes.append(

@@ -52,6 +52,16 @@ def test_images_of_both_are_found(train, val, sets):
     assert found == {("class0/train3.jpg", "class0/copy.jpg"), ("class1/train4.jpg", "class2/moved.jpg")}
 
 
+def test_a_checksum_in_common_by_chance_is_not_the_same_image(sets, monkeypatch):
+    monkeypatch.setattr(
+        "fastssl.evaluation.shared._Images.checksums", lambda self: np.zeros(len(self.lengths), np.uint32)
+    )
+    data, judged = open_source(str(sets / "train.beton")), open_source(str(sets / "val.beton"))
+    names = open_source(str(sets / "train")).files, open_source(str(sets / "val")).files
+    found = {(names[0][i].split("/")[1], names[1][j].split("/")[1]) for i, j in shared_images(data, judged)}
+    assert found == {("train3.jpg", "copy.jpg"), ("train4.jpg", "moved.jpg"), ("train5.jpg", "near.jpg")}
+
+
 def test_a_checksum_less_its_last_bytes():
     data, last = [b"", b"ab", bytes(range(256))], np.random.default_rng(0).integers(0, 256, (3, 8)).astype(np.uint8)
     whole = [zlib.crc32(one + end.tobytes()) for one, end in zip(data, last, strict=True)]

@@ -264,13 +264,14 @@ def test_what_is_left_out_is_counted_and_named_and_links_are_followed_once(tmp_p
     }.items():
         (data / link).symlink_to(target)
     (apart / "dogs" / "puppies" / "back").symlink_to(apart)
+    (data / "self").symlink_to("self")
     found = scan_folder(data)
     assert found.files == ["cat/a.JPG", "cat/c.pgm", "cat/deep/b.jfif", "dog/d.png", "dog/puppies/e.png"]
     assert found.classes == ["cat", "dog", "faces"]
     assert found.labels.tolist() == [0, 0, 0, 1, 1]
     text = found.left_out()
     assert "2 hidden: .old, cat/.ipynb_checkpoints" in text
-    assert "4 with endings that are not listed" in text
+    assert "5 with endings that are not listed" in text
     assert ".heic 1" in text
     assert ": cat/a.jp2, cat/b.heic, cat/none, ..." in text
     assert "3 linked folders that were read already: cat/up, dog again, dog/puppies/back/dogs" in text

@@ -1,6 +1,7 @@
 """Several processes compute what one computes: gathering, sums, merged statistics, batch norm, with their gradients."""
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -89,6 +90,15 @@ def test_on_one_process_it_is_pytorchs_own():
     assert type(own[1]) is SyncBatchNorm
     assert torch.equal(own(IMAGES), net(IMAGES))
     assert torch.equal(own.eval()(IMAGES), net.eval()(IMAGES))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_norms_that_hold_an_activation_keep_it(device):
+    net = timm.create_model("regnetx_002", pretrained=False).eval()
+    images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = net(images)
+        torch.testing.assert_close(synchronise_batch_norm(net, torch.device(device)).eval()(images), before)
 
 
 @pytest.mark.parametrize("momentum", [0.1, None])

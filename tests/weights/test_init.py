@@ -118,6 +118,9 @@ def test_tables_of_other_sizes_and_missing_layer_scale_are_made_to_fit(tmp_path)
     assert "the position table is the file's and does not learn" in said
     assert "layer scale: 1, for the file has none" in said
     assert method.encoder.pos_embed[0, 0].abs().max() == 0
+    square = theirs.pos_embed.detach().reshape(1, 8, 8, -1).permute(0, 3, 1, 2)
+    plain = torch.nn.functional.interpolate(square, size=(4, 4), mode="bicubic")  # MAE's own rule: no antialiasing
+    torch.testing.assert_close(method.encoder.pos_embed[:, 1:], plain.flatten(2).mT, rtol=1e-4, atol=1e-6)
     method, _ = started("mae", str(tmp_path / "file.pth"), layer_scale=0.1, image_size=64)
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

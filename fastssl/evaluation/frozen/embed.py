@@ -213,6 +213,8 @@ def place(values: Tensor) -> np.ndarray:
     from sklearn.manifold import TSNE
 
     table = F.normalize(values.float(), dim=1).numpy()
+    if not np.ptp(table, axis=0).any():  # t-SNE would divide by their deviation
+        return np.zeros((len(table), 2), np.float32)
     if min(table.shape) > PLANE_COMPONENTS:
         table = PCA(PLANE_COMPONENTS, random_state=0).fit_transform(table)
     perplexity = min(30.0, (len(table) - 1) / 3)

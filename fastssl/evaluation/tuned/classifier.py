@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fastssl.config import ConfigError, Model
+from fastssl.config import OLD_RESAMPLE, ConfigError, Model
 from fastssl.models import AnyBackbone, build_backbone
 from fastssl.models.relative_positions import add_relative_positions, attention_bias
 from fastssl.models.vit import ViT
@@ -97,7 +97,7 @@ def _ours(saved: Checkpoint) -> tuple[dict[str, Classifier], int, int, list[str]
         states["moving average"] = extra["ema"]
     networks = {}
     for name, state in states.items():
-        backbone = build_backbone(saved.section(Model, "model"), 0.0)
+        backbone = build_backbone(saved.section(Model, "model", resample=OLD_RESAMPLE), 0.0)
         networks[name] = Classifier(backbone, extra["num_classes"], how["pool"], how["size"], how["relative_positions"])
         networks[name].load_state_dict(state)
     return networks, how["size"], len(extra["history"]), extra["classes"], saved.step

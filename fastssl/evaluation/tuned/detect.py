@@ -297,7 +297,7 @@ class Detection(Run[Images, DetectEvaluation]):
 
     def fingerprint(self) -> dict[str, Any]:
         images = {"weights": self.weights, "images_per_step": self.pace.images_per_step, "images": len(self.usable)}
-        return {**settings(self.options, "val_images", "checkpointing"), **images}
+        return {**settings(self.options, "val_images", "checkpointing", "frame"), **images}
 
     def record(self) -> Checkpoint:
         name = next(name for name, part in self.detector.named_modules() if part is self.backbone.module)

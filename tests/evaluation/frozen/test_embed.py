@@ -97,6 +97,10 @@ def test_like_features_lie_together_on_the_map():
     assert (distance.argmin(1) // 20 == torch.arange(60) // 20).all()
 
 
+def test_a_network_that_gives_every_image_the_same_has_a_map_of_one_point():
+    assert not place(torch.ones(40, 64)).any()
+
+
 def test_the_map_is_left_out_in_a_line_where_its_library_is_missing(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
     assert main(["embed", str(folder / "c.pt"), str(folder / "images"), str(tmp_path / "a")]) == 0
