@@ -60,7 +60,7 @@ def pretrain(
 
     given = {"config": config, "method": method, "init": init}
     values, _ = parse_pretrain(_arguments({key: value for key, value in given.items() if value is not None} | options))
-    from fastssl.pretrain.trainer import pretrain as run
+    from fastssl.pretraining.trainer import pretrain as run
 
     return run(values)
 
@@ -148,7 +148,7 @@ def _one_process() -> Iterator[None]:
 def _arguments(options: dict[str, Any], prefix: str = "") -> list[str]:
     """Options as the command line has them: --data.path=images."""
     found = []
-    for key, value in sorted(options.items(), key=lambda item: item[0] != "config"):  # what is given by name wins over it
+    for key, value in sorted(options.items(), key=lambda item: item[0] != "config"):  # others win over it
         if isinstance(value, dict):
             found += _arguments(value, f"{prefix}{key}.")
             continue

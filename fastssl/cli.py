@@ -129,7 +129,7 @@ class Group:
 def pretrain(name: str, arguments: list[str]) -> int:
     """Pretrain a model: --config RECIPE.yaml [--optim.lr 1e-3 ...]; under torchrun on many GPUs."""
     config, as_json = parse_pretrain(arguments, must_exist=True)
-    from fastssl.pretrain.trainer import pretrain as run
+    from fastssl.pretraining.trainer import pretrain as run
 
     return _show(run(config), as_json)
 
@@ -148,24 +148,24 @@ def import_(name: str, arguments: list[str]) -> int:
 
 def bench_step(name: str, arguments: list[str]) -> int:
     """Measure a recipe's training step."""
-    source = declared("fastssl.pretrain.bench_step")
+    source = declared("fastssl.pretraining.bench_step")
     about = source.bench.__doc__.splitlines()[0]
     config, as_json, sections = parse_recipe(name, about, arguments, bench=source.StepBenchOptions)
-    from fastssl.pretrain.bench_step import bench as run
+    from fastssl.pretraining.bench_step import bench as run
 
     return _show(run(config, sections["bench"]), as_json)
 
 
 def bench_gpu(name: str, arguments: list[str]) -> int:
     """Answer everything about this machine's GPU."""
-    source = declared("fastssl.pretrain.bench_gpu")
+    source = declared("fastssl.pretraining.bench_gpu")
     about = source.bench.__doc__.splitlines()[0]
     options, as_json = parse_options(name, about, source.GpuBenchOptions, arguments, section="bench")
     if options.job:
-        from fastssl.pretrain.bench_gpu_jobs import work
+        from fastssl.pretraining.bench_gpu_jobs import work
 
         return work(json.loads(options.job), parse_recipe)
-    from fastssl.pretrain.bench_gpu import bench as run
+    from fastssl.pretraining.bench_gpu import bench as run
 
     return _show(run(options), as_json)
 
@@ -183,7 +183,7 @@ def bench_loader(name: str, arguments: list[str]) -> int:
         mine.append(argument)
     options, as_json = parse_options(name, kind.__doc__ or "", kind, own)
     config = parse_recipe(name, "", recipe)[0] if recipe else None
-    from fastssl.pretrain.bench_loader import bench as run
+    from fastssl.pretraining.bench_loader import bench as run
 
     return _show(run(options, config), as_json)
 

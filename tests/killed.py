@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fastssl.config import Config
-from fastssl.pretrain.trainer import Trainer, pretrain
+from fastssl.pretraining.trainer import Trainer, pretrain
 from fastssl.training import distributed
 from fastssl.training.log import RunLog
 
@@ -42,7 +42,7 @@ def start(world: int, config: Config, meeting: str, moment: Moment | None = None
     """Runs pretraining on so many processes until each has ended; their exit codes. As under torchrun, the others are
     asked to end when one has died, and killed where they cannot hear it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fastssl.pretrain.trainer", "torch.utils.tensorboard", "numba.np.arraymath"])
+    context.set_forkserver_preload(["fastssl.pretraining.trainer", "torch.utils.tensorboard", "numba.np.arraymath"])
     processes = [context.Process(target=_run, args=(rank, world, config, meeting, moment)) for rank in range(world)]
     for process in processes:
         process.start()

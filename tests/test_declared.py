@@ -46,7 +46,7 @@ def commands(members=COMMANDS, path=()):
 
 
 OPTIONS = [(member.module, member.options) for _, member in commands() if isinstance(member, Command)]
-OPTIONS += [("pretrain.bench_step", "StepBenchOptions"), ("pretrain.bench_gpu", "GpuBenchOptions")]
+OPTIONS += [("pretraining.bench_step", "StepBenchOptions"), ("pretraining.bench_gpu", "GpuBenchOptions")]
 OPTIONS += [("loaders.bench", "LoaderBenchOptions")]
 
 

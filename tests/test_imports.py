@@ -38,16 +38,16 @@ ALLOWED = {
     "evaluation.tuned": {
         *("batch", "config", "evaluation", "loaders", "models", "pictures", "progress", "training", "weights"),
     },
-    "pretrain": {
+    "pretraining": {
         *("augment", "batch", "config", "evaluation", "evaluation.frozen", "kernels", "loaders", "methods", "models"),
         *("pictures", "step", "training", "weights"),
     },
     "prepare": {
-        *("augment", "batch", "config", "evaluation.frozen", "loaders", "models", "parse", "pictures", "pretrain"),
+        *("augment", "batch", "config", "evaluation.frozen", "loaders", "models", "parse", "pictures", "pretraining"),
         *("progress", "training", "weights"),
     },
-    "cli": {"config", "declared", "parse", "pretrain", "weights"},  # and by name, what a command runs
-    "api": {"cli", "config", "models", "parse", "pretrain", "weights"},  # inside its functions
+    "cli": {"config", "declared", "parse", "pretraining", "weights"},  # and by name, what a command runs
+    "api": {"cli", "config", "models", "parse", "pretraining", "weights"},  # inside its functions
     "__main__": {"cli"},
     "__init__": {"api"},
 }
@@ -111,9 +111,9 @@ def test_no_room_imports_one_above_it():
 
 def test_rule_catches_a_forbidden_import(tmp_path):
     bad = tmp_path / "bad.py"
-    bad.write_text("from fastssl.pretrain.trainer import Trainer\n")
-    assert {room(name) for name in project_imports(bad)} == {"pretrain"}
-    assert "pretrain" not in ALLOWED["loaders"]
+    bad.write_text("from fastssl.pretraining.trainer import Trainer\n")
+    assert {room(name) for name in project_imports(bad)} == {"pretraining"}
+    assert "pretraining" not in ALLOWED["loaders"]
     assert home("fastssl.loaders", ROOT / "loaders/draw.py") == "loaders"
     assert home("fastssl", ROOT / "fastssl/evaluation/frozen/knn.py") == "evaluation.frozen"
 

@@ -15,7 +15,7 @@ from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.synthetic import draw_images
 from fastssl.loaders.verify import VerifyOptions, verify
 from fastssl.parse import parse_pretrain
-from fastssl.pretrain.trainer import pretrain
+from fastssl.pretraining.trainer import pretrain
 
 
 @dataclass

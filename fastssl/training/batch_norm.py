@@ -43,7 +43,9 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, ...] -> the same shape."""
         x = over_processes(self, x)
-        return self.act(self.drop(x)) if hasattr(self, "act") else x  # timm's norms do these too
+        for name in ("drop", "act"):  # timm's norms do these too
+            x = getattr(self, name, nn.Identity())(x)
+        return x
 
     def _check_input_dim(self, x: Tensor) -> None:
         pass

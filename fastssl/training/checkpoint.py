@@ -189,7 +189,9 @@ PLAIN: list[Any] = [  # what authors' training files hold beside tensors: their 
     pathlib.PosixPath,
     pathlib.PurePosixPath,
     np.dtype,
-    *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),  # NumPy 1 and 2
+    *(
+        (np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
+    ),  # NumPy 1 and 2
     type(np.dtype(np.float64)),
     type(np.dtype(np.float32)),
     type(np.dtype(np.int64)),

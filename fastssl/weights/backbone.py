@@ -145,7 +145,9 @@ def config_of(saved: Checkpoint) -> Config:
         views = kind.Views(**groups)
     except TypeError as error:
         raise CheckpointError(f"{saved.path}: the views of its config are unusable ({error})") from None
-    return Config(name, views, saved.section(kind.Settings, name), model=saved.section(Model, "model", resample=OLD_RESAMPLE))
+    return Config(
+        name, views, saved.section(kind.Settings, name), model=saved.section(Model, "model", resample=OLD_RESAMPLE)
+    )
 
 
 def open_method(saved: Checkpoint) -> tuple[Config, Method]:

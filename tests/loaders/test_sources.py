@@ -14,7 +14,7 @@ from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.decode import Encoded
 from fastssl.loaders.sources import DecodeError, SourceError, decode, list_images, open_source, scan_folder
 from fastssl.loaders.views import evaluation_batches
-from fastssl.pretrain.identity import identity
+from fastssl.pretraining.identity import identity
 
 
 def picture(path, height=8, width=12, colour=(200, 100, 50), **options) -> None:

@@ -18,7 +18,7 @@ from fastssl.models.pyramid import Pyramid
 from fastssl.models.timm_backbone import TimmBackbone
 from fastssl.models.vit import ViT
 from fastssl.parse import parse_recipe
-from fastssl.pretrain.preflight import trial_batch
+from fastssl.pretraining.preflight import trial_batch
 from fastssl.step import Values
 from fastssl.training import checkpoint
 

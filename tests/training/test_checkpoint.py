@@ -92,7 +92,9 @@ def test_another_kind_of_checkpoint_is_named(tmp_path):
 
 def test_sections_become_their_dataclasses_or_one_line():
     assert saved().section(Model, "model").depth == 2
-    assert saved().section(Model, "model", resample="dino").resample == "dino"  # a record from before there was this key
+    assert (
+        saved().section(Model, "model", resample="dino").resample == "dino"
+    )  # a record from before there was this key
     named = {"model": {"name": "vit_tiny", "resample": "plain"}}
     assert saved(config=named).section(Model, "model", resample="dino").resample == "plain"
     for config, words in (
@@ -137,5 +139,7 @@ def test_evaluate_without_a_checkpoint_says_so(tmp_path, capsys):
 def test_scalars_of_either_numpy_are_read(core, tmp_path):
     torch.save({"lr": np.float64(0.5)}, tmp_path / "file.pth", _use_new_zipfile_serialization=False)
     content = (tmp_path / "file.pth").read_bytes()
-    (tmp_path / "file.pth").write_bytes(content.replace(b"numpy._core.multiarray\n", f"numpy.{core}.multiarray\n".encode()))
+    (tmp_path / "file.pth").write_bytes(
+        content.replace(b"numpy._core.multiarray\n", f"numpy.{core}.multiarray\n".encode())
+    )
     assert checkpoint.load(tmp_path / "file.pth") == {"lr": 0.5}

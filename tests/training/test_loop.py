@@ -19,7 +19,7 @@ from fastssl.evaluation.tuned.finetune import FinetuneOptions, Finetuner
 from fastssl.evaluation.tuned.segment import Segmentation, SegmentOptions
 from fastssl.loaders.synthetic import draw_images
 from fastssl.parse import parse_pretrain
-from fastssl.pretrain.trainer import Trainer
+from fastssl.pretraining.trainer import Trainer
 from fastssl.training import checkpoint, distributed
 from fastssl.training.checkpoint import CheckpointError
 from fastssl.training.loop import Stopped, TrainingError

@@ -16,7 +16,7 @@ from fastssl.loaders.synthetic import draw_images
 from fastssl.methods import METHODS
 from fastssl.parse import parse_pretrain
 from fastssl.prepare.tokenizer import TokenizerOptions, train_tokenizer
-from fastssl.pretrain.trainer import Trainer
+from fastssl.pretraining.trainer import Trainer
 
 STEPS = 2
 SPLIT = {"sit": (2, 1), "saae": (4, 1), "scfs": (4, 1)}  # images, micro-batches: the interpreter takes long

@@ -21,7 +21,7 @@ from fastssl.batch import Batch
 from fastssl.config import Checked, Config, ConfigError, NonNegativeInt, PositiveInt, check
 from fastssl.kernels._path import MODES, forced
 from fastssl.kernels._rate import matrix_rate
-from fastssl.pretrain.trainer import Trainer
+from fastssl.pretraining.trainer import Trainer
 from fastssl.training import distributed
 from fastssl.training.launches import count_step
 from fastssl.training.timing import Stopwatch

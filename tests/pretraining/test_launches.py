@@ -17,7 +17,7 @@ from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.synthetic import draw_images
 from fastssl.parse import parse_pretrain
 from fastssl.prepare.tokenizer import TokenizerOptions, train_tokenizer
-from fastssl.pretrain.trainer import Trainer
+from fastssl.pretraining.trainer import Trainer
 from fastssl.training.launches import LaunchCount, count_step
 
 NARROW = {key: MODEL[key] for key in ("model.heads",)} | {"model.width": 48, "model.depth": 12}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastssl.config import Config
-from fastssl.pretrain.bench_gpu import CASES, COPIES, RECIPES, SMALL_RECIPES, Results, recipe_file
+from fastssl.pretraining.bench_gpu import CASES, COPIES, RECIPES, SMALL_RECIPES, Results, recipe_file
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class Work:
     """A job's values, and the door to the command that started it.
 
     Args:
-        values: what `fastssl.pretrain.bench_gpu` passes on: kind, key, device, results, data, and the kind's own.
+        values: what `fastssl.pretraining.bench_gpu` passes on: kind, key, device, results, data, and the kind's own.
         parse: makes a configuration of arguments (`fastssl.parse.parse_recipe`).
         say: tells the command a word.
     """
@@ -228,8 +228,8 @@ def time_steps(work: Work) -> None:
     import torch
 
     from fastssl.models.dvae import DalleEncoder
-    from fastssl.pretrain import bench_step
-    from fastssl.pretrain.trainer import Trainer
+    from fastssl.pretraining import bench_step
+    from fastssl.pretraining.trainer import Trainer
 
     recipe = {**RECIPES, **SMALL_RECIPES}[work.values["recipe"]]
     with contextlib.ExitStack() as stack:

@@ -19,7 +19,7 @@ from fastssl.cli import main
 from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.synthetic import draw_images
 from fastssl.parse import parse_pretrain
-from fastssl.pretrain.trainer import Trainer, pretrain
+from fastssl.pretraining.trainer import Trainer, pretrain
 from fastssl.training import checkpoint
 from fastssl.training.checkpoint import CheckpointError, InUseError, locked
 from fastssl.training.loop import TrainingError

@@ -24,8 +24,8 @@ from fastssl.loaders.synthetic import draw_images
 from fastssl.methods import METHODS
 from fastssl.parse import parse_pretrain
 from fastssl.prepare.tokenizer import TokenizerOptions, train_tokenizer
-from fastssl.pretrain.preflight import loading_rate
-from fastssl.pretrain.trainer import Trainer, pretrain
+from fastssl.pretraining.preflight import loading_rate
+from fastssl.pretraining.trainer import Trainer, pretrain
 from fastssl.training import checkpoint
 from fastssl.training.loop import TrainingError
 
@@ -299,7 +299,7 @@ def test_the_preflight_line_estimates_and_leaves_the_model_as_it_was(images, tmp
 def test_the_loader_is_tried_before_a_run_of_more_than_a_few_steps(images, tmp_path, monkeypatch):
     few = Trainer(config(images, tmp_path))
     assert not [line for line in few.describe() if line.startswith("loader:")]
-    monkeypatch.setattr("fastssl.pretrain.trainer.FEW_STEPS", 0)
+    monkeypatch.setattr("fastssl.pretraining.trainer.FEW_STEPS", 0)
     (line,) = [line for line in Trainer(config(images, tmp_path)).describe() if line.startswith("loader:")]
     assert re.match(
         r"loader: gives about [1-9][\d.]* images/s per process, the step is estimated to take [\d.]+: ", line
@@ -312,7 +312,7 @@ def test_the_loader_is_tried_before_a_run_of_more_than_a_few_steps(images, tmp_p
 
 def test_trying_a_loader_takes_a_bounded_time_and_leaves_no_thread(images, tmp_path, monkeypatch):
     loader = Trainer(config(images, tmp_path)).loader
-    monkeypatch.setattr("fastssl.pretrain.preflight.SECONDS", 0.0)
+    monkeypatch.setattr("fastssl.pretraining.preflight.SECONDS", 0.0)
     taken = []
     monkeypatch.setattr(loader._memory, "pinned", lambda batch: taken.append(batch) or batch)
     assert loading_rate(loader, 0) > 0

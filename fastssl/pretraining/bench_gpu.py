@@ -6,7 +6,7 @@ appended to results.jsonl when it is there; what is in that file is not done aga
 part.
 
 This file imports no PyTorch: the command itself only starts, watches and ends processes. What they do is in
-`fastssl.pretrain.bench_gpu_jobs`, the page in `fastssl.pretrain.bench_gpu_page`.
+`fastssl.pretraining.bench_gpu_jobs`, the page in `fastssl.pretraining.bench_gpu_page`.
 """
 
 from __future__ import annotations
@@ -520,7 +520,15 @@ class _Bench:
             paths = [path for path in paths if path.name == "test_check.py"]
         if not paths:
             raise ConfigError(f"no tests in {folder}; name the project's folder of tests with --bench.tests")
-        command = [sys.executable, "-m", "pytest", "-p", "fastssl.pretrain.bench_gpu_tests", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "fastssl.pretraining.bench_gpu_tests",
+            "-p",
+            "no:cacheprovider",
+        ]
         command += ["-q", "-m", "not gpu" if self.small else "gpu", f"--junitxml={self.out / 'tests.xml'}"]
         if find_spec("pytest_timeout"):
             command += ["--timeout=100"]
@@ -531,7 +539,7 @@ class _Bench:
         return Job("pytest", ["env", record, *shell, *command, *map(str, paths)], good=(0, 1, 5))
 
     def _write_page(self) -> str:
-        from fastssl.pretrain.bench_gpu_page import failed_tests, page
+        from fastssl.pretraining.bench_gpu_page import failed_tests, page
 
         records = list(self.results.read().values())
         text = page(records, self.cores)

@@ -13,9 +13,9 @@ import torch
 
 from fastssl.cli import main
 from fastssl.config import Run
-from fastssl.pretrain import bench_gpu
-from fastssl.pretrain.bench_gpu import PARTS, RECIPES, Job, Results, Runner, contenders
-from fastssl.pretrain.bench_gpu_page import failed_tests, page
+from fastssl.pretraining import bench_gpu
+from fastssl.pretraining.bench_gpu import PARTS, RECIPES, Job, Results, Runner, contenders
+from fastssl.pretraining.bench_gpu_page import failed_tests, page
 
 WORKER = "import sys\nprint('ready', flush=True)\nfor line in sys.stdin:\n    {}\n    print('done', flush=True)\n"
 ROW = {
@@ -102,7 +102,7 @@ def test_a_part_is_done_again_where_that_is_asked_for(small, tmp_path, monkeypat
 
 def test_a_killed_command_keeps_what_it_has_and_leaves_no_process(tmp_path):
     code = (
-        "import sys\nfrom fastssl.pretrain import bench_gpu as b\n"
+        "import sys\nfrom fastssl.pretraining import bench_gpu as b\n"
         "hang = 'import time; time.sleep(300)'\n"
         "b._Bench._facts = lambda self: {'ops': ['a']}\n"
         "b._Bench._phases = lambda self, part: iter([([b.Job('quick', [sys.executable, '-c', '']),\n"

@@ -9,7 +9,7 @@ from fastssl.config import Config, Data, Model, Monitor
 from fastssl.evaluation.data import EvaluationError
 from fastssl.loaders.sources import SourceError
 from fastssl.models import build_backbone
-from fastssl.pretrain.monitor import KNNMonitor
+from fastssl.pretraining.monitor import KNNMonitor
 
 MODEL = Model(name="vit_tiny", image_size=16, patch_size=8, width=24, depth=2, heads=2, drop_path=0.5)
 

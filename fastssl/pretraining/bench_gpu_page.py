@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from fastssl.pretrain.bench_gpu import PARTS, RECIPES, SMALL_RECIPES, Record, contenders
+from fastssl.pretraining.bench_gpu import PARTS, RECIPES, SMALL_RECIPES, Record, contenders
 
 FACTS = ("gpu", "driver", "cuda", "torch", "triton", "torchvision", "numpy", "numba", "python", "cores", "commit")
 TITLES = {

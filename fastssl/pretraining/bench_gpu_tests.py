@@ -1,4 +1,4 @@
-"""A plugin for pytest (`-p fastssl.pretrain.bench_gpu_tests`): every outcome is written down when it is there.
+"""A plugin for pytest (`-p fastssl.pretraining.bench_gpu_tests`): every outcome is written down when it is there.
 
 A second run leaves out what has passed or was skipped in the first one.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from fastssl.pretrain.bench_gpu import Results
+from fastssl.pretraining.bench_gpu import Results
 
 PART = "tests"
 

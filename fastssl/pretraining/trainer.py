@@ -29,9 +29,9 @@ from fastssl.loaders.sources import open_source
 from fastssl.methods import METHODS, view_list
 from fastssl.models import AnyBackbone
 from fastssl.pictures import save as save_picture
-from fastssl.pretrain.identity import flat, identity, repeated, settings
-from fastssl.pretrain.monitor import KNNMonitor, why_off
-from fastssl.pretrain.preflight import FEW_STEPS, loading_rate, preflight
+from fastssl.pretraining.identity import flat, identity, repeated, settings
+from fastssl.pretraining.monitor import KNNMonitor, why_off
+from fastssl.pretraining.preflight import FEW_STEPS, loading_rate, preflight
 from fastssl.step import Values
 from fastssl.training import distributed
 from fastssl.training.checkpoint import Checkpoint, replace_file

@@ -9,7 +9,7 @@ from fastssl.loaders import batch_pool
 from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.ffcv_loader import FFCVLoader
 from fastssl.loaders.synthetic import draw_images
-from fastssl.pretrain import bench_loader
+from fastssl.pretraining import bench_loader
 
 RECIPE = """
 method: semmae
