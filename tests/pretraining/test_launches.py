@@ -78,7 +78,7 @@ def zeros(monkeypatch):
 
 
 def open_run(method, images, folder, **more):
-    values = {"data.path": images / "train.beton", "run.dir": folder, "data.workers": 1, "data.batch_size": 4}
+    values = {"data.path": images / "train.beton", "run.dir": folder, "data.workers": 1, "data.batch_size": 2}
     values |= {"run.device": "cpu", "run.threads": 1, "run.precision": "bf16", **NARROW, **WIDTHS[method], **more}
     if method == "cae":
         values["cae.tokenizer"] = images / "codebook.pt"

@@ -94,9 +94,9 @@ def test_ten_steps_resumed_for_ten_more_are_twenty_bitwise(images, tmp_path, met
 @pytest.mark.parametrize("method", ["dino", "scfs"])
 def test_bfloat16_runs_keep_float32_weights_and_continue_bitwise(images, tmp_path, method):
     more = {"run__precision": "bf16", "model__drop_path": 0.2}
-    pretrain(config(images, tmp_path / "whole", method, run__steps=8, **more))
-    pretrain(config(images, tmp_path / "parts", method, run__steps=4, **more))
-    trainer = Trainer(config(images, tmp_path / "parts", method, run__steps=8, **more))
+    pretrain(config(images, tmp_path / "whole", method, run__steps=4, **more))
+    pretrain(config(images, tmp_path / "parts", method, run__steps=2, **more))
+    trainer = Trainer(config(images, tmp_path / "parts", method, run__steps=4, **more))
     assert len(trainer.masters) > 10
     linear = trainer.method.student.head.mlp[0].weight
     assert linear.dtype == torch.bfloat16
@@ -107,7 +107,7 @@ def test_bfloat16_runs_keep_float32_weights_and_continue_bitwise(images, tmp_pat
     assert torch.equal(linear, exact.bfloat16())
     trainer.train()
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    pretrain(config(images, tmp_path / "parts", method, run__steps=9, model__drop_path=0.2))  # float32 may go on
+    pretrain(config(images, tmp_path / "parts", method, run__steps=5, model__drop_path=0.2))  # float32 may go on
 
 
 def test_resume_inside_an_epoch_with_accumulation_is_exact(images, tmp_path):
