@@ -115,7 +115,8 @@ def test_what_is_not_there_is_said_before_anything_starts(names, words, tmp_path
         importlib.util, "find_spec", lambda name, *more: here[name] if name in here else real(name, *more)
     )
     run = tmp_path / "run"
-    assert main(["pretrain", "--method=dino", f"--data.path={tmp_path}", f"--run.loggers={names}", f"--run.dir={run}"]) == 2
+    arguments = ["--method=dino", f"--data.path={tmp_path}", f"--run.dir={run}", f"--run.loggers={names}"]
+    assert main(["pretrain", *arguments]) == 2
     assert words in capsys.readouterr().err
     assert not run.exists()
 
