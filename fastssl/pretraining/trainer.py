@@ -58,6 +58,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
 
     kind = "pretrain"
     folder_option = "--run.dir"
+    change_option = "--run.change"
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -114,13 +114,16 @@ class Checkpoint:
         except (TypeError, ConfigError) as error:
             raise CheckpointError(f"{self.path}: the section '{name}' of its config is unusable ({error})") from None
 
-    def check(self, fingerprint: dict[str, Any], option: str, allowed: Collection[str] = ()) -> list[str]:
+    def check(
+        self, fingerprint: dict[str, Any], option: str, allowed: Collection[str] = (), change: str = ""
+    ) -> list[str]:
         """Whether the run that wrote this may be continued as it is asked for now.
 
         Args:
             fingerprint: of the present run.
             option: the option that names the run's folder.
             allowed: keys that may differ.
+            change: the option that names such keys; empty: there is none.
 
         Returns:
             What differs among the allowed keys, "KEY (was A, now B)".
@@ -142,11 +145,12 @@ class Checkpoint:
             for key in keys
             if self.fingerprint.get(key) != fingerprint.get(key)
         }
-        refused = [words for key, words in differing.items() if key not in allowed]
+        refused = [key for key in differing if key not in allowed]
         if refused:
+            let = f"let them differ ({change} {','.join([*allowed, *refused])}), " if change else ""
             raise CheckpointError(
-                f"{self.path} was written with other settings: {', '.join(refused)}; continue it with the same "
-                f"settings, or name another folder with {option}"
+                f"{self.path} was written with other settings: {', '.join(differing[key] for key in refused)}; "
+                f"continue it with the same settings, {let}or name another folder with {option}"
             )
         return list(differing.values())
 

@@ -92,6 +92,7 @@ class Run(ABC, Generic[B, R]):
 
     kind: ClassVar[str]  # of its checkpoints
     folder_option: ClassVar[str] = "--dir"
+    change_option: ClassVar[str] = ""  # names keys that may differ from the checkpoint's
     file_name: ClassVar[str] = "last.pt"
     salt: ClassVar[bytes] = b""  # keeps the randomness of different kinds of runs apart
     ends_if_not_finite: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
@@ -252,7 +253,7 @@ class Run(ABC, Generic[B, R]):
         return parallel
 
     def _resume(self, saved: Checkpoint) -> None:
-        self.changes = saved.check(self.fingerprint(), self.folder_option, self.may_change())
+        self.changes = saved.check(self.fingerprint(), self.folder_option, self.may_change(), self.change_option)
         try:
             self.masters.load_state_dict(saved.network)
             self.optimizer.load_state_dict(saved.optimizer)

@@ -65,7 +65,7 @@ def finished(images, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"schedule__epochs": 3}, r"schedule\.epochs \(was 2, now 3\)"),
+        ({"schedule__epochs": 3}, r"epochs \(was 2, now 3\); .*\(--run\.change schedule\.epochs\)"),
         ({"schedule__epochs": 1, "schedule__warmup_epochs": 0}, r"schedule\.epochs \(was 2, now 1\), .*warmup_epochs"),
         ({"optim__lr": 0.5}, r"optim\.lr \(was 0\.00015, now 0\.5\)"),
         ({"mae__mask_ratio": 0.5}, r"mae\.mask_ratio \(was 0\.75, now 0\.5\)"),
