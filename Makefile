@@ -7,7 +7,7 @@ demo: .venv/ready
 	$(BIN)/fastssl demo --dir demo
 
 test: .venv/ready-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The converter against FFCV's own; make bench IMAGES=/data/imagenet/val for another folder.
 IMAGES = demo/images/train
@@ -32,6 +32,6 @@ lint: .venv/ready-test
 	sh .ci/install
 	touch $@
 
-.venv/ready-test: .venv/ready
+.venv/ready-test: pyproject.toml setup.py .ci/install
 	sh .ci/install test
-	touch $@
+	touch .venv/ready $@

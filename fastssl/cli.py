@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastssl.config import ConfigError, printable
+from fastssl.config import ConfigError, printable, redacted
 from fastssl.declared import declaration, declared
 from fastssl.parse import parse_options, parse_pretrain, parse_recipe
 
@@ -23,6 +23,7 @@ from fastssl.parse import parse_options, parse_pretrain, parse_recipe
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code: 0 done, 1 failed, 2 bad arguments, 128 + N ended by signal N."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    sys.argv = [redacted(word) for word in sys.argv]  # loggers and records write it down
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_help())
         return 0
@@ -38,6 +39,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         if type(error).__module__.startswith("fastssl") and not os.environ.get("FASTSSL_TRACEBACK"):
             return _fail(str(error), getattr(error, "code", 1))
+        together = sys.modules.get("fastssl.training.distributed")
+        if together and together.peer_is_gone(error) and not os.environ.get("FASTSSL_TRACEBACK"):
+            cause = " ".join(str(error).split())[:200]
+            return _fail(f"another process of this run has ended, or cannot be reached ({cause})", 1)
         raise
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -47,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"fastssl: {'' if code > 128 else 'error: '}{_printable(message)}", file=sys.stderr)
+    print(f"fastssl: {'' if code > 128 else 'error: '}{_printable(redacted(message))}", file=sys.stderr)
     return code
 
 
@@ -232,15 +237,25 @@ PARTS = Group(
     "  fastssl parts judge PARTS.pt DATA [--truth]                      numbers and pictures of the parts\n"
     "  fastssl parts import TOKENS MAPS                                 maps from the authors' token files",
 )
+MANIFEST = Group(
+    "Name a data set's shards in one file: fastssl manifest make|add|drop|show M.json [SHARD ...].",
+    {
+        "make": Command("", "loaders.manifest", "MakeOptions", "make", ("manifest", "shards...")),
+        "add": Command("", "loaders.manifest", "ChangeOptions", "add", ("manifest", "shards...")),
+        "drop": Command("", "loaders.manifest", "ChangeOptions", "drop", ("manifest", "shards...")),
+        "show": Command("", "loaders.manifest", "ShowOptions", "show", ("manifest",)),
+    },
+)
 COMMANDS: dict[str, Command | Group | Callable[[str, list[str]], int]] = {
     "convert": Command(
         "Convert a folder of images into one FFCV .beton file.",
         *("loaders.convert", "ConvertOptions", "convert", ("src", "dst")),
     ),
     "verify": Command(
-        "Read every sample of a .beton file and list what is bad.",
+        "Read every sample of a .beton file, tar or manifest and list what is bad.",
         *("loaders.verify", "VerifyOptions", "verify", ("path",)),
     ),
+    "manifest": MANIFEST,
     "pretrain": pretrain,
     "evaluate": EVALUATE,
     "embed": Command(

@@ -6,6 +6,7 @@ sections of its own: `views` (its view groups) and a section with the method's n
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -80,7 +81,9 @@ class Data(Checked):
     section: ClassVar[str] = "data"
 
     path: str = ""
-    """Training images: a .beton file, a glob of shards ('train-*.beton'), or a folder of images."""
+    """Training images: .beton files or tars in WebDataset's layout (one, a glob 'train-*.beton', a brace list
+    'train-{000..015}.tar'), a manifest of these (.json), or a folder of images; on a disk, or in a store (s3://, gs://,
+    https:// and others of fsspec)."""
     val: str = ""
     """Labelled validation images for the online k-NN monitor, same forms as path. Empty: none."""
     engine: Literal["auto", "ffcv", "dali", "reference"] = "auto"
@@ -92,9 +95,15 @@ class Data(Checked):
     """Decoding threads per process. 0: this machine's cores divided by the processes on it."""
     prefetch: PositiveInt = 4
     """Batches prepared ahead of the training step."""
-    page_window: NonNegativeInt = 0
-    """For a .beton that does not fit in memory: shuffle only the samples of so many pages (8 MiB each) at a time, pages
-    in random order, so that the disk is read in large pieces. 0: shuffle everything."""
+    page_window: NonNegativeInt | None = None
+    """For data that is read from far away or does not fit in memory: shuffle only the samples of so many pages (8 MiB
+    each) at a time, pages in random order, so that it is read in large pieces. 0: shuffle everything. None: 64 for
+    .beton and tar files in a store, 0 otherwise."""
+    cache: str = ""
+    """Folder that keeps what was fetched from a store, for all processes of a machine and for later runs; none: keep
+    nothing. Empty: $FASTSSL_CACHE, or ~/.cache/fastssl."""
+    cache_gb: NonNegativeFloat | None = None
+    """Bound of the whole cache, in GB; 5 % of its disk stay free in any case. None: $FASTSSL_CACHE_GB, or 50."""
     on_bad: Literal["skip", "raise"] = "skip"
     """A sample that cannot be decoded is replaced by another one (skip) or ends the run (raise)."""
     max_bad: NonNegativeInt = 100
@@ -203,11 +212,21 @@ class Run(Checked):
     """Arithmetic of the networks. auto: bf16 on a GPU that has it, fp16 on an older GPU, fp32 on the CPU."""
     steps: NonNegativeInt = 0
     """Stop after so many optimizer steps in all, with a checkpoint; schedules keep their length. 0: run to the end."""
+    images_per_step: NonNegativeInt = 0
+    """Images per optimizer step, however many processes there are: each takes its share in micro-batches of at most
+    data.batch_size images. 0: data.batch_size x processes x run.accumulate at the run's first start, and as many
+    whenever it goes on."""
     accumulate: PositiveInt = 1
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step; set by the run itself where these do not make its images per step."""
     recipe_batch: NonNegativeInt = 0
     """Images per optimizer step that the other numbers are for: a run with far fewer or more says what that changes. It
     sets nothing. 0: not known."""
+    shard: Literal["none", "fsdp"] = "none"
+    """fsdp: spread a ViT's matrices, their moments and the teacher's over the processes of torchrun, for a model that
+    outgrows a card; checkpoints then have a folder beside them (docs/sharding.md). none: each process has all."""
+    recompute: bool = False
+    """Keep a ViT block's input alone for the backward pass and compute the block again there: far less memory for
+    activations, about a third more computing."""
     compile: bool = False
     """Compile the backbone with torch.compile."""
     graph: Literal["never", "auto", "check"] = "never"
@@ -225,6 +244,9 @@ class Run(Checked):
     """Epochs between two writings of last.pt (fractions allowed)."""
     keep_every: NonNegativeInt = 0
     """Epochs between checkpoints that are kept for good (epoch-0100.pt). 0: only the last."""
+    hang_s: NonNegativeFloat = 600.0
+    """Seconds that nobody's main thread may stand still: then the process that the others wait for is named and the job
+    ends with exit code 75, so that torchrun or a scheduler starts it again. 0: it waits for ever."""
     resume: bool = True
     """Continue from last.pt in the run folder if there is one. False: refuse to overwrite such a folder."""
     change: str = ""
@@ -301,18 +323,47 @@ class Config:
 
 
 def plain(value: Any) -> Any:
-    """The value as files hold it: tuples become lists, in dicts too."""
+    """The value as files hold it: tuples become lists, in dicts too; URLs have lost their credentials."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return value
+    return redacted(value) if isinstance(value, str) else value
 
 
 def printable(text: str) -> str:
     """A name from a disk or a file as it may be printed, on one line: control characters (terminal escapes, line ends)
     and bytes that are not UTF-8 as \\xNN."""
     return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
+def shard_numbers(text: str) -> tuple[int, int]:
+    """I and N of the option `shard`, I/N: which of how many parts, counted from 0; (0, 1) where it is empty.
+
+    Raises:
+        ConfigError: it is anything else.
+    """
+    index, slash, total = (text or "0/1").partition("/")
+    numbers = (int(index), int(total)) if slash and index.isdecimal() and total.isdecimal() else (0, 0)
+    check(numbers[0] < numbers[1], "shard", text, "I/N with I from 0 to N-1, such as 0/4")
+    return numbers
+
+
+_URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+USER = re.compile(r"(?<=://)(?:[^/@]*@|[^/@:]*:(?!\d+(?:/|$))[^@]*@)")  # a key may hold a slash; a port is no password
+
+
+def redacted(text: str) -> str:
+    """A text whose URLs have lost what may be secret: user:password@, and the query (a presigned URL's signature)."""
+    return _URL.sub(_without_secrets, text)
+
+
+def _without_secrets(found: re.Match[str]) -> str:
+    text = found[0].rstrip(")")  # a bracket around the URL
+    url, mark, query = text.partition("?")
+    if mark and not url.lower().startswith("http") and "=" not in query:  # a pattern's question mark
+        url = text
+    return USER.sub("", url, count=1) + found[0][len(text) :]
 
 
 def _escaped(character: str) -> str:

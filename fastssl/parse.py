@@ -262,10 +262,10 @@ def parse_recipe(
     groups = {name: View(**value) for name, value in views.items()}  # an error in it names the group
     common: dict[str, Any] = {name: section(**values[name]) for name, section in SECTIONS.items()}
     if needs_data and not common["data"].path:
-        raise ConfigError("data.path is empty; name a .beton file, a glob of shards, or a folder of images")
+        raise ConfigError("data.path is empty; name a .beton file, a glob of shards, a manifest, or a folder of images")
     for key in ("path", "val") if must_exist else ():
         path = getattr(common["data"], key)
-        if path and not os.path.exists(path) and not glob.glob(path):
+        if path and not os.path.exists(path) and not glob.glob(path) and not re.search("://|{", path):  # seen later
             raise ConfigError(f"data.{key} is {path}, which does not exist")
     at_sight(kind.Views, groups)
     at_sight(kind.Settings, values[method])

@@ -246,10 +246,14 @@ def time_case(
         device: where; a CPU shows only that it works.
         compiled: the reference compiled, which several calls may share; None: compiled here, and forgotten.
     """
+    wanted = _listed(options.path)
+    forget = compiled is None and "compile" in wanted
+    if forget:
+        compiled = torch.compile(op.reference, dynamic=False)
     contenders: list[tuple[str, str, str, Callable[..., Any]]] = [
         ("triton", "kernel", "triton", op.call),
         ("eager", "eager", "reference", op.reference),
-        ("compile", "torch.compile", "reference", compiled or torch.compile(op.reference, dynamic=False)),
+        ("compile", "torch.compile", "reference", compiled or op.reference),
         *(("library", name, "reference", call) for name, call in op.library.items()),
     ]
     inputs = op.inputs(Maker(device), dtype, **case)
@@ -267,7 +271,7 @@ def time_case(
         del outputs
         mine = []
         for path, name, mode, call in contenders:
-            if path not in _listed(options.path):
+            if path not in wanted:
                 continue
             row: dict[str, Any] = {"pass": "forward+backward" if backward else "forward", "path": path, "name": name}
             try:
@@ -287,7 +291,7 @@ def time_case(
                 if own and row.get(key):
                     row[found] = row[key] / own
         rows += mine
-    if compiled is None:
+    if forget:
         torch.compiler.reset()
     return rows
 

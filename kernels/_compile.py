@@ -7,7 +7,6 @@ and what was recorded is compiled for each architecture exactly as a real launch
 from __future__ import annotations
 
 import importlib.metadata
-import inspect
 import multiprocessing
 import os
 import re
@@ -17,7 +16,6 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +43,7 @@ class Build:
         kernel: name of the function.
         arch: 80, 90 or 100.
         registers: per thread.
-        spills: bytes written to local memory for want of registers.
+        spills: bytes of local memory per thread, for want of registers.
         shared: bytes of shared memory per block.
         warps: per block.
     """
@@ -161,25 +159,19 @@ def _target(arch: int) -> Iterator[None]:
 
 
 def _measure(op: str, case: str, dtype: str, arch: int, compiled: Any) -> Build:
-    """Assembles the PTX once more, with the assembler's own report."""
-    from triton.backends.nvidia import compiler
+    """What the built kernel says it uses. Without arrays of its own, a kernel's stack frame holds what was spilled."""
+    from triton import knobs
 
-    ptx = compiled.asm["ptx"]
-    name = _found(r"^\.target (sm_\w+)", ptx)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [compiler.get_ptxas(arch).path, "-v", f"--gpu-name={name}"]
-        if "--regAllocOptLevel=2" in inspect.getsource(compiler):  # newer versions of Triton assemble with it
-            command.append("--regAllocOptLevel=2")
-        command += [str(source), "-o", str(source.with_suffix(".cubin"))]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise KernelError(f"{op}, {case}, {dtype}, sm_{arch}: ptxas failed: {done.stderr.strip().splitlines()[0]}")
-    registers = int(_found(r"Used (\d+) registers", done.stderr))
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", done.stderr))
+        raise KernelError(f"{op}, {case}, {dtype}, sm_{arch}: cuobjdump failed: {done.stderr.strip().splitlines()[0]}")
+    registers, stack = (int(_found(rf"{name}:(\d+)", done.stdout)) for name in ("REG", "STACK"))
     shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
-    return Build(op, case, dtype, compiled.metadata.name, arch, registers, spills, shared, warps)
+    return Build(op, case, dtype, compiled.metadata.name, arch, registers, stack, shared, warps)
 
 
 def _found(pattern: str, text: str) -> str:

@@ -27,7 +27,7 @@
 #define KEPT_BYTES (64 << 20) /* a thread gives larger buffers back after their row */
 
 enum { DECODED, LEFT_TO_OTHERS = 2, NOT_DONE = 255 };
-enum { UNKNOWN, JPEG, RAW, FILE_BY_NAME }; /* where a row's bytes lie: sources.py, Places */
+enum { UNKNOWN, JPEG, RAW, FILE_BY_NAME, FILE_AT }; /* where a row's bytes lie: decode.py, Places */
 
 int fastssl_decode_window(const uint8_t *data, size_t size, int64_t height, int64_t width, int as_stored,
                           int64_t *window, uint8_t *out, size_t capacity, char *message);
@@ -38,7 +38,7 @@ typedef void cut_function(const uint8_t *frame, int64_t stride, int64_t height, 
                           int64_t kind, int64_t planar, uint8_t *out, int64_t *bad);
 
 struct row { /* Integers as in a row of an int64 array; parts_file and parts_begin: where its part maps lie; crc32: not
-                negative where a stored JPEG's checksum is to be filled in. */
+                negative where the checksum of an image's bytes is to be filled in. */
   int64_t kind, file, begin, size, height, width, parts_file, parts_begin, crc32;
 };
 
@@ -215,11 +215,11 @@ static int fill(struct pool *pool, struct worker *me, const struct job *job, int
     if (it.kind == FILE_BY_NAME) {
       data = read_file(&me->data, (const char *)(intptr_t)it.begin, &it.size);
     } else {
-      data = it.size > 0 ? room(&me->data, (size_t)it.size) : NULL;
+      data = it.size > 0 && it.size <= MAX_BYTES ? room(&me->data, (size_t)it.size) : NULL;
       if (data && !read_at((int)it.file, data, it.size, it.begin)) data = NULL;
     }
     if (!data) return LEFT_TO_OTHERS;
-    if (it.kind == JPEG && it.crc32 >= 0) job->row[row].crc32 = crc32_of(data, it.size);
+    if (it.kind != FILE_BY_NAME && it.crc32 >= 0) job->row[row].crc32 = crc32_of(data, it.size);
     char message[MESSAGE_BYTES];
     int64_t columns = window[3] + SLACK < it.width ? window[3] + SLACK : it.width;
     size_t capacity = (size_t)(window[2] * columns * 3);
@@ -272,7 +272,7 @@ static void *work(void *argument) {
 
 /* A pool of `threads` threads, fewer where the system gives no more; NULL where it gives none. The number in the name
    rises with every change of what the functions and structs here take: batch_pool.py asks for the one it knows. */
-struct pool *fastssl_pool_start_3(int threads, cut_function *cut) {
+struct pool *fastssl_pool_start_4(int threads, cut_function *cut) {
   static pthread_once_t once = PTHREAD_ONCE_INIT;
   pthread_once(&once, make_crc_table);
   struct pool *pool = calloc(1, sizeof *pool + (size_t)threads * sizeof(pthread_t));

@@ -26,6 +26,15 @@ def read_ahead(
     yield from Ahead(workers, prefetch or 2 * max(1, workers)).run(lambda key: (make(key), ()), keys)
 
 
+_current = threading.local()
+
+
+def halted() -> bool:
+    """Whether this thread works for a pass that has been closed: what it waits for is of no more use."""
+    crew = getattr(_current, "crew", None)
+    return crew is not None and crew.closed
+
+
 class Ahead:
     """A pool of threads for one pass over items that are named by keys, such as their numbers.
 
@@ -126,6 +135,7 @@ class _Crew:
         return box
 
     def _work(self) -> None:
+        _current.crew = self
         while task := self._next():
             box, function, arguments = task
             result: tuple[Any, BaseException | None]

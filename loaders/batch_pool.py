@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fastssl.loaders import resample, window_decoder
-from fastssl.loaders.decode import JPEG, Places
+from fastssl.loaders.decode import FILE_AT, JPEG, Places
 from fastssl.loaders.loader import Crops
 
 _address, _number, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -57,7 +57,8 @@ class BatchPool:
                 [B, n, 3, S, S]; all contiguous.
             parts: int64 [B, 2], where the images' part maps lie (`Source.part_places`), and uint8 [B, N, h, w],
                 contiguous, to be filled with them.
-            crc32: int64 [B]; where it is not negative, it becomes the checksum of a stored JPEG, and -1 of others.
+            crc32: int64 [B]; where it is not negative, it becomes the checksum of the image's bytes, or -1 of raw
+                pixels and files by name.
 
         Returns:
             bool [B], which rows were filled. The others are no usual images, or damaged; for Python to see to.
@@ -68,7 +69,7 @@ class BatchPool:
         """
         count, part_bytes, part_address = len(heights), 0, 0
         rows = np.empty((count, 9), np.int64)
-        rows[:, 8] = -1 if crc32 is None else np.where(places.table[:, 0] == JPEG, crc32, -1)
+        rows[:, 8] = -1 if crc32 is None else np.where(np.isin(places.table[:, 0], (JPEG, FILE_AT)), crc32, -1)
         rows[:, :4], rows[:, 4], rows[:, 5] = places.table, heights, widths
         if parts is not None:
             rows[:, 6:8], maps = parts
@@ -117,7 +118,7 @@ def _typed(name: str, result: type | None, *arguments: type):
     return function
 
 
-_start = _typed("fastssl_pool_start_3", _address, _int, _address)
+_start = _typed("fastssl_pool_start_4", _address, _int, _address)
 _run = _typed("fastssl_pool_run", _int, _address, _number, _address, _number, _address, _number, _address, _address)
 _stop = _typed("fastssl_pool_stop", None, _address)
 _free = _typed("fastssl_pool_free", None, _address)

@@ -32,6 +32,8 @@ from fastssl.config import (
     View,
     check,
 )
+from fastssl.loaders.beton import PartPlaces
+from fastssl.loaders.cache import Block
 from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.decode import Places
 from fastssl.loaders.engine import ENGINES, make_loader, working_engines
@@ -230,6 +232,7 @@ class _Part(Source):
     def __init__(self, whole: Source, ids: np.ndarray) -> None:
         self.path, self.classes, self.has_parts = whole.path, whole.classes, whole.has_parts
         self.labels, self._whole, self._ids = whole.labels[ids], whole, ids
+        self.in_store = whole.in_store
 
     def sizes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._whole.sizes(self._ids[ids])
@@ -240,10 +243,16 @@ class _Part(Source):
     def places(self, ids: np.ndarray) -> Places | None:
         return self._whole.places(self._ids[ids])
 
+    def block_numbers(self, ids: np.ndarray) -> np.ndarray:
+        return self._whole.block_numbers(self._ids[ids])
+
+    def block(self, number: int) -> Block:
+        return self._whole.block(number)
+
     def parts(self, i: int) -> np.ndarray | None:
         return self._whole.parts(int(self._ids[i]))
 
-    def part_places(self, ids: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]] | None:
+    def part_places(self, ids: np.ndarray) -> PartPlaces | None:
         return self._whole.part_places(self._ids[ids])
 
     def name(self, i: int) -> str:

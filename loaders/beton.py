@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import logging
 import math
@@ -23,12 +24,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 
 from fastssl.config import printable
+from fastssl.loaders import cache, store
 from fastssl.loaders.decode import JPEG, DecodeError, Encoded, Places
+from fastssl.loaders.store import StoreError, StoreFile, shown
 
 log = logging.getLogger(__name__)
 
@@ -91,11 +94,27 @@ def pointers(rows: np.ndarray, fields: Sequence[Field], index: int) -> np.ndarra
     return column["data_ptr"] if kind == IMAGE else column["ptr"] if kind in (BYTES, JSON) else column
 
 
+class PartPlaces(NamedTuple):
+    """Where compiled code finds the part maps of some samples.
+
+    Attributes:
+        table: int64 [B, 2], file descriptor and first byte; -1 where Python has to say what is wrong.
+        shape: of one sample's maps.
+        held: what keeps the files open.
+    """
+
+    table: np.ndarray
+    shape: tuple[int, ...]
+    held: Sequence[Any] = ()
+
+
 class Beton:
-    """A .beton file. Reading is safe from many threads, after a fork, and when the file is cut short meanwhile.
+    """A .beton file, on a disk or in a store. Reading is safe from many threads, after a fork, and when the file is cut
+    short meanwhile.
 
     Attributes:
         path, size: the file and its length in bytes.
+        blocks: how a file in a store is fetched: whole pages; None of a local one.
         fields: its columns.
         rows: metadata, structured [n] (see `row_type`).
         labels: int64 [n], the field named 'label', or else the first int field; -1 where there is none.
@@ -103,10 +122,21 @@ class Beton:
 
     Raises:
         BetonError: not a .beton file, truncated, or inconsistent.
+        StoreError: a store does not give it.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path: Path | str = path if store.is_url(path) else Path(path)
+        self.blocks: cache.Blocks | None = None
+        if store.is_url(path):
+            file = StoreFile(str(path))
+            try:
+                self._open_in_store(file)
+            except BetonError:
+                if not cache.forget_file(file):
+                    raise
+                self._open_in_store(file)  # what was in the cache may have been damaged
+            return
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):
                 raise OSError(errno.EINVAL, "it is not a regular file")
@@ -118,6 +148,15 @@ class Beton:
         self.size = data.size
         self._read_header(data)
         self._read_columns()
+
+    def _open_in_store(self, file: StoreFile) -> None:
+        self.size, tables = file.size, _Tables(file)
+        self._read_header(tables)
+        self._read_columns()
+        self.__dict__["tables_crc32"] = zlib.crc32(tables[self.data_end :], zlib.crc32(tables[: self.tables_end]))
+        self.__dict__.pop("side", None)
+        self.blocks = cache.Blocks(file, cache.bounds(self.tables_end, self.data_end, self.page_size))
+        _ = self.side  # whose checksum of the tables shows whether they came through sound
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -159,21 +198,53 @@ class Beton:
         """Where the images of some samples lie; those that `image` refuses are `UNKNOWN`."""
         rows = self.rows[f"f{self._image}"][ids]
         good, size = self._find(rows["data_ptr"])
+        file, begin, held = self._opened(rows["data_ptr"], size, good)
         table = np.empty((len(good), 4), np.int64)
-        table[:, 0] = (rows["mode"] + JPEG) * (good & (rows["mode"] < len(MODES)))  # or else UNKNOWN, which is 0
-        table[:, 1], table[:, 2], table[:, 3] = self._file.fileno(), rows["data_ptr"], size
-        return Places(table)
+        good &= (file >= 0) & (rows["mode"] < len(MODES))
+        table[:, 0] = (rows["mode"] + JPEG) * good  # or else UNKNOWN, which is 0
+        table[:, 1], table[:, 2], table[:, 3] = file, begin, size
+        return Places(table, held=held)
 
-    def part_places(self, ids: np.ndarray) -> np.ndarray:
-        """Where the part maps of some samples lie: int64 [B, 2], file descriptor and first byte; -1 where `parts` has
-        to say what is wrong."""
-        assert self._parts is not None
-        begin = pointers(self.rows, self.fields, self._parts)[ids]
-        good, size = self._find(begin)
-        table = np.empty((len(good), 2), np.int64)
-        table[:, 0], table[:, 1] = self._file.fileno(), begin
-        table[~good | (size != math.prod(self.fields[self._parts].shape))] = -1
-        return table
+    def part_places(self, ids: np.ndarray) -> PartPlaces | None:
+        """Where the part maps of some samples lie; None where there are none."""
+        if self._parts is None:
+            return None
+        shape = self.fields[self._parts].shape
+        at = pointers(self.rows, self.fields, self._parts)[ids]
+        good, size = self._find(at)
+        good &= size == math.prod(shape)
+        file, begin, held = self._opened(at, size, good)
+        table = np.stack([file, begin], axis=1)
+        table[~good | (file < 0)] = -1
+        return PartPlaces(table, shape, held)
+
+    def lengths(self) -> np.ndarray:
+        """Bytes of each stored image, int64 [n]; 0 where `image` has to say what is wrong."""
+        good, size = self._find(self.rows[f"f{self._image}"]["data_ptr"])
+        return np.where(good, size, 0).astype(np.int64)
+
+    def block_numbers(self, ids: np.ndarray) -> np.ndarray:
+        """The blocks that the images of some samples begin in, int64 [B]; -1 of a local file."""
+        if self.blocks is None:
+            return np.full(len(ids), -1, np.int64)
+        return self.blocks.at(self.rows[f"f{self._image}"]["data_ptr"][ids])
+
+    def forget(self, i: int) -> bool:
+        """Has sample `i` fetched again from the store, as what is in the cache may be damaged; no for a local file."""
+        if self.blocks is None:
+            return False
+        for field in range(len(self.fields)):
+            if self.fields[field].stored:
+                at = pointers(self.rows, self.fields, field)[[i]]
+                cache.forget(self.blocks.block(int(self.blocks.at(at)[0])))
+        return True
+
+    def _opened(self, begin: np.ndarray, size: np.ndarray, good: np.ndarray) -> tuple[np.ndarray, np.ndarray, list]:
+        """The open files that stored bytes lie in, int64 [B]; where in these; and what keeps them open. -1 where `good`
+        does not hold, or the bytes lie in no one file."""
+        if self.blocks is None:
+            return np.full(len(begin), self._file.fileno(), np.int64), begin.astype(np.int64), []
+        return self.blocks.places(begin, size, good)
 
     def _find(self, begin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Whether stored bytes begin at these places and lie in the file, bool [B], and how many, uint64 [B]."""
@@ -192,6 +263,8 @@ class Beton:
         begin, size = int(ptr), int(self._sizes[at])
         if begin + size > self.data_end:
             raise DecodeError(f"ends after the stored data (byte {begin + size} of {self.data_end})")
+        if self.blocks is not None:
+            return np.frombuffer(self.blocks.read(begin, begin + size), np.uint8)
         try:
             data = os.pread(self._file.fileno(), size, begin)
         except OSError as error:
@@ -222,7 +295,7 @@ class Beton:
 
     def name(self, i: int) -> str:
         """How messages name sample `i`: the file, the index, and the source file where it is known."""
-        return printable(f"{self.path.name}[{i}] {self.side.name(i) if self.side else ''}".rstrip())
+        return printable(f"{store.base(str(self.path))}[{i}] {self.side.name(i) if self.side else ''}".rstrip())
 
     @cached_property
     def checksums(self) -> bool:
@@ -257,14 +330,16 @@ class Beton:
         facts = [str(self.size), str(self.tables_crc32)]
         if self.side:
             facts.append(str(zlib.crc32(np.ascontiguousarray(self.side.crc32))))
+        elif self.blocks is not None:
+            facts.append(self.blocks.file.etag)
         else:
             facts.append(str(os.fstat(self._file.fileno()).st_mtime_ns))
         return "-".join(facts)
 
     def _fail(self, what: str) -> BetonError:
-        return BetonError(f"{self.path} {what}")
+        return BetonError(f"{shown(self.path)} {what}")
 
-    def _read_header(self, data: np.ndarray) -> None:
+    def _read_header(self, data: np.ndarray | _Tables) -> None:
         size = self.size
         if size < HEADER.itemsize:
             raise self._fail(f"is no .beton file: {size} bytes are too few for a header")
@@ -329,6 +404,27 @@ class Beton:
         self._sizes = np.ascontiguousarray(self.allocations["size"][order])
 
 
+class _Tables:
+    """The tables of a .beton in a store, at its beginning and its end, to be cut like an array of its bytes."""
+
+    def __init__(self, file: StoreFile) -> None:
+        self.file, self._head = file, cache.kept(file, 0, min(file.size, HEAD))
+        self._tail, self._tail_begin = b"", file.size
+
+    def __getitem__(self, places: slice) -> np.ndarray:
+        begin, end, _ = places.indices(self.file.size)
+        if begin <= len(self._head) < end:
+            self._head += cache.kept(self.file, len(self._head), end)
+        if end <= len(self._head):
+            return np.frombuffer(self._head, np.uint8)[begin:end]
+        if begin < self._tail_begin:
+            self._tail, self._tail_begin = cache.kept(self.file, begin, self.file.size), begin
+        return np.frombuffer(self._tail, np.uint8)[begin - self._tail_begin : end - self._tail_begin]
+
+
+HEAD = 1 << 20  # bytes of a file in a store that are fetched first: with luck, all metadata rows
+
+
 @dataclass(frozen=True)
 class SideFile:
     """`<file>.beton.npz`: what FFCV's format has no place for.
@@ -342,7 +438,7 @@ class SideFile:
         conversion: the same number for all shards of one conversion; 0 where it is not known.
     """
 
-    path: Path
+    path: Path | str
     classes: list[str]
     shard: tuple[int, int]
     size: int
@@ -351,8 +447,8 @@ class SideFile:
     conversion: int = 0
 
     @staticmethod
-    def path_of(path: Path) -> Path:
-        return path.with_name(path.name + ".npz")
+    def path_of(path: Path | str) -> Path | str:
+        return path.with_name(path.name + ".npz") if isinstance(path, Path) else store.beside(path, ".npz")
 
     @classmethod
     def of(cls, beton: Beton) -> SideFile | None:
@@ -372,35 +468,40 @@ class SideFile:
             fault = None
         except SideFileError as error:
             side, fault = None, error
-        with contextlib.suppress(SideFileError):
-            new = cls._read(path.with_name(path.name + PARTIAL))
-            if new and not new.mismatch(beton):
-                return new
+        if isinstance(path, Path):
+            with contextlib.suppress(SideFileError):
+                new = cls._read(path.with_name(path.name + PARTIAL))
+                if new and not new.mismatch(beton):
+                    return new
         if fault:
             raise fault
         return side
 
     @classmethod
-    def _read(cls, path: Path) -> SideFile | None:
+    def _read(cls, path: Path | str) -> SideFile | None:
         try:
-            entries = _entries(path, "file", "classes", "crc32")
+            entries = read_arrays(path, "file", "classes", "crc32")
             shard, total, size, tables_crc32, *later = (int(value) for value in entries["file"])
             crc32 = entries["crc32"]
             if crc32.dtype != np.uint32 or crc32.ndim != 1:
                 raise ValueError(f"checksums are {crc32.dtype}, {crc32.ndim}-dimensional")
-            return cls(path, _split(entries["classes"]), (shard, total), size, tables_crc32, crc32, *later[:1])
+            return cls(path, split_words(entries["classes"]), (shard, total), size, tables_crc32, crc32, *later[:1])
         except FileNotFoundError:
             return None
-        except _DAMAGE as error:
-            raise SideFileError(f"{printable(str(path))} is damaged ({_words(error)})") from None
+        except StoreError as error:
+            if error.missing:
+                return None
+            raise
+        except DAMAGE as error:
+            raise SideFileError(f"{shown(path)} is damaged ({_words(error)})") from None
 
     def write(self, path: Path, names: Sequence[str]) -> None:
         """Writes the side file; equal contents give equal bytes."""
         entries = {
             "file": np.array([*self.shard, self.size, self.tables_crc32, self.conversion], np.int64),
-            "classes": _join(self.classes),
+            "classes": join_words(self.classes),
             "crc32": self.crc32,
-            "names": _join(names),
+            "names": join_words(names),
         }
         with open(path, "wb") as file:
             with zipfile.ZipFile(file, "w") as archive:  # not compressed: libraries differ in the bytes that they make
@@ -413,9 +514,10 @@ class SideFile:
     def mismatch(self, beton: Beton) -> str | None:
         """Why this is not the side file of `beton`; None where it is."""
         if (self.size, len(self.crc32)) != (beton.size, len(beton)):
-            return f"{self.path} belongs to another file than {beton.path}"
+            return f"{shown(self.path)} belongs to another file than {shown(beton.path)}"
         if self.tables_crc32 != beton.tables_crc32:
-            return f"{beton.path} has a damaged header, metadata or allocation table (their checksum has changed)"
+            damage = "has a damaged header, metadata or allocation table (their checksum has changed)"
+            return f"{shown(beton.path)} {damage}"
         return None
 
     def name(self, i: int) -> str:
@@ -434,27 +536,33 @@ class SideFile:
         """Raises SideFileError unless the source names can be read, one per sample or none at all."""
         _, ends = self._names
         if len(ends) not in (0, len(self.crc32)):
-            raise SideFileError(f"{printable(str(self.path))} has {len(ends)} names for {len(self.crc32)} samples")
+            raise SideFileError(f"{shown(self.path)} has {len(ends)} names for {len(self.crc32)} samples")
 
     @cached_property
     def _names(self) -> tuple[np.ndarray, np.ndarray]:
         try:
-            names = _entries(self.path, "names")["names"]
+            names = read_arrays(self.path, "names")["names"]
             return names, np.flatnonzero(names == 0)
-        except _DAMAGE as error:
-            raise SideFileError(f"{printable(str(self.path))} cannot be read any more ({_words(error)})") from None
+        except DAMAGE as error:
+            raise SideFileError(f"{shown(self.path)} cannot be read any more ({_words(error)})") from None
 
 
 PARTIAL = ".partial"  # at the end of a name: not whole, or not yet in its place
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zlib.error, zipfile.BadZipFile)
+DAMAGE = (OSError, ValueError, KeyError, EOFError, MemoryError, RuntimeError, zlib.error, zipfile.BadZipFile)
 
 
-def _entries(path: Path, *names: str) -> dict[str, np.ndarray]:
-    """Arrays of a side file. It holds them as they are: none takes more memory than the file has bytes."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+def read_arrays(path: Path | str, *names: str) -> dict[str, np.ndarray]:
+    """Arrays of a side file, or of a tar's index; raises one of DAMAGE. It holds them as they are: none takes more
+    memory than the file has bytes."""
+    if store.is_url(path):
+        file = StoreFile(str(path))
+        place: Any = io.BytesIO(cache.kept(file, 0, file.size))
+    elif not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("it is not a regular file")
+    else:
+        place = path
     found = {}
-    with zipfile.ZipFile(path) as archive:
+    with zipfile.ZipFile(place) as archive:
         for name in names:
             if archive.getinfo(f"{name}.npy").compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"its {name} are compressed")
@@ -469,9 +577,11 @@ def _words(error: BaseException) -> str:
     return printable(str(error).strip()) or type(error).__name__
 
 
-def _join(words: Sequence[str]) -> np.ndarray:
+def join_words(words: Sequence[str]) -> np.ndarray:
+    """Words as uint8, each with a zero byte behind it."""
     return np.frombuffer(b"".join(os.fsencode(word) + b"\0" for word in words), np.uint8)
 
 
-def _split(data: np.ndarray) -> list[str]:
+def split_words(data: np.ndarray) -> list[str]:
+    """What `join_words` has joined."""
     return [os.fsdecode(word) for word in data.tobytes().split(b"\0")[:-1]]

@@ -6,7 +6,8 @@ import contextlib
 import fcntl
 import json
 import os
-import time
+import re
+import secrets
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,7 +39,6 @@ from fastssl.loaders.decode import Encoded
 
 MAX_PIECE = 1 << 31  # the largest power of two that the header's page_size holds, in bytes
 CLOSED = -1  # in place of a file's number
-LOCK_SECONDS = 5.0  # how long to wait for another writer of the same file
 
 Sample = Sequence[Encoded | float | bytes | np.ndarray]
 """One value per field: Encoded (mode jpg or raw) for IMAGE, a number for FLOAT and INT, bytes for BYTES and JSON, an
@@ -90,11 +90,14 @@ class Block:
 
 
 class BetonWriter:
-    """Writes a .beton under a temporary name, `<path>.partial`, and gives it its name when it is whole.
+    """Writes a .beton under a temporary name of its own, `<path>.<8 hex digits>.partial`, and gives it its name when
+    it is whole.
 
     Use as a context manager: `append` samples (or `add` blocks that were placed and written elsewhere), then `finish`.
     Leaving the context without `finish` removes what was written; a killed process leaves only the temporary file,
-    which the next writer of the same path replaces.
+    which the next writer of the same path removes. Several may write the same path at once, on several machines too:
+    none sees the others' bytes, and what the last one to finish wrote stands there in the end. (A writer that lives is
+    known by a lock on its file; where the file system has no locks, the files of killed ones stay.)
 
     Args:
         path: the file to make; an existing one is replaced when the new one is whole.
@@ -103,22 +106,22 @@ class BetonWriter:
 
     Attributes:
         partial: the temporary file.
-        restarted: whether an earlier, unfinished attempt was found (and discarded).
+        restarted: whether earlier, unfinished attempts were found (and removed).
         begin: position of the first sample's bytes.
 
     Raises:
-        BetonError: the folder cannot be written, or another process is writing the same file.
+        BetonError: the folder cannot be written.
     """
 
     def __init__(self, path: str | Path, fields: Sequence[Field], capacity: int) -> None:
         self.path, self.fields = Path(path), list(fields)
-        self.partial = self.path.with_name(self.path.name + PARTIAL)
         self._descriptors = np.concatenate([_descriptor(field) for field in self.fields])
         tables = HEADER.itemsize + self._descriptors.nbytes + capacity * row_type(self.fields).itemsize
         self.begin = -(-tables // PAGE_SIZE) * PAGE_SIZE
         self._end, self._capacity = self.begin, capacity
         self._blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        self._file, self.restarted = _open_alone(self.partial)
+        self.restarted = _remove_left(self.path)
+        self.partial, self._file = _open_new(self.path)
 
     def __enter__(self) -> BetonWriter:
         return self
@@ -131,7 +134,10 @@ class BetonWriter:
 
     def append(self, *sample: Encoded | float | bytes | np.ndarray) -> None:
         """Writes one sample, one value per field."""
-        block = Block(self.fields, [sample])
+        self.write(Block(self.fields, [sample]))
+
+    def write(self, block: Block) -> None:
+        """Writes the next samples."""
         end = block.place(self._end)
         block.write(self._file)
         self.add(block.rows, block.sizes, block.crc32, end)
@@ -177,23 +183,26 @@ class BetonWriter:
         write_at(self._file, tail, self._end)
         os.fsync(self._file)
 
-        side_path = SideFile.path_of(self.path)
-        side_partial = side_path.with_name(side_path.name + PARTIAL)
+        side_path = Path(SideFile.path_of(self.path))
+        side_mine, side_partial = _side_of(self.partial), side_path.with_name(side_path.name + PARTIAL)
         crc_tables, size = zlib.crc32(tail, zlib.crc32(head)), self._end + len(tail)
         side = SideFile(side_path, list(classes), shard, size, crc_tables, crc32, conversion)
         try:
-            side.write(side_partial, names)
+            side.write(side_mine, names)
+            os.replace(side_mine, side_partial)
             _sync_folder(self.path.parent)
             os.replace(self.partial, self.path)
         except BaseException:
-            side_partial.unlink(missing_ok=True)
+            side_mine.unlink(missing_ok=True)
             raise
         # From here on the new pair counts: a reader that finds no side file, or the old one, takes this one.
         _sync_folder(self.path.parent)
-        os.replace(side_partial, side_path)
+        with contextlib.suppress(FileNotFoundError):  # another writer of the same file has just given it its name
+            os.replace(side_partial, side_path)
         _sync_folder(self.path.parent)
         os.close(self._file)
         self._file = CLOSED
+        _remove_left(self.path)  # of those whose last processes were still ending when this one began
 
 
 def page_for(size: int) -> int:
@@ -246,29 +255,37 @@ def _descriptor(field: Field) -> np.ndarray:
     return descriptor
 
 
-def _open_alone(path: Path) -> tuple[int, bool]:
-    """Opens a file empty, for this process alone; also returns whether it was there before."""
-    deadline = time.monotonic() + LOCK_SECONDS
+def _open_new(path: Path) -> tuple[Path, int]:
+    """A new temporary file for `path`, locked: its name, and the open file."""
     while True:
-        there = path.exists()
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
         try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise BetonError(f"{path} cannot be written: {error.strerror}") from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(file)
-            if time.monotonic() > deadline:
-                raise BetonError(f"{path} is being written by another process") from None
-            time.sleep(0.1)  # a killed writer's processes may need a moment to end
-            continue
-        except OSError:  # a file system without locks
-            pass
-        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-            os.ftruncate(file, 0)
-            return file, there
-        os.close(file)  # the other writer has just finished and renamed it
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if partial.exists():
+            return partial, file
+        os.close(file)  # another writer found it before it was locked, and removed it
+
+
+def _remove_left(path: Path) -> bool:
+    """Removes the temporary files that killed writers of `path` have left; returns whether there were any."""
+    found, name = False, re.compile(rf"{re.escape(path.name)}(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")
+    with contextlib.suppress(OSError):
+        for left in [path.with_name(other) for other in os.listdir(path.parent) if name.fullmatch(other)]:
+            with contextlib.suppress(OSError), open(left, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where its writer lives, or nothing is known
+                left.unlink()
+                _side_of(left).unlink(missing_ok=True)
+                found = True
+    return found
+
+
+def _side_of(partial: Path) -> Path:
+    """The temporary name of the side file that belongs to a temporary .beton."""
+    return partial.with_name(partial.name.removesuffix(PARTIAL) + ".npz" + PARTIAL)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -2,19 +2,27 @@
 
 Workers read, check, re-encode and write; the samples lie in the file in the order of the folder, so that the same
 folder gives the same bytes whatever the number of workers.
+
+`convert` does that for the images of a folder on this machine's cores. `shards_of` and `convert_shard` are the same
+work as two functions, for engines that spread it over machines: the plan, and one file of it. Nothing here imports
+PyTorch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import itertools
 import mmap
 import os
 import sys
+import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,11 +30,11 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from fastssl.config import Checked, NonNegativeInt, Range, ZeroToOne, check, printable
-from fastssl.loaders import jpeg, window_decoder
-from fastssl.loaders.beton import ARRAY, IMAGE, INT, BetonError, Field
+from fastssl.config import Checked, NonNegativeInt, Range, ZeroToOne, check, printable, shard_numbers
+from fastssl.loaders import jpeg, store, window_decoder
+from fastssl.loaders.beton import ARRAY, IMAGE, INT, Beton, BetonError, Field, SideFile
 from fastssl.loaders.beton_writer import MAX_PIECE, BetonWriter, Block
-from fastssl.loaders.datasets import NamedSet, open_named
+from fastssl.loaders.datasets import open_named
 from fastssl.loaders.decode import (
     MAX_PIXELS,
     DecodeError,
@@ -37,8 +45,9 @@ from fastssl.loaders.decode import (
     to_rgb,
     upright_size,
 )
+from fastssl.loaders.manifest import after_conversion
 from fastssl.loaders.pool import CONTEXT, WorkerDied, cores, ordered
-from fastssl.loaders.sources import Found, SourceError, scan_folder
+from fastssl.loaders.sources import FolderSource, Found, SourceError, is_tar, open_source, scan_folder
 from fastssl.progress import progress_bar
 
 CHUNK = 32  # images per task of a worker
@@ -46,6 +55,7 @@ STORED = ("split", "max_resolution", "squash", "quality", "mode", "raw_fraction"
 MAX_SIDE = 65500  # of a JPEG; the metadata's 16 bits hold little more
 DRAFT = 2  # a JPEG that shrinks is decoded at 1/2, 1/4 or 1/8 if that leaves this many times the wanted side
 BUFFER = 32 << 20  # bytes per worker for the JPEGs of a chunk that are copied; more than this takes memory as it goes
+READERS = 16  # threads of a worker that read from a store
 LISTED = 100  # bad files that a message lists
 
 
@@ -66,10 +76,13 @@ class ConvertOptions(Checked):
     """What to convert, and how the images are stored."""
 
     src: str = ""
-    """Folder of images: one sub-folder per class, or no sub-folders (unlabelled). Or a data set by name and the folder
-    that torchvision keeps it in: stl10:FOLDER, cifar10:, cifar100:, pets:, imagenet: (see split and download)."""
+    """Folder of images, here or in a store: one sub-folder per class, or no sub-folders (unlabelled). Or tars in
+    WebDataset's layout ('train-{000..015}.tar'). Or a data set by name and the folder that torchvision keeps it in:
+    stl10:FOLDER, cifar10:, cifar100:, pets:, imagenet: (see split and download)."""
     dst: str = ""
-    """The .beton file to write. FILE.beton.npz beside it keeps class names, source names and checksums."""
+    """The .beton file to write, here or in a store (s3://BUCKET/FILE.beton). FILE.beton.npz beside it keeps class
+    names, source names and checksums, and FILE.beton.json (of all shards together: see docs/stores.md) is its
+    manifest."""
     split: str = ""
     """Split of a data set by name: train, test, unlabeled or train+unlabeled (STL10), train or test (CIFAR), trainval
     or test (Pets), train or val (ImageNet). Unlabelled images get label -1. Empty: the first of these."""
@@ -103,14 +116,7 @@ class ConvertOptions(Checked):
         super().__post_init__()
         if self.squash:
             check(not self.max_resolution, "max_resolution", self.max_resolution, "0 (no limit) where squash is set")
-        index, total = self.shard_numbers
-        check(0 <= index < total, "shard", self.shard, "I/N with I from 0 to N-1, such as 0/4")
-
-    @property
-    def shard_numbers(self) -> tuple[int, int]:
-        """Which shard of how many; (0, 1) for all, (0, 0) where `shard` cannot be read."""
-        index, slash, total = (self.shard or "0/1").partition("/")
-        return (int(index), int(total)) if slash and index.isdecimal() and total.isdecimal() else (0, 0)
+        shard_numbers(self.shard)
 
 
 @dataclass
@@ -158,7 +164,7 @@ def convert(options: ConvertOptions, say: Callable[[str], None] | None = None) -
     """Converts a folder of images into a .beton file.
 
     Nothing is left under the name `options.dst` unless the file is whole. A killed conversion leaves
-    `<dst>.partial`; the next one says so and starts over.
+    `<dst>.*.partial`; the next one says so and starts over.
 
     Args:
         options: what to convert and how.
@@ -169,55 +175,213 @@ def convert(options: ConvertOptions, say: Callable[[str], None] | None = None) -
     """
     begin = time.perf_counter()
     say = say or (lambda text: tqdm.write(text, file=sys.stderr))
-    target, shown = Path(options.dst), printable(options.dst)
-    if target.suffix != ".beton":
-        raise ConvertError(f"{shown} must end in .beton")
-    if target.exists() and not options.overwrite:
-        raise ConvertError(f"{shown} exists already; --overwrite true replaces it")
-    if not target.parent.is_dir():
-        raise ConvertError(f"{printable(str(target.parent))} is no folder to write {printable(target.name)} into")
-    job = _job(options)
-    if job.left_out:
-        say(job.left_out)
-    try:
-        with BetonWriter(target, job.fields, len(job.files)) as writer:
-            if writer.restarted:
-                say(f"{printable(str(writer.partial))} was left by an unfinished conversion; starting over")
-            outcome = _run(job, writer)
-            if len(outcome.bad) > options.max_bad or not outcome.names:
-                head = f"{shown} was not written (up to {options.max_bad} bad files are skipped: --max-bad)"
-                raise ConvertError(_listing(head, outcome.bad), outcome.bad)
-            writer.finish(job.classes, outcome.names, options.shard_numbers, job.conversion)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConvertError(f"no space left for {shown}; what was written has been removed") from None
-        raise ConvertError(f"{shown} cannot be written: {error.strerror or error}") from None
-    except (WorkerDied, BetonError) as error:
-        raise ConvertError(str(error)) from None
-    seconds = time.perf_counter() - begin
-    size = target.stat().st_size
-    counts = (size, len(outcome.names), outcome.copied, len(job.classes), round(seconds, 3))
-    return ConvertResult(str(target), *counts, outcome.bad, outcome.warned, job.left_out)
+    _check_target(options.dst)
+    if not options.overwrite and store.exists(options.dst):
+        raise ConvertError(f"{store.shown(options.dst)} exists already; --overwrite true replaces it")
+    images, left_out = _planned(options)
+    if left_out:
+        say(left_out)
+    result = _write(images, options.dst, options.workers or cores(), say, options.overwrite)
+    if left := after_conversion(options.dst):
+        say(left)
+    return replace(result, left_out=left_out, seconds=round(time.perf_counter() - begin, 3))
 
 
-@dataclass
-class _Job:
-    """What the workers know: the files to convert, in order."""
+@dataclass(frozen=True)
+class Shard:
+    """One file of a conversion: its images, and what all files of that conversion have in common. See `shards_of`.
 
-    options: ConvertOptions
-    fields: list[Field]
-    classes: list[str]
-    files: list[str]
+    Attributes:
+        index, total: which of how many files, counted from 0.
+        names: of the images, in their order.
+        labels: int64 [names], class index; -1 for none.
+        classes: class names in the order of the labels.
+        options: how the images are stored; of these only the fields in `STORED`, `check`, `max_bad` and `parts` count.
+        parts_shape: of the part maps; () without.
+        conversion: a number of all images, their labels and how they are stored: the same in every file.
+    """
+
+    index: int
+    total: int
+    names: Sequence[str]
     labels: np.ndarray
-    named: NamedSet | None
-    first: int  # position of files[0] in the whole data set
-    left_out: str
-    conversion: int  # the same for all shards: of all files, their labels, and how they are stored
+    classes: list[str]
+    options: ConvertOptions
+    parts_shape: tuple[int, ...]
+    conversion: int
 
-    def read(self, i: int, space: memoryview) -> bytes | memoryview:
-        if self.named:
-            return self.named.read(self.first + i, space)
-        return read_file(os.path.join(self.options.src, self.files[i]), space)
+    @property
+    def fields(self) -> list[Field]:
+        """The columns of the file."""
+        parts = [Field("parts", ARRAY, self.parts_shape, np.dtype("u1"))] if self.parts_shape else []
+        return [Field("image", IMAGE), Field("label", INT), *parts]
+
+
+def shards_of(
+    names: Sequence[str],
+    labels: Sequence[int] | np.ndarray,
+    classes: Sequence[str] = (),
+    total: int = 1,
+    options: ConvertOptions | None = None,
+) -> list[Shard]:
+    """Plans a conversion: a whole data set as `total` equal runs of its images, one for each file to be written.
+
+    The plan of a folder (`fastssl.loaders.sources.scan_folder`: its files, labels and classes) is that of
+    `fastssl convert --shard I/N`. A plan is plain data, to be sent to whoever calls `convert_shard`.
+
+    Args:
+        names: of all images, in the order of the data set; each once.
+        labels: int [names], class index; -1 for none.
+        classes: class names in the order of the labels; empty: none.
+        total: number of files.
+        options: how the images are stored, see `Shard`.
+
+    Raises:
+        ConvertError: fewer images than files, labels that do not fit names or classes, or no part maps.
+    """
+    options, count, labels = options or ConvertOptions(), len(names), np.asarray(labels, np.int64)
+    if not 1 <= total <= count:
+        raise ConvertError(f"{count} images cannot be {total} shards: each needs one at least")
+    if labels.shape != (count,) or (classes and not -1 <= labels.min() <= labels.max() < len(classes)):
+        raise ConvertError(f"{count} images need a label each, from -1 (none) to {max(len(classes) - 1, -1)}")
+    shape = _parts_shape(options.parts, names) if options.parts else ()
+    conversion = 0
+    for name, label in zip(names, labels.tolist(), strict=True):
+        conversion = zlib.crc32(f"{name}\0{label}\n".encode("utf-8", "surrogateescape"), conversion)
+    stored = [(key, value) for key, value in sorted(vars(options).items()) if key in STORED]
+    conversion = zlib.crc32(str(stored).encode("utf-8", "surrogateescape"), conversion)
+    ends = [count * k // total for k in range(total + 1)]
+    return [
+        Shard(k, total, names[begin:end], labels[begin:end], list(classes), options, shape, conversion)
+        for k, (begin, end) in enumerate(itertools.pairwise(ends))
+    ]
+
+
+def convert_shard(
+    shard: Shard,
+    read: Callable[[str], bytes],
+    dst: str | Path,
+    say: Callable[[str], None] | None = None,
+    readers: int = 0,
+) -> ConvertResult:
+    """Writes one file of a planned conversion, in this process, and what stands beside it.
+
+    The same shard gives the same bytes, which are those of `fastssl convert --shard`. It may be called again after it
+    was killed, and by several processes at once: the file at `dst` is always a whole one, whoever finishes. What stands
+    there before is replaced. A killed call leaves a file `<dst>.*.partial`, which the next one removes.
+
+    Args:
+        shard: from `shards_of`.
+        read: gives the bytes of an image file by its name. It raises DecodeError (`fastssl.loaders.decode`) where there
+            is no such image, which is then a bad one; any other error ends the call.
+        dst: the .beton to write; a URL (s3://..) is written in the folder for temporary files ($TMPDIR) and sent in
+            one piece, after its side file.
+        say: told that a killed call's file was removed; None: nobody.
+        readers: threads that call `read` ahead of the rest; 0: none. For a store, where an image is long on its way.
+
+    Returns:
+        What was written, with the bad images and why; up to `shard.options.max_bad` are left out.
+
+    Raises:
+        ConvertError: as `convert`.
+    """
+    images = _Images(shard, lambda i, space: read(shard.names[i]), readers)
+    return _write(images, os.fspath(dst), 0, say or (lambda text: None), True)
+
+
+Read = Callable[[int, memoryview], bytes | memoryview]
+"""Gives the bytes of a shard's i-th image file, in the space if they fit there."""
+
+
+def _planned(options: ConvertOptions) -> tuple[_Images, str]:
+    """The images of the shard that was asked for, and what of a folder is none."""
+    index, total = shard_numbers(options.shard)
+    try:
+        found, read, readers = _opened(options)
+    except SourceError as error:
+        raise ConvertError(str(error)) from None
+    if total > (count := len(found.files)):
+        raise ConvertError(f"shard {options.shard} cannot be made: {store.shown(options.src)} has only {count} images")
+    shard, first = shards_of(found.files, found.labels, found.classes, total, options)[index], count * index // total
+    return _Images(shard, lambda i, space: read(first + i, space), readers), found.left_out()
+
+
+def _opened(options: ConvertOptions) -> tuple[Found, Read, int]:
+    """The images of `src`, how one is read, and how many threads do so."""
+    src = options.src
+    if not store.is_url(src) and (named := open_named(src, options.split, options.download)):
+        return Found(named.classes, named.names, named.labels), named.read, 0
+    if not store.is_url(src) and not is_tar(src):
+        found = scan_folder(src)
+        return found, lambda i, space: read_file(os.path.join(src, found.files[i]), space), 0
+    if options.split or options.download:
+        raise SourceError(f"{store.shown(src)} is no data set by name; split and download are for these")
+    source = open_source(src)
+    if isinstance(source, FolderSource):  # read past the cache: each image once
+        names = source.files
+        return Found(source.classes, names, source.labels), lambda i, _: store.read_bytes(source.file(i)), READERS
+    if not is_tar(src):
+        raise SourceError(f"{store.shown(src)} is neither a folder of images nor tars")
+    names = [source.name(i) for i in range(len(source))]
+    return Found(source.classes, names, source.labels), lambda i, _: source.read(i).data.data, 0
+
+
+def _write(images: _Images, dst: str, workers: int, say: Callable[[str], None], overwrite: bool) -> ConvertResult:
+    """See `convert`; without workers in this process."""
+    begin, shown, shard = time.perf_counter(), store.shown(dst), images.shard
+    options = shard.options
+    _check_target(dst)
+    with _place_for(dst) as target:
+        try:
+            with BetonWriter(target, shard.fields, len(shard.names)) as writer:
+                if writer.restarted:
+                    say(f"{shown}: what an unfinished conversion had left was removed; starting over")
+                outcome = _run(images, writer, workers)
+                if len(outcome.bad) > options.max_bad or not outcome.names:
+                    head = f"{shown} was not written (up to {options.max_bad} bad files are skipped: --max-bad)"
+                    raise ConvertError(_listing(head, outcome.bad), outcome.bad)
+                if not overwrite and target.exists() and not _holds(target, shard):
+                    raise ConvertError(f"{shown} was written by another process meanwhile, and holds other images")
+                writer.finish(shard.classes, outcome.names, (shard.index, shard.total), shard.conversion)
+        except OSError as error:
+            where = printable(str(target))
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise ConvertError(f"no space left for {where}; what was written has been removed") from None
+            raise ConvertError(f"{where} cannot be written: {error.strerror or error}") from None
+        except (WorkerDied, BetonError) as error:
+            raise ConvertError(str(error)) from None
+        size = target.stat().st_size
+    counts = (len(outcome.names), outcome.copied, len(shard.classes), round(time.perf_counter() - begin, 3))
+    path = shown if store.is_url(dst) else str(target)
+    return ConvertResult(path, size, *counts, outcome.bad, outcome.warned)
+
+
+def _holds(target: Path, shard: Shard) -> bool:
+    """Whether a .beton is a shard's file, by its side file."""
+    side = Beton(target).side
+    return side is not None and (side.conversion, side.shard) == (shard.conversion, (shard.index, shard.total))
+
+
+def _check_target(dst: str) -> None:
+    if not store.base(dst).endswith(".beton"):
+        raise ConvertError(f"{store.shown(dst)} must end in .beton")
+    if not store.is_url(dst) and not (folder := Path(store.plain(dst)).parent).is_dir():
+        raise ConvertError(f"{printable(str(folder))} is no folder to write {store.base(dst)} into")
+
+
+@contextlib.contextmanager
+def _place_for(dst: str) -> Iterator[Path]:
+    """Where a file is written: at its place, or in a folder from which it is sent to a store in the end."""
+    if not store.is_url(dst):
+        yield Path(store.plain(dst))
+        return
+    with tempfile.TemporaryDirectory(prefix="fastssl-") as folder:
+        yield (path := Path(folder, store.base(dst)))
+        try:
+            store.put(SideFile.path_of(path), store.beside(dst, ".npz"))  # first: who sees the .beton finds both
+            store.put(path, dst)
+        except store.StoreError as error:
+            raise ConvertError(f"{store.shown(dst)} was not written: {error}") from None
 
 
 @dataclass
@@ -227,59 +391,91 @@ class _Outcome:
     warned: list[tuple[str, str]] = field(default_factory=list)
     copied: int = 0
 
+    def add(self, other: _Outcome) -> None:
+        self.names += other.names
+        self.bad += other.bad
+        self.warned += other.warned
+        self.copied += other.copied
 
-def _job(options: ConvertOptions) -> _Job:
+
+def _run(images: _Images, writer: BetonWriter, workers: int) -> _Outcome:
+    """Converts all files of a shard into the writer's temporary file: here, or in worker processes, with progress."""
+    outcome = _Outcome()
+    if not workers:
+        for chunk in range(images.chunks):
+            block, here = images.encoded(chunk)
+            writer.write(block)
+            outcome.add(here)
+        return outcome
     try:
-        named = open_named(options.src, options.split, options.download)
-        found = Found(named.classes, named.names, named.labels) if named else scan_folder(options.src)
-    except SourceError as error:
-        raise ConvertError(str(error)) from None
-    fields = [Field("image", IMAGE), Field("label", INT)]
-    if options.parts:
-        fields.append(Field("parts", ARRAY, _parts_shape(options.parts, found.files), np.dtype("u1")))
-    index, total = options.shard_numbers
-    count = len(found.files)
-    begin, end = count * index // total, count * (index + 1) // total
-    if begin == end:
-        raise ConvertError(f"shard {options.shard} is empty: {options.src} has only {count} images")
-    files, labels = found.files[begin:end], found.labels[begin:end]
-    stored = [(key, value) for key, value in sorted(vars(options).items()) if key in STORED]
-    facts = [*(f"{file}\0{label}" for file, label in zip(found.files, found.labels, strict=True)), str(stored)]
-    conversion = zlib.crc32("\n".join(facts).encode("utf-8", "surrogateescape"))
-    return _Job(options, fields, found.classes, files, labels, named, begin, found.left_out(), conversion)
-
-
-def _run(job: _Job, writer: BetonWriter) -> _Outcome:
-    """Lets the workers convert all files into the writer's temporary file; shows progress."""
-    outcome, chunks = _Outcome(), -(-len(job.files) // CHUNK)
-    workers = min(job.options.workers or cores(), chunks)
-    try:
-        state = (job, str(writer.partial), _Turn(writer.begin))
+        state = (images, str(writer.partial), _Turn(writer.begin))
     except OSError as error:  # not the destination's fault
         raise WorkerDied(f"worker processes cannot be started ({error.strerror}); is /dev/shm full?") from None
-    results = ordered(_convert_chunk, range(chunks), workers, _start, state)
+    results = ordered(_convert_chunk, range(images.chunks), min(workers, images.chunks), _start, state)
     try:
-        with progress_bar(len(job.files), writer.path.name) as bar:
-            for names, bad, warned, copied, rows, sizes, crc32, end in results:
+        with progress_bar(len(images.shard.names), writer.path.name) as bar:
+            for here, rows, sizes, crc32, end in results:
                 writer.add(rows, sizes, crc32, end)
-                outcome.names += names
-                outcome.bad += bad
-                outcome.warned += warned
-                outcome.copied += copied
-                if bad:
+                outcome.add(here)
+                if here.bad:
                     bar.set_postfix(bad=len(outcome.bad), refresh=False)
-                bar.update(len(names) + len(bad))
+                bar.update(len(here.names) + len(here.bad))
     finally:
         results.close()
     return outcome
 
 
+class _Images:
+    """The images of a shard, chunk by chunk, as they are stored."""
+
+    def __init__(self, shard: Shard, read: Read, readers: int = 0) -> None:
+        self.shard, self.read, self.readers = shard, read, readers
+        self.chunks = -(-len(shard.names) // CHUNK)
+        self._buffer: memoryview | None = None
+        self._threads: ThreadPoolExecutor | None = None
+
+    def encoded(self, chunk: int) -> tuple[Block, _Outcome]:
+        """The samples of a chunk, to be placed and written before the next chunk is asked for."""
+        if self._buffer is None:
+            self._buffer = memoryview(mmap.mmap(-1, BUFFER))
+        shard, samples, outcome, space = self.shard, [], _Outcome(), self._buffer
+        mine, coming = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(shard.names))), {}
+        if self.readers:
+            self._threads = self._threads or ThreadPoolExecutor(self.readers)
+            coming = {i: self._threads.submit(self.read, i, memoryview(b"")) for i in mine}
+        for i in mine:
+            name = shard.names[i]
+            try:
+                data = coming.pop(i).result() if coming else self.read(i, space)
+            except DecodeError as error:
+                outcome.bad.append((name, str(error)))
+                continue
+            except OSError as error:
+                raise ConvertError(f"{printable(name)} cannot be read: {error.strerror or error}") from error
+            try:
+                image, is_copy = encode(data, name, shard.options)
+                if shard.options.check == "decode" and (warning := _warning(data)):
+                    outcome.warned.append((name, f"({warning})"))
+                parts = [_read_parts(shard, name)] if shard.parts_shape else []
+            except DecodeError as error:
+                outcome.bad.append((name, str(error)))
+                continue
+            except Exception as error:  # one odd file must not end a long conversion; the list of bad files names it
+                outcome.bad.append((name, f"cannot be converted ({type(error).__name__}: {error})"))
+                continue
+            samples.append((image, shard.labels[i], *parts))
+            outcome.names.append(name)
+            if is_copy:
+                outcome.copied += 1
+                space = space[len(data) :]
+        return Block(shard.fields, samples), outcome
+
+
 # -- in the workers --------------------------------------------------------------------------------------------------
 
-_job_here: _Job
+_images: _Images
 _file: int
 _turn: _Turn
-_buffer: memoryview
 
 
 class _Turn:
@@ -307,40 +503,20 @@ class _Turn:
             self._changed.notify_all()
 
 
-def _start(job: _Job, path: str, turn: _Turn) -> None:
-    global _job_here, _file, _turn, _buffer
-    _job_here, _file, _turn, _buffer = job, os.open(path, os.O_WRONLY), turn, memoryview(mmap.mmap(-1, BUFFER))
+def _start(images: _Images, path: str, turn: _Turn) -> None:
+    global _images, _file, _turn
+    _images, _file, _turn = images, os.open(path, os.O_WRONLY), turn
 
 
-def _convert_chunk(chunk: int) -> tuple:
+def _convert_chunk(chunk: int) -> tuple[_Outcome, np.ndarray, np.ndarray, np.ndarray, int]:
     try:
-        samples, names, bad, warned, copied, space = [], [], [], [], 0, _buffer
-        for i in range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(_job_here.files))):
-            name = _job_here.files[i]
-            try:
-                data = _job_here.read(i, space)
-                image, is_copy = encode(data, name, _job_here.options)
-                if _job_here.options.check == "decode" and (warning := _warning(data)):
-                    warned.append((name, f"({warning})"))
-                parts = [_read_parts(_job_here, name)] if _job_here.options.parts else []
-            except DecodeError as error:
-                bad.append((name, str(error)))
-                continue
-            except Exception as error:  # one odd file must not end a long conversion; the list of bad files names it
-                bad.append((name, f"cannot be converted ({type(error).__name__}: {error})"))
-                continue
-            samples.append((image, _job_here.labels[i], *parts))
-            names.append(name)
-            if is_copy:
-                copied += 1
-                space = space[len(data) :]
-        block = Block(_job_here.fields, samples)
+        block, outcome = _images.encoded(chunk)
         end = _turn.place(chunk, block)
         block.write(_file)
     except BaseException:
         _turn.fail(chunk)
         raise
-    return names, bad, warned, copied, block.rows, block.sizes, block.crc32, end
+    return outcome, block.rows, block.sizes, block.crc32, end
 
 
 def encode(data: bytes | memoryview, name: str, options: ConvertOptions) -> tuple[Encoded, bool]:
@@ -407,7 +583,7 @@ def _parts_path(folder: str, name: str) -> Path:
     return Path(folder, name).with_suffix(".npy")
 
 
-def _parts_shape(folder: str, files: list[str]) -> tuple[int, ...]:
+def _parts_shape(folder: str, files: Sequence[str]) -> tuple[int, ...]:
     """Shape of the part maps: that of the first image that has some."""
     for name in files:
         if (path := _parts_path(folder, name)).exists():
@@ -418,8 +594,8 @@ def _parts_shape(folder: str, files: list[str]) -> tuple[int, ...]:
     raise ConvertError(f"{folder} has no part maps for these images; {_parts_path(folder, files[0])} does not exist")
 
 
-def _read_parts(job: _Job, name: str) -> np.ndarray:
-    path, shape = _parts_path(job.options.parts, name), job.fields[-1].shape
+def _read_parts(shard: Shard, name: str) -> np.ndarray:
+    path, shape = _parts_path(shard.options.parts, name), shard.parts_shape
     maps = _load_parts(path)
     if maps is None:
         raise DecodeError(f"has no readable part maps ({path})")

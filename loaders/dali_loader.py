@@ -92,12 +92,13 @@ class DALILoader(Loader):
         queue: deque[Feed] = deque()
         pipe = self._build(max(1, min(self._prefetch + 1, self.batches_per_epoch - start)))
         try:
-            for feed in stream.run(prepare, range(start, self.batches_per_epoch)):
-                queue.append(feed)
-                pipe.push(feed)
-                if len(queue) > self._prefetch:
-                    batch, pipe = self._pop(pipe, queue)
-                    yield batch
+            with self._source.coming(self._mine(ids, start)):
+                for feed in stream.run(prepare, range(start, self.batches_per_epoch)):
+                    queue.append(feed)
+                    pipe.push(feed)
+                    if len(queue) > self._prefetch:
+                        batch, pipe = self._pop(pipe, queue)
+                        yield batch
             while queue:
                 batch, pipe = self._pop(pipe, queue)
                 yield batch

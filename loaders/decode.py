@@ -17,8 +17,9 @@ import importlib.util
 import io
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import BinaryIO, Literal, overload
+from typing import Any, BinaryIO, Literal, overload
 
 import numpy as np
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
@@ -84,7 +85,7 @@ class Encoded:
     width: int
 
 
-UNKNOWN, JPEG, RAW, FILE_BY_NAME = range(4)
+UNKNOWN, JPEG, RAW, FILE_BY_NAME, FILE_AT = range(5)
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,14 @@ class Places:
             UNKNOWN       to be read by Python, which may find that it cannot be
             JPEG, RAW     file descriptor, first byte, bytes; the modes 'jpg' and 'raw' of `Encoded`
             FILE_BY_NAME  0, address of the file's name, 0; the mode 'file'
+            FILE_AT       file descriptor, first byte, bytes; the mode 'file'
         names: what the addresses lead to.
+        held: what keeps the files open.
     """
 
     table: np.ndarray
     names: bytes = b""
+    held: Sequence[Any] = ()
 
 
 def decode(encoded: Encoded) -> np.ndarray:
@@ -225,6 +229,11 @@ def file_size(path: str) -> tuple[int, int]:
     """Height and width of an image file, upright, from its header. Raises DecodeError."""
     with open_regular(path) as file:
         return upright_size(_open(file))
+
+
+def header_size(data: bytes) -> tuple[int, int]:
+    """As `file_size`, of a file's bytes."""
+    return upright_size(_open(io.BytesIO(data)))
 
 
 # -- PIL's images ----------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from fastssl.config import ConfigError, Data, View
 from fastssl.loaders.loader import Loader
 from fastssl.loaders.masks import Mask
 from fastssl.loaders.pool import cores
-from fastssl.loaders.sources import Source
+from fastssl.loaders.sources import FolderSource, Source
 
 # name -> module and class, the package that it needs, what provides it
 ENGINES = {
@@ -68,6 +68,17 @@ def make_loader(name: str, source: Source, views: Sequence[View], **settings: An
     return getattr(importlib.import_module(module), kind)(source, views, **settings)
 
 
+WINDOW = 64  # pages: 512 MiB of FFCV's
+
+
+def page_window(source: Source, wanted: int | None) -> int:
+    """`data.page_window` as a number. Of data in a store it is the same whatever the cache holds, as the order must be;
+    images that lie there one by one are fetched one by one in any order."""
+    if wanted is not None:
+        return wanted
+    return WINDOW if source.in_store and not isinstance(source, FolderSource) else 0
+
+
 def open_loader(
     source: Source,
     views: list[View],
@@ -93,7 +104,7 @@ def open_loader(
         world=world,
         workers=threads,
         prefetch=data.prefetch,
-        page_window=data.page_window,
+        page_window=page_window(source, data.page_window),
         on_bad=data.on_bad,
         max_bad=data.max_bad,
         pin_memory=pin_memory,

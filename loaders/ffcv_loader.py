@@ -62,8 +62,8 @@ class FFCVLoader(Loader):
             groups.append(Crops(view, mine.box, mine.flip, batch.views[view.name].numpy()))
         crc32 = self._source.to_check(ids)
         if self._part_grid and (found := self._source.part_places(ids)):
-            maps = np.empty((len(ids), *found[1]), np.uint8)
-            filled = pool.fill(places, heights, widths, groups, (found[0], maps), crc32)
+            maps = np.empty((len(ids), *found.shape), np.uint8)
+            filled = pool.fill(places, heights, widths, groups, (found.table, maps), crc32)
             self._label_parts(batch, drawn, slice(None), maps, np.array([heights, widths]).T)  # also of rows left
         else:
             filled = pool.fill(places, heights, widths, groups, crc32=crc32)

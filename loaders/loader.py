@@ -38,7 +38,15 @@ Prepare = Callable[[np.ndarray, int, int], tuple[Batch, list[Callable[[], None]]
 
 
 class BadSampleError(RuntimeError):
-    """A sample cannot be read, or too many cannot; the message names index, source and reason of each."""
+    """A sample cannot be read, or too many cannot; the message names index, source and reason of each.
+
+    Attributes:
+        sample: the index, where it is one sample; else -1.
+    """
+
+    def __init__(self, message: str, sample: int = -1) -> None:
+        super().__init__(message)
+        self.sample = sample
 
 
 @dataclass
@@ -202,11 +210,17 @@ class Loader(ABC):
         try:
             if self._closings != closings:  # `close` came meanwhile, and did not know of this stream
                 stream.close()
-            for batch in stream.run(prepare, range(start, self.batches_per_epoch)):
-                yield self._memory.pinned(batch)
+            with self._source.coming(self._mine(ids, start)):
+                for batch in stream.run(prepare, range(start, self.batches_per_epoch)):
+                    yield self._memory.pinned(batch)
         finally:
             stream.close()
             self._streams.discard(stream)
+
+    def _mine(self, ids: np.ndarray, start: int) -> np.ndarray:
+        """What this rank reads of an epoch, in its order, from batch `start` on: int64."""
+        whole = ids[: self.batches_per_epoch * self._world * self._batch_size]
+        return whole.reshape(-1, self._world, self._batch_size)[start:, self._rank].reshape(-1)
 
     def _stream(self) -> tuple[Ahead, Prepare]:
         """The threads of one epoch, and what makes a batch in them."""

@@ -1,8 +1,9 @@
-"""Where encoded samples come from: a .beton file, a glob of .beton shards, or a folder of images."""
+"""Where encoded samples come from: .beton files, tar shards (tar.py), a manifest of these (manifest.py), or a folder of
+images."""
 
 from __future__ import annotations
 
-import glob
+import contextlib
 import hashlib
 import logging
 import os
@@ -13,23 +14,31 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from fastssl.config import printable
-from fastssl.loaders.beton import WRONG_CHECKSUM, Beton, BetonError, SideFile
+from fastssl.loaders import cache, store
+from fastssl.loaders.beton import WRONG_CHECKSUM, Beton, BetonError, PartPlaces, SideFile
 from fastssl.loaders.decode import (
+    FILE_AT,
     FILE_BY_NAME,
+    MAX_BYTES,
     SUFFIXES,
     DecodeError,
     Encoded,
     Places,
     decode,
     file_size,
+    header_size,
     open_image,
     read_file,
     upright_size,
 )
+
+if TYPE_CHECKING:
+    from fastssl.loaders.tar import TarSource
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +57,16 @@ class Source(ABC):
         classes: class names; empty where the data has none (labels may exist all the same, in FFCV's own files).
         labels: int64 [n], class indices; -1 where the data has none.
         has_parts: whether every sample has part maps.
+        in_store: whether it lies in a store, and what is asked for is fetched in blocks.
+        blocks: of a single file in a store.
     """
 
     path: str
     classes: list[str]
     labels: np.ndarray
     has_parts: bool = False
+    in_store: bool = False
+    blocks: cache.Blocks | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,10 +99,35 @@ class Source(ABC):
         """Part maps of sample `i`: uint8 [N, h, w]; None where the data has none."""
         return None
 
-    def part_places(self, ids: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]] | None:
-        """Where compiled code finds the part maps of some samples, as `Beton.part_places`, and their shape; None where
-        only `parts` has them."""
+    def part_places(self, ids: np.ndarray) -> PartPlaces | None:
+        """Where compiled code finds the part maps of some samples; None where only `parts` has them."""
         return None
+
+    def lengths(self) -> np.ndarray:
+        """Bytes of each encoded image, int64 [n]; 0 where there is nothing."""
+        return np.array([self.read(i).data.size for i in range(len(self))], np.int64)
+
+    def block_numbers(self, ids: np.ndarray) -> np.ndarray:
+        """The block that each of some samples is fetched in, int64 [B]; -1 where it lies on a disk."""
+        return np.full(len(ids), -1, np.int64)
+
+    def block(self, number: int) -> cache.Block:
+        """A block by its number."""
+        return cast(cache.Blocks, self.blocks).block(number)
+
+    @contextlib.contextmanager
+    def coming(self, ids: np.ndarray) -> Iterator[None]:
+        """Inside, what these samples need is fetched ahead, in their order; nothing where the data lies on a disk."""
+        numbers = self.block_numbers(ids) if self.in_store else np.empty(0, np.int64)
+        used, first = np.unique(numbers, return_index=True)
+        order = used[np.argsort(first)]
+        order = order[order >= 0]
+        reading = cache.ahead(len(order), lambda k: self.block(int(order[k]))) if len(order) else None
+        try:
+            yield
+        finally:
+            if reading is not None:
+                reading.close()
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -101,34 +139,111 @@ class Source(ABC):
 
 
 def open_source(path: str) -> Source:
-    """Opens a .beton file, a glob of .beton shards (numbers in the names in numerical order), or a folder of images.
+    """Opens a data set by its path: a .beton file, a tar in WebDataset's layout, several of either, a manifest, or a
+    folder of images.
 
-    A folder's sub-folders are its classes, in the order of their names, with images at any depth; a folder without
-    sub-folders is unlabelled.
+    Several files are a glob, with numbers in the names in numerical order ('train-*.beton'), or a brace list in its own
+    order ('train-{000..015}.tar'). A manifest ends in .json. A folder's sub-folders are its classes, in the order of
+    their names, with images at any depth; a folder without sub-folders is unlabelled.
 
     Raises:
         SourceError: nothing there, nothing usable there, or shards that do not belong together.
     """
-    path = os.fspath(path)
+    path = store.plain(path)
     try:
-        if os.path.isdir(path):
-            return FolderSource(path)
-        if os.path.exists(path):
-            return _named(BetonSource(path))
-        if not glob.has_magic(path):
-            raise SourceError(f"{path} does not exist")
-        shards = sorted(glob.glob(path), key=_natural)
-        if not shards:
-            raise SourceError(f"{path} matches no file")
-        return _named(*(BetonSource(shard) for shard in shards), pattern=path)
-    except BetonError as error:
+        if store.is_folder(path):
+            return StoreFolder(path) if store.is_url(path) else FolderSource(path)
+        if is_manifest(path):
+            from fastssl.loaders.manifest import open_manifest
+
+            return open_manifest(path)
+        return _open_files(path, files_of(path))
+    except (BetonError, store.StoreError) as error:
         raise SourceError(str(error)) from None
 
 
-def _named(*shards: BetonSource, pattern: str = "") -> Source:
-    """One data set of .beton files; warns of those whose side file is gone (FFCV's own writer makes none)."""
-    source = Shards(pattern, list(shards)) if pattern else shards[0]
-    gone = [shard.path for shard in shards if not SideFile.path_of(shard.beton.path).exists() and not shard.beton.side]
+def files_of(path: str) -> list[str]:
+    """The files that a path names: itself, or what a glob or a brace list stands for.
+
+    Raises:
+        SourceError: there are none.
+    """
+    if not (store.is_url(path) and store.has_magic(path)) and store.exists(path):
+        return [path]
+    found = []
+    for name in expand(path):
+        found += store.glob(name) if store.has_magic(name) else [name]
+    if not found:
+        raise SourceError(f"{store.shown(path)} matches no file")
+    if found == [path]:
+        raise SourceError(f"{store.shown(path)} does not exist")
+    return found
+
+
+def is_manifest(path: str) -> bool:
+    """Whether a path is that of a manifest (manifest.py)."""
+    return store.base(path).lower().endswith(".json")
+
+
+def _open_files(path: str, files: list[str]) -> Source:
+    """The data set that `path` names, whose files these are, in their order."""
+    tars = [file for file in files if is_tar(file)]
+    if tars and len(tars) < len(files):
+        other = next(file for file in files if not is_tar(file))
+        raise SourceError(f"{path} names {tars[0]} and {other}: a data set is tars, or .beton files, not both")
+    if tars:
+        from fastssl.loaders.tar import open_tars
+
+        shards = open_tars(files)
+        return shards[0] if files == [path] else Shards(path, shards, shards[0].classes)
+    betons = store.together(BetonSource, files) if store.is_url(path) else [BetonSource(file) for file in files]
+    if files == [path]:
+        return named(betons, betons[0])
+    classes = check_alike(path, betons)
+    _check_complete(path, betons)
+    return named(betons, Shards(path, betons, classes))
+
+
+def is_tar(path: str) -> bool:
+    """Whether a file's name is that of a tar, compressed or not."""
+    return bool(re.search(r"\.(tar|tgz|tar\.(gz|bz2|xz|zst))$", store.base(path), re.IGNORECASE))
+
+
+def expand(path: str) -> list[str]:
+    """The names that a path with brace lists stands for, in order: {000..015} counts, {a,b} lists, as in a shell.
+    Without them it stands for itself.
+
+    Raises:
+        SourceError: more than MAX_NAMES.
+    """
+    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", path)
+    if not found:
+        return [path]
+    if found[3] is None:
+        first, last = int(found[1]), int(found[2])
+        if abs(last - first) >= MAX_NAMES:
+            raise SourceError(f"{path} stands for more than {MAX_NAMES} names")
+        step, width = (1 if first <= last else -1), max(map(len, (found[1], found[2])))
+        width = width if "0" in (found[1][:1], found[2][:1]) else 0
+        words = [f"{number:0{width}}" for number in range(first, last + step, step)]
+    else:
+        words = found[3].split(",")
+    tails = expand(path[found.end() :])
+    if len(words) * len(tails) > MAX_NAMES:
+        raise SourceError(f"{path} stands for more than {MAX_NAMES} names")
+    return [f"{path[: found.start()]}{word}{tail}" for word in words for tail in tails]
+
+
+MAX_NAMES = 1_000_000
+
+
+def named(shards: Sequence[BetonSource], source: Source) -> Source:
+    """The data set of these .beton files; warns of those whose side file is gone (FFCV's own writer makes none)."""
+    gone = [
+        shard.path
+        for shard in shards
+        if not shard.beton.side and not store.exists(str(SideFile.path_of(shard.beton.path)))
+    ]
     if gone:
         more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
         log.warning(
@@ -146,10 +261,12 @@ class BetonSource(Source):
     """
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self.path = store.shown(path) if store.is_url(path) else path
         self.beton = Beton(path)
         if not len(self.beton):
-            raise SourceError(f"{path} has no samples")
+            raise SourceError(f"{self.path} has no samples")
+        self.blocks = self.beton.blocks
+        self.in_store = self.blocks is not None
         self.classes, self.labels = self.beton.classes, self.beton.labels
         self.has_parts = self.beton.parts_shape is not None
         self._checked = np.zeros(len(self.beton), np.bool_) if self.beton.checksums else None
@@ -161,7 +278,11 @@ class BetonSource(Source):
         image = self.beton.image(i)
         if self._checked is not None and not self._checked[i] and image.mode == "jpg":
             if not self.beton.sound(i, zlib.crc32(image.data)):
-                raise DecodeError(WRONG_CHECKSUM)
+                if not self.beton.forget(i):
+                    raise DecodeError(WRONG_CHECKSUM)
+                image = self.beton.image(i)  # again from the store: what was in the cache may have been damaged
+                if not self.beton.sound(i, zlib.crc32(image.data)):
+                    raise DecodeError(WRONG_CHECKSUM)
             self._checked[i] = True
         return image
 
@@ -180,15 +301,20 @@ class BetonSource(Source):
     def places(self, ids: np.ndarray) -> Places:
         return self.beton.places(ids)
 
+    def lengths(self) -> np.ndarray:
+        return self.beton.lengths()
+
+    def block_numbers(self, ids: np.ndarray) -> np.ndarray:
+        return self.beton.block_numbers(ids)
+
     def name(self, i: int) -> str:
         return self.beton.name(i)
 
     def parts(self, i: int) -> np.ndarray | None:
         return self.beton.parts(i)
 
-    def part_places(self, ids: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]] | None:
-        shape = self.beton.parts_shape
-        return None if shape is None else (self.beton.part_places(ids), shape)
+    def part_places(self, ids: np.ndarray) -> PartPlaces | None:
+        return self.beton.part_places(ids)
 
     def fingerprint(self) -> str:
         return self.beton.fingerprint()
@@ -237,6 +363,16 @@ class FolderSource(Source):
         """The path of sample `i`."""
         return os.path.join(self.path, self.files[i])
 
+    def lengths(self) -> np.ndarray:
+        return np.array([max(0, self.length(i)) for i in range(len(self))], np.int64)
+
+    def length(self, i: int) -> int:
+        """Bytes of sample `i`; -1 where there is no such file any more."""
+        try:
+            return os.path.getsize(self.file(i))
+        except OSError:
+            return -1
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for i, name in enumerate(self.files):
@@ -252,6 +388,85 @@ class FolderSource(Source):
             return file_size(self.file(i))
         except DecodeError:
             return 0, 0
+
+
+class StoreFolder(FolderSource):
+    """The images of a folder in a store, each fetched as it is; the listing says what there is."""
+
+    in_store = True
+
+    def __init__(self, url: str) -> None:
+        self.path, self._url = store.shown(url), url
+        listed = store.listing(url)
+        found = Found()
+        found = _classes(self.path, _tree([file.name for file in listed], found), found)
+        self.classes, self.files, self.labels = found.classes, found.files, found.labels
+        if left_out := found.left_out():
+            log.warning("%s: %s", self.path, left_out)
+        facts = {file.name: file for file in listed}
+        self._lengths = np.array([facts[name].size for name in self.files], np.int64)
+        self._etags = [facts[name].etag for name in self.files]
+        self._sizes = np.full((2, len(self.files)), -1, np.int64)
+        self._folder = cache.folder_for(url)
+        cache.register(self._folder, int(self._lengths.sum()))
+
+    def sizes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        new = np.unique(np.asarray(ids)[self._sizes[0, ids] < 0])
+        for some in np.split(new, range(256, len(new), 256)):  # each is an open file
+            for i, held in zip(some.tolist(), self._hold(some), strict=True):
+                try:
+                    self._sizes[:, i] = header_size(held.read()) if held else (0, 0)
+                except DecodeError:
+                    self._sizes[:, i] = 0
+        return self._sizes[0, ids], self._sizes[1, ids]
+
+    def places(self, ids: np.ndarray) -> Places:
+        held = self._hold(ids)
+        table = np.zeros((len(ids), 4), np.int64)
+        for row, one in zip(table, held, strict=True):
+            if one:
+                row[:] = FILE_AT, one.fd, 0, one.size
+        return Places(table, held=held)
+
+    def read(self, i: int) -> Encoded:
+        (held,) = self._hold(np.array([i]))
+        if held is None:
+            raise DecodeError(f"has {self._lengths[i]} bytes; at most {MAX_BYTES} are read")
+        data = held.read()
+        if self._sizes[0, i] <= 0:
+            self._sizes[:, i] = upright_size(open_image(data))
+        height, width = (int(side) for side in self._sizes[:, i])
+        return Encoded(np.frombuffer(data, np.uint8), "file", height, width)
+
+    def _hold(self, ids: np.ndarray) -> list[cache.Held | None]:
+        """The files of some samples, fetched and open; None for those that are too long to be read."""
+        short = [i for i in ids.tolist() if self._lengths[i] <= MAX_BYTES]
+        found = dict(zip(short, cache.hold([self.block(i) for i in short]), strict=True))
+        return [found.get(i) for i in ids.tolist()]
+
+    def file(self, i: int) -> str:
+        return store.join(self._url, self.files[i])
+
+    def name(self, i: int) -> str:
+        return store.shown(self.file(i))
+
+    def length(self, i: int) -> int:
+        return int(self._lengths[i])
+
+    def block_numbers(self, ids: np.ndarray) -> np.ndarray:
+        return np.asarray(ids, np.int64)
+
+    def block(self, number: int) -> cache.Block:
+        size, etag = int(self._lengths[number]), self._etags[number]
+        facts = f"{self.files[number]}\n{size}\n{etag}".encode(errors="surrogateescape")
+        file = store.StoreFile(self.file(number), size, etag)
+        return cache.Block(file, 0, size, self._folder if etag else "", hashlib.sha256(facts).hexdigest()[:24])
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, size, etag in zip(self.files, self._lengths.tolist(), self._etags, strict=True):
+            digest.update(os.fsencode(f"{name}:{size}:{etag}\n"))
+        return digest.hexdigest()
 
 
 class Files(FolderSource):
@@ -272,24 +487,23 @@ class Files(FolderSource):
 
 
 class Shards(Source):
-    """Several .beton files as one data set, one after the other."""
+    """Several files as one data set, one after the other.
 
-    def __init__(self, path: str, shards: list[BetonSource]) -> None:
-        self.path, self.shards = path, shards
-        first = next((shard for shard in shards if shard.beton.side), shards[0])
-        for shard in shards:
-            for what, mine, other in (
-                ("classes", first.classes, shard.classes if shard.beton.side else first.classes),
-                ("part maps", first.beton.parts_shape, shard.beton.parts_shape),
-            ):
-                if mine != other:
-                    raise SourceError(f"{path}: {first.path} and {shard.path} have different {what}")
-        _check_complete(path, shards)
-        self.classes, self.has_parts = first.classes, first.has_parts
+    Args:
+        path: what they were opened from.
+        shards: .beton files that agree (`check_alike`), or tars.
+        classes: class names of all.
+    """
+
+    def __init__(self, path: str, shards: Sequence[BetonSource | TarSource], classes: list[str]) -> None:
+        self.path, self.shards, self.classes = path, shards, classes
+        self.has_parts = shards[0].has_parts
         self.labels = np.concatenate([shard.labels for shard in shards])
-        self._heights = np.concatenate([shard.beton.heights for shard in shards])
-        self._widths = np.concatenate([shard.beton.widths for shard in shards])
+        sizes = [shard.sizes(np.arange(len(shard))) for shard in shards]
+        self._heights, self._widths = (np.concatenate(sides) for sides in zip(*sizes, strict=True))
         self._begins = np.cumsum([0, *(len(shard) for shard in shards)])
+        self.in_store = any(shard.in_store for shard in shards)
+        self._blocks = np.cumsum([0, *(len(shard.blocks or ()) for shard in shards)])
 
     def sizes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._heights[ids], self._widths[ids]
@@ -316,20 +530,44 @@ class Shards(Source):
 
     def places(self, ids: np.ndarray) -> Places:
         table = np.empty((len(ids), 4), np.int64)
+        held: list = []
+        if self.in_store:  # all at once: one shard after the other would be slow
+            numbers = np.unique(self.block_numbers(ids))
+            held += cache.hold([self.block(k) for k in numbers[numbers >= 0].tolist()])
         for shard, mine, inside in self._split(ids):
-            table[mine] = shard.places(inside).table
-        return Places(table)
+            found = shard.places(inside)
+            table[mine] = found.table
+            held += found.held
+        return Places(table, held=held)
 
-    def part_places(self, ids: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]] | None:
-        shape = self.shards[0].beton.parts_shape
-        if shape is None:
+    def part_places(self, ids: np.ndarray) -> PartPlaces | None:
+        if (first := self.shards[0].part_places(np.empty(0, np.int64))) is None:
             return None
         table = np.empty((len(ids), 2), np.int64)
+        held: list = []
         for shard, mine, inside in self._split(ids):
-            table[mine] = shard.beton.part_places(inside)
-        return table, shape
+            found = cast(PartPlaces, shard.part_places(inside))
+            table[mine] = found.table
+            held += found.held
+        return PartPlaces(table, first.shape, held)
 
-    def _split(self, ids: np.ndarray) -> Iterator[tuple[BetonSource, np.ndarray, np.ndarray]]:
+    def lengths(self) -> np.ndarray:
+        return np.concatenate([shard.lengths() for shard in self.shards])
+
+    def block_numbers(self, ids: np.ndarray) -> np.ndarray:
+        numbers = np.full(len(ids), -1, np.int64)
+        shards = self._begins.searchsorted(ids, "right") - 1
+        for k in np.unique(shards).tolist():
+            mine = shards == k
+            if self.shards[k].in_store:
+                numbers[mine] = self.shards[k].block_numbers(ids[mine] - self._begins[k]) + self._blocks[k]
+        return numbers
+
+    def block(self, number: int) -> cache.Block:
+        k = int(self._blocks.searchsorted(number, "right")) - 1
+        return self.shards[k].block(number - int(self._blocks[k]))
+
+    def _split(self, ids: np.ndarray) -> Iterator[tuple[BetonSource | TarSource, np.ndarray, np.ndarray]]:
         """The shards that some samples lie in: which these are, bool [B], and their numbers in the shard."""
         shards = self._begins.searchsorted(ids, "right") - 1
         for k in np.unique(shards).tolist():
@@ -349,12 +587,26 @@ class Shards(Source):
         begins = np.cumsum([0, *(pages.max() + 1 for pages in each)])
         return np.concatenate([pages + begin for pages, begin in zip(each, begins[:-1], strict=True)])
 
-    def _find(self, i: int) -> tuple[BetonSource, int]:
+    def _find(self, i: int) -> tuple[BetonSource | TarSource, int]:
         k = int(np.searchsorted(self._begins, i, side="right")) - 1
         return self.shards[k], i - int(self._begins[k])
 
 
-def _check_complete(path: str, shards: list[BetonSource]) -> None:
+def check_alike(path: str, shards: Sequence[BetonSource]) -> list[str]:
+    """The class names that all shards have; SourceError where these, or the part maps, differ. A shard without a side
+    file takes the others' names."""
+    first = next((shard for shard in shards if shard.beton.side), shards[0])
+    for shard in shards:
+        for what, mine, other in (
+            ("classes", first.classes, shard.classes if shard.beton.side else first.classes),
+            ("part maps", first.beton.parts_shape, shard.beton.parts_shape),
+        ):
+            if mine != other:
+                raise SourceError(f"{path}: {first.path} and {shard.path} have different {what}")
+    return first.classes
+
+
+def _check_complete(path: str, shards: Sequence[BetonSource]) -> None:
     """Raises SourceError unless files that say which shard they are make up the whole of one conversion."""
     said = {shard.path: shard.beton.side.shard for shard in shards if shard.beton.side}
     of = {shard.path: (said[shard.path][1], shard.beton.side.conversion) for shard in shards if shard.beton.side}
@@ -363,7 +615,8 @@ def _check_complete(path: str, shards: list[BetonSource]) -> None:
     for other in others:
         if of[other] != of[first] or totals == {1}:
             raise SourceError(
-                f"{path} matches {first} and {other}, which are not shards of the same conversion; name one data set"
+                f"{path} matches {first} and {other}, which are not shards of the same conversion; name one data "
+                "set, or have a manifest name the shards of both (fastssl manifest make)"
             )
     if totals <= {1}:
         return
@@ -418,7 +671,11 @@ def scan_folder(path: str | Path) -> Found:
         SourceError: no images, or images both directly in the folder and in its sub-folders.
     """
     found = Found()
-    top = _walk(os.fspath(path), found)
+    return _classes(os.fspath(path), _walk(os.fspath(path), found), found)
+
+
+def _classes(path: str, top: _Folder, found: Found) -> Found:
+    """Completes what was found below `top`, the folder `path`: classes, files and labels. Raises SourceError."""
     labels = []
     for label, (name, folder) in enumerate(sorted(top.folders.items())):
         before = len(found.files)
@@ -439,10 +696,12 @@ def scan_folder(path: str | Path) -> Found:
         return found
     if not found.files:
         found.other.pop(EMPTY, None)
-        betons = " (name .beton shards by a glob: folder/*.beton)" if any(Path(path).glob("*.beton")) else ""
+        endings = {os.path.splitext(name)[1] for name in found.other.get(UNLISTED, ())}
+        shards = next((end for end in (".beton", ".tar") if end in endings), "")
+        glob = f" (name {shards} shards by a glob: folder/*{shards})" if shards else ""
         left_out = f"; {found.left_out()}" if found.other else ""
         known = " ".join(sorted(SUFFIXES))
-        raise SourceError(f"{path} has no images in it; known endings: {known}{betons}{left_out}")
+        raise SourceError(f"{path} has no images in it; known endings: {known}{glob}{left_out}")
     found.classes, found.labels = sorted(top.folders), np.array(labels, np.int64)
     return found
 
@@ -465,6 +724,28 @@ class _Folder:
         for name, folder in sorted(self.folders.items()):
             found += folder.images(f"{prefix}{name}/")
         return found
+
+
+def _tree(names: Sequence[str], found: Found) -> _Folder:
+    """The images of a listing as `_walk` gives those of a disk."""
+    top, hidden = _Folder(), set()
+    for name in names:
+        parts = name.split("/")
+        folders, last = parts[:-1], parts[-1]
+        if not last:  # how some programs mark a folder
+            continue
+        if any(dots := [part.startswith(".") for part in parts]):
+            hidden.add("/".join(parts[: dots.index(True) + 1]))
+        elif os.path.splitext(last)[1].lower() not in SUFFIXES:
+            found.other.setdefault(UNLISTED, []).append(name)
+        else:
+            folder = top
+            for part in folders:
+                folder = folder.folders.setdefault(part, _Folder())
+            folder.files.append(last)
+    if hidden:
+        found.other[HIDDEN] = sorted(hidden)
+    return top
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -522,7 +803,3 @@ def _walk(root: str, found: Found) -> _Folder:
         else:
             leave_out(TWICE, name)
     return top
-
-
-def _natural(path: str) -> list:
-    return [int(piece) if piece.isdigit() else piece for piece in re.split(r"(\d+)", path)]

@@ -1,20 +1,23 @@
-"""Reads every sample of a .beton file, or of a glob of shards, and lists what is wrong."""
+"""Reads every sample of .beton files or tars, as a path or a manifest names them, and lists what is wrong."""
 
 from __future__ import annotations
 
-import glob
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from fastssl.config import Checked, NonNegativeInt, printable
+from fastssl.loaders import cache, store
 from fastssl.loaders.beton import WRONG_CHECKSUM, Beton, BetonError, SideFile, SideFileError, pointers
 from fastssl.loaders.decode import DecodeError
+from fastssl.loaders.manifest import Entry, Manifest, difference, read_manifest
 from fastssl.loaders.pool import WorkerDied, cores, ordered
+from fastssl.loaders.sources import BetonSource, SourceError, files_of, is_manifest, is_tar
+from fastssl.loaders.tar import TarSource, open_tars
 from fastssl.loaders.window_decoder import decode
 from fastssl.progress import progress_bar
 
@@ -32,7 +35,7 @@ class VerifyOptions(Checked):
     """What to verify, and how thoroughly."""
 
     path: str = ""
-    """A .beton file, or a glob of shards ('train-*.beton')."""
+    """A .beton file, a tar in WebDataset's layout, a glob or brace list of either, or a manifest (.json)."""
     workers: NonNegativeInt = 0
     """Processes. 0: one per usable core."""
     decode: bool = True
@@ -98,37 +101,59 @@ def _listing(found: list[Problem]) -> list[str]:
 
 
 def verify(options: VerifyOptions) -> Report:
-    """Verifies .beton files: header, positions, overlaps, checksums, and that every image decodes to its size.
+    """Verifies .beton files and tars: header, positions, overlaps, checksums, and that every image decodes to its size;
+    of a manifest also that its shards are all there, and the files that it means.
 
     Damage of any kind ends up in the report, never in an exception.
 
     Raises:
         VerifyError: the path names no file.
+        SourceError: the manifest is none.
     """
     begin = time.perf_counter()
-    if not os.path.exists(options.path) and glob.has_magic(options.path):
-        paths = sorted(glob.glob(options.path))
-    else:
-        paths = [options.path] if os.path.isfile(options.path) else []
-    if not paths:
-        raise VerifyError(f"{options.path} names no .beton file")
+    manifest = read_manifest(options.path) if is_manifest(options.path) else None
+    try:
+        paths = [manifest.file(e) for e in manifest.shards] if manifest else files_of(store.plain(options.path))
+    except SourceError:
+        paths = []
+    if not paths or any(os.path.isdir(path) for path in paths):
+        raise VerifyError(f"{store.shown(options.path)} names no .beton file, tar or manifest")
     report = Report(files=len(paths))
-    for path in paths:
-        _verify_file(path, options, report)
+    for k, path in enumerate(paths):
+        _verify_file(path, options, report, manifest, manifest.shards[k] if manifest else None)
     report.seconds = round(time.perf_counter() - begin, 3)
     return report
 
 
-def _verify_file(path: str, options: VerifyOptions, report: Report) -> None:
-    def note(index: int, reason: str, where: list[Problem] = report.problems) -> None:
-        name = side.name(index) if side is not None and 0 <= index < len(side.crc32) else ""
-        where.append(Problem(path, index, name, reason))
+def _verify_file(
+    path: str, options: VerifyOptions, report: Report, manifest: Manifest | None, entry: Entry | None
+) -> None:
+    shown = store.shown(path)
 
-    side = None
+    def note(index: int, reason: str, where: list[Problem] = report.problems) -> None:
+        name = names(index) if index != WHOLE_FILE else ""
+        where.append(Problem(shown, index, name, reason))
+
+    def names(index: int) -> str:
+        if tar is not None:
+            return tar.index.name(index)
+        return side.name(index) if side is not None and index < len(side.crc32) else ""
+
+    side, tar, checksums = None, None, None
     try:
-        beton = Beton(path)
-    except BetonError as error:
-        return note(WHOLE_FILE, str(error).removeprefix(path).strip())
+        if is_tar(path):
+            (tar,) = open_tars([path], manifest.classes if manifest else [])
+        else:
+            beton = Beton(path)
+        if manifest and entry and (fault := difference(manifest, entry, tar or BetonSource(path))):
+            note(WHOLE_FILE, f"{fault} ({store.shown(manifest.path)})")
+    except (BetonError, SourceError, store.StoreError) as error:
+        if isinstance(error, store.StoreError) and not error.missing:
+            raise  # the store is away: that says nothing about the data
+        return note(WHOLE_FILE, str(error).removeprefix(shown).strip())
+    if tar is not None:
+        report.samples += len(tar)
+        return _verify_samples(path, len(tar), [], None, options, note, report)
     report.samples += len(beton)
     try:
         side = SideFile.of(beton)
@@ -137,21 +162,33 @@ def _verify_file(path: str, options: VerifyOptions, report: Report) -> None:
     except SideFileError as error:
         note(WHOLE_FILE, f"has a side file that cannot be used: {error}")
     if side is None:
-        report.unchecked.append(path)
-    elif fault := side.mismatch(beton):
-        note(WHOLE_FILE, fault.removeprefix(path).strip())
+        report.unchecked.append(shown)
+    elif mismatch := side.mismatch(beton):
+        note(WHOLE_FILE, mismatch.removeprefix(shown).strip())
     checksums = side.crc32 if side is not None and len(side.crc32) == len(beton) else None
+    _verify_samples(path, len(beton), list(_misplaced(beton)), checksums, options, note, report)
 
-    found, warned = list(_misplaced(beton)), []
-    chunks = range(-(-len(beton) // CHUNK))
+
+def _verify_samples(
+    path: str,
+    count: int,
+    found: list[tuple[int, str]],
+    checksums: np.ndarray | None,
+    options: VerifyOptions,
+    note: Callable[..., None],
+    report: Report,
+) -> None:
+    """Has workers read all samples of a file; notes what is wrong with them, and what was `found` already."""
+    warned: list[tuple[int, str]] = []
+    chunks = range(-(-count // CHUNK))
     workers = max(1, min(options.workers or cores(), len(chunks)))
     results = ordered(_verify_chunk, chunks, workers, _start, (path, checksums, options.decode))
     try:
-        with progress_bar(len(beton), os.path.basename(path)) as bar:
-            for count, faults, warnings in results:
+        with progress_bar(count, store.base(path)) as bar:
+            for done, faults, warnings in results:
                 found += faults
                 warned += warnings
-                bar.update(count)
+                bar.update(done)
     except WorkerDied as error:
         note(WHOLE_FILE, f"could not be read to the end: {error}")
     finally:
@@ -187,23 +224,29 @@ def _misplaced(beton: Beton) -> Iterator[tuple[int, str]]:
 
 # -- in the workers --------------------------------------------------------------------------------------------------
 
-_beton: Beton
+_shard: Beton | TarSource
 _checksums: np.ndarray | None
 _decode: bool
 
 
 def _start(path: str, checksums: np.ndarray | None, decode_too: bool) -> None:
-    global _beton, _checksums, _decode
-    _beton, _checksums, _decode = Beton(path), checksums, decode_too
+    global _shard, _checksums, _decode
+    _shard, _checksums, _decode = open_tars([path], [])[0] if is_tar(path) else Beton(path), checksums, decode_too
+    if _shard.blocks is not None:
+        cache.use("none")  # what lies in the store is meant
 
 
 def _verify_chunk(chunk: int) -> tuple[int, list[tuple[int, str]], list[tuple[int, str]]]:
-    ids = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(_beton)))
+    ids = range(chunk * CHUNK, min((chunk + 1) * CHUNK, len(_shard)))
     faults, warnings = [], []
+    if _shard.blocks is not None:  # whole blocks, rather than a request for each sample
+        cache.hold([_shard.blocks.block(k) for k in np.unique(_shard.block_numbers(np.array(ids))).tolist()])
     for i in ids:
         try:
             if warning := _check(i):
                 warnings.append((i, f"({warning})"))
+        except store.StoreError:
+            raise
         except DecodeError as error:
             faults.append((i, str(error)))
         except Exception as error:  # damaged data may break any assumption; the report names the sample all the same
@@ -213,9 +256,12 @@ def _verify_chunk(chunk: int) -> tuple[int, list[tuple[int, str]], list[tuple[in
 
 def _check(i: int) -> str:
     """What libjpeg warns of in sample `i`; raises what is wrong with it."""
-    if _checksums is not None and _beton.sample_crc32(i) != _checksums[i]:
+    if isinstance(_shard, TarSource):  # which compares its checksums itself
+        image = _shard.read(i)
+        return decode(image).warning if _decode else ""
+    if _checksums is not None and _shard.sample_crc32(i) != _checksums[i]:
         raise DecodeError(WRONG_CHECKSUM)
-    image = _beton.image(i)
+    image = _shard.image(i)
     warning = decode(image).warning if _decode else ""
-    _beton.parts(i)
+    _shard.parts(i)
     return warning

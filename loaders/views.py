@@ -123,7 +123,7 @@ def central_batches(
             image = window_decoder.decode(encoded, _window(encoded, views, resize, interpolation))
             maps = source.parts(sample) if grids else None
         except DecodeError as error:
-            raise BadSampleError(f"sample {sample} ({source.name(sample)}) {error}") from error
+            raise BadSampleError(f"sample {sample} ({source.name(sample)}) {error}", sample) from error
         shape = (encoded.height, encoded.width)
         for view in views:
             box = np.array([0.0, 0.0, 1.0, 1.0]) if view.squash else central_box(*shape, view.size, resize[view.name])
@@ -138,7 +138,11 @@ def central_batches(
         if left.pop() == 0:  # the last one: part labels are final
             add_masks(batch, masks, seed=seed, schedule_epoch=schedule_epoch)
 
-    return Ahead(workers, prefetch).run(prepare, range(-(-len(order) // batch_size)))
+    def batches() -> Generator[Batch, None, None]:
+        with source.coming(order):
+            yield from Ahead(workers, prefetch).run(prepare, range(-(-len(order) // batch_size)))
+
+    return batches()
 
 
 def central_box(height: int, width: int, size: int, resize: int) -> np.ndarray:

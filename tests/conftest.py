@@ -10,6 +10,20 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU; must be set before triton is imported
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import speed_up
+
+    speed_up()
+
+
+LONG = (  # half a minute and more: they begin first, so that workers that take file after file end together
+    "test_bench_gpu.py", "test_compile.py", "test_kills.py", "test_proofs.py", "test_trainer.py", "test_kernel_path.py",
+    "test_launches.py", "test_elastic.py", "test_heartbeat.py", "test_shard.py", "test_demo.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 @pytest.fixture(scope="session")

@@ -4,16 +4,19 @@ In a module by itself, so that processes can be forked from one that has importe
 """
 
 import functools
+import json
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from fastssl import cli
 from fastssl.config import Config
 from fastssl.pretraining.trainer import Trainer, pretrain
 from fastssl.training import distributed
@@ -50,7 +53,7 @@ def start(world: int, config: Config, meeting: str, moment: Moment | None = None
     for process in processes:
         if moment:
             process.terminate()
-            process.join(5)
+            process.join(30)
             process.kill()
         process.join(120)
     return [process.exitcode for process in processes]
@@ -64,14 +67,66 @@ def _run(rank: int, world: int, config: Config, meeting: str, moment: Moment | N
             torch.distributed.init_process_group("gloo", **where)
         if moment is not None and moment.rank == rank:
             _watch(moment)
-        try:
-            pretrain(config)
-        finally:
-            distributed.stop()
+        _note_images(f"{meeting}.{rank}.images")
+        cli._run = lambda *_: 0 if pretrain(config) else 1
+        sys.exit(cli.main(["pretrain"]))
+
+
+def hang(config: Config, faults: list[str]) -> None:
+    """Pretraining, with a fault at the start of a step: the n-th fault in the n-th life of a process that torchrun
+    starts again. "stopped": rank 1 is stopped by a signal; "loader": the last rank's loader gives no more batches;
+    "evaluation": rank 0 takes longer between two steps than a run may stand still."""
+    life = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    fault = faults[life] if life < len(faults) else ""
+    rank, last = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) - 1
+    step, batches, between = Trainer.train_step, Trainer.micro_batches, Trainer.between
+
+    def stopped(self, stream):
+        if self.step == self.first_step + 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        step(self, stream)
+
+    def stuck(self):
+        for batch in batches(self):
+            if self.step == self.first_step + 2:
+                time.sleep(1000)
+            yield batch
+
+    def slow(self):
+        between(self)
+        if self.step == self.first_step + 2:
+            if rank == 0:
+                begin = time.monotonic()
+                while time.monotonic() < begin + 2 * config.run.hang_s:
+                    time.sleep(0.01)
+                    sum(range(30_000))
+            distributed.barrier()
+
+    if fault == "stopped" and rank == 1:
+        Trainer.train_step = stopped
+    if fault == "loader" and rank == last:
+        Trainer.micro_batches = stuck
+    if fault == "evaluation":
+        Trainer.between = slow
+    pretrain(config)
+
+
+def _note_images(path: str) -> None:
+    """Lets the run write down which images each of its steps takes, before the step can have been made."""
+    sample_ids = Trainer.sample_ids
+
+    def noted(self, batch):
+        ids = sample_ids(self, batch)
+        with open(path, "a") as file:
+            file.write(json.dumps([self.step, ids]) + "\n")
+        return ids
+
+    Trainer.sample_ids = noted
 
 
 def _watch(moment: Moment) -> None:
     left = moment.event
+    lock = threading.Lock()  # checkpoints are written in a thread
 
     def kill() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -79,10 +134,12 @@ def _watch(moment: Moment) -> None:
     def passed(before=lambda: None) -> None:
         """An event; `before` leaves things as they are in the middle of it."""
         nonlocal left
-        left -= 1
-        if left == 0 and moment.delay:
+        with lock:
+            left -= 1
+            now = left == 0
+        if now and moment.delay:
             threading.Timer(moment.delay, kill).start()
-        elif left == 0:
+        elif now:
             before()
             kill()
 

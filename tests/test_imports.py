@@ -118,8 +118,8 @@ def test_rule_catches_a_forbidden_import(tmp_path):
     assert home("fastssl", ROOT / "fastssl/evaluation/frozen/knn.py") == "evaluation.frozen"
 
 
-def test_import_fastssl_is_light():
+def test_import_fastssl_and_its_converter_is_light():
     heavy = "{'torch', 'triton', 'nvidia', 'numba', 'timm', 'ffcv'}"
-    code = f"import fastssl, sys; print(sorted({heavy} & set(sys.modules)))"
+    code = f"import fastssl, fastssl.loaders.convert, sys; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -15,10 +15,13 @@ from typing import cast
 
 import numpy as np
 
+from fastssl.config import redacted
 from fastssl.evaluation.data import EvaluationError
 from fastssl.loaders.beton import IMAGE, INT
 from fastssl.loaders.decode import Places
 from fastssl.loaders.sources import BetonSource, DecodeError, FolderSource, Shards, Source
+from fastssl.loaders.store import StoreError
+from fastssl.loaders.tar import TarSource
 from fastssl.training import distributed
 
 ENDING = 64  # bytes at an image's end that are compared first
@@ -43,7 +46,7 @@ def shared_sentence(data: Source, val: Source, data_name: str, val_name: str) ->
         return ""
     i, j = found[0]
     example = f"{val.name(j)} is {data.name(i)}"
-    return f"{len(found)} of {len(val)} images of {val_name} are in {data_name} too, e.g. {example}"
+    return redacted(f"{len(found)} of {len(val)} images of {val_name} are in {data_name} too, e.g. {example}")
 
 
 def shared_images(data: Source, val: Source) -> list[tuple[int, int]]:
@@ -77,7 +80,8 @@ def _looks(
         return [None if (seen := look(images, i)) is None else (key, seen) for i, key in part]
 
     parts = [pairs[begin : begin + PART] for begin in range(0, len(pairs), PART)]
-    return [key for keys in pool.map(some, parts) for key in keys]
+    with images.source.coming(np.array([i for i, _ in pairs], np.int64)):
+        return [key for keys in pool.map(some, parts) for key in keys]
 
 
 class _Images:
@@ -88,19 +92,20 @@ class _Images:
     """
 
     def __init__(self, source: Source) -> None:
-        self.source = source
-        if isinstance(source, FolderSource):
-            self.lengths = np.array([_length(source.file(i)) for i in range(len(source))], np.int64)
-        else:
+        self.source, self.lengths = source, source.lengths()
+        if not source.in_store and not isinstance(source, FolderSource):
             self.table = cast(Places, source.places(np.arange(len(source)))).table
-            self.lengths = self.table[:, 3]
 
     def checksums(self) -> np.ndarray | None:
-        """CRC-32 of each image's bytes, uint32 [n], where side files have it: theirs goes on over the label."""
+        """CRC-32 of each image's bytes, uint32 [n], where a tar's index or side files have it (these go on over the
+        label)."""
         if isinstance(self.source, FolderSource):
             return None
         source, found = self.source, []
-        for shard in source.shards if isinstance(source, Shards) else [cast(BetonSource, source)]:
+        for shard in source.shards if isinstance(source, Shards) else [cast("BetonSource | TarSource", source)]:
+            if isinstance(shard, TarSource):
+                found.append(shard.index.crc32)
+                continue
             beton = shard.beton
             if not beton.side or [field.type_id for field in beton.fields] != [IMAGE, INT]:
                 return None
@@ -112,13 +117,17 @@ class _Images:
         length = int(self.lengths[i])
         count = min(length, ENDING)
         try:
+            if self.source.in_store:
+                return length, bytes(self.source.read(i).data[-count:])
             if isinstance(self.source, FolderSource):
                 with open(self.source.file(i), "rb") as file:
                     file.seek(-count, os.SEEK_END)
                     return length, file.read(count)
             file_number, begin = self.table[i, 1:3].tolist()
             return length, os.pread(file_number, count, begin + length - count)
-        except OSError:
+        except StoreError:
+            raise
+        except (OSError, DecodeError):
             return None
 
     def content(self, i: int) -> Key:
@@ -127,13 +136,6 @@ class _Images:
         except DecodeError:
             return None
         return len(data), zlib.crc32(data)
-
-
-def _length(path: str) -> int:
-    try:
-        return os.path.getsize(path)
-    except OSError:
-        return 0
 
 
 def crc32_before(crc32: np.ndarray, last: np.ndarray) -> np.ndarray:

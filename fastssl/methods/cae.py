@@ -44,6 +44,7 @@ from fastssl.models.blocks import (
     Drop,
     Keep,
     Mlp,
+    Unit,
     add_norm,
     branch_factors,
     run_blocks,
@@ -345,7 +346,7 @@ class Regressor(nn.Module):
         return u
 
 
-class RegressorBlock(nn.Module):
+class RegressorBlock(Unit):
     """One round of questions; see `Regressor`."""
 
     def __init__(self, width: int, heads: int, drop_path: float, layer_scale: float) -> None:
@@ -381,6 +382,11 @@ class RegressorBlock(nn.Module):
         Returns:
             [B, M, D], of the type of u.
         """
+        return self.run(self._block, u, place, visible, places, keep, norm)
+
+    def _block(
+        self, u: Tensor, place: Tensor, visible: Tensor, places: Tensor, keep: Keep, norm: nn.LayerNorm | None
+    ) -> Tensor:
         both = torch.cat([visible, u], dim=1)
         working = working_type(u, self.query.weight)
         q = self.query(add_norm(u, self.norm_q, working, place)[1])

@@ -112,6 +112,7 @@ class DINO(Method):
     }
     backbone_prefix = "teacher.backbone."
     layout = names.DINO
+    batch_terms = ("the centre",)
     student: Network
     teacher: Network
     center: Tensor

@@ -24,6 +24,7 @@ class Method(nn.Module):
         layout: how the keys of the authors' files and of the state dict are named after each other.
         spare: what the keys of `official` begin with that a configuration may have no use for.
         peak_twice: of `schedule.warmup_cosine`, as the authors' learning rate warms up.
+        batch_terms: what in the loss is of a whole micro-batch, beside batch norm: it depends on how a step is split.
         undecayed: endings of the names of tensors that do not decay, beside biases and all of one dimension.
     """
 
@@ -34,6 +35,7 @@ class Method(nn.Module):
     layout: ClassVar[Names]
     spare: ClassVar[tuple[str, ...]] = ()
     peak_twice: ClassVar[bool] = True
+    batch_terms: ClassVar[tuple[str, ...]] = ()
     undecayed: ClassVar[tuple[str, ...]] = ()
 
     @property

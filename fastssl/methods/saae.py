@@ -136,6 +136,7 @@ class SAAE(Method):
     }
     backbone_prefix = "encoder."
     layout = names.SAAE
+    batch_terms = ("the contrast of images", "weights of cells")
     spare = ("teacher.",)
 
     def __init__(self, config: Config) -> None:

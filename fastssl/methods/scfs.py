@@ -123,6 +123,7 @@ class SCFS(DINO):
         "run.recipe_batch": 256,
     }
     layout = names.SCFS
+    batch_terms = ("the centres",)
     student: Network
     teacher: Network
     loss_weights: Tensor  # DINO's, each tap's cross loss, each tap's searched losses

@@ -128,6 +128,7 @@ class SiT(Method):
     }
     backbone_prefix = "teacher.backbone."
     layout = names.SIT
+    batch_terms = ("the contrast", "weights of pixels", "images that blocks are taken from")
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -101,6 +101,7 @@ class SiTv1(Method):
     }
     backbone_prefix = "encoder."
     layout = names.SIT_V1
+    batch_terms = ("the contrast", "weights of pixels", "images that blocks are taken from")
     peak_twice = False
     undecayed = ("_token", "pos_embed", "rotation_position")
 

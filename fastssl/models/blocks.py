@@ -6,6 +6,8 @@ stream, and the sum is normed for the next branch. `residual_norm` does this in 
 the first norm of the next one belong together too, so a block that is one of several (`run_blocks`) takes its tokens
 with their norm, and hands on its own with the norm that comes next.
 
+A block that is recomputed in the backward pass (`recompute`) stands alone instead: all that is kept of it is its input.
+
 The linear layer that ends a branch leaves its bias to this sum: there the bias' gradient comes with those of the norm,
 where in the layer it would be a launch of its own.
 
@@ -18,16 +20,17 @@ Letters: B rows of the batch, N tokens, D width, h heads, d = D / h, T tokens of
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from fastssl.kernels.drop_path import drop_path
 from fastssl.kernels.residual_norm import residual_add, residual_norm
@@ -71,7 +74,34 @@ def _crc(purpose: str) -> int:
     return zlib.crc32(f"drop/{purpose}".encode())
 
 
-class Block(nn.Module):
+class Unit(nn.Module):
+    """A part of a network whose matrices are used nowhere but in its own `forward`, so they may lie elsewhere meanwhile
+    (`fastssl.training.shard`), and what they made can be made again.
+
+    Attributes:
+        also: methods beside `forward` that are called from outside and use the matrices.
+        recompute: keep only the input for the backward pass, and compute the rest again there.
+    """
+
+    also: ClassVar[tuple[str, ...]] = ()
+    recompute: bool = False
+
+    def run(self, function: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """function(*inputs), recomputed in the backward pass if the part is to be; it must draw nothing at random."""
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return function(*inputs)
+
+
+def set_recompute(network: nn.Module) -> bool:
+    """Lets every block of the network be recomputed in the backward pass; whether it has any."""
+    units = [module for module in network.modules() if isinstance(module, Unit)]
+    for unit in units:
+        unit.recompute = True
+    return any(isinstance(unit, Block) for unit in units)
+
+
+class Block(Unit):
     """A pre-norm block: exact GELU, MLP ratio 4, biases everywhere. Parameters and start values are timm's.
 
     Args:
@@ -79,6 +109,8 @@ class Block(nn.Module):
         drop_path: share of the samples whose branch is dropped in training.
         layer_scale: start value of a learned gain per channel on both branches. 0: none.
     """
+
+    also = ("class_attention",)
 
     def __init__(self, width: int, heads: int, drop_path: float = 0.0, layer_scale: float = 0.0) -> None:
         super().__init__()
@@ -102,7 +134,7 @@ class Block(nn.Module):
         attn_mask: Tensor | None = None,
         normed: Tensor | None = None,
         norm: nn.LayerNorm | None = None,
-        keep: Keep = WHOLE,
+        keep: Keep | None = None,
         dtype: torch.dtype = torch.float32,
         groups: Groups | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
@@ -111,25 +143,36 @@ class Block(nn.Module):
         Args:
             x: [B, N, D]; with `groups` [T, 1, D].
             attn_mask: added to the attention logits, broadcast to [B, h, N, N].
-            normed: norm1(x), of the type that matrix products take. None: computed here, and which samples are
-                dropped in training is drawn here.
-            norm: what the result is normed with; goes with `normed`, as do the next three.
-            keep: what the branches are multiplied with.
+            normed: norm1(x), of the type that matrix products take. None: computed here.
+            norm: what the result is normed with; goes with `normed`.
+            keep: what the branches are multiplied with. None: what is dropped in training is drawn here.
             dtype: of the result's norm.
             groups: what stands in x, if that is groups of images.
 
         Returns:
             As x; with `normed`, a pair of this and its norm.
         """
-        if normed is not None:
-            assert norm is not None
-            x, branch = self._branches(x, normed, attn_mask, keep[0], groups)
-            return add_norm(x, norm, dtype, branch, self.ls2, keep[1], self.mlp.fc2.bias)
-        if self.training and self.rate > 0:
-            first, second = _draw(self.rate, len(x), 1, x.device, rising=False).unbind()
-            keep = first, second
+        if keep is None:
+            keep = WHOLE
+            if self.training and self.rate > 0:
+                first, second = _draw(self.rate, len(x), 1, x.device, rising=False).unbind()
+                keep = first, second
+        if normed is None:
+            return self.run(self._alone, x, attn_mask, keep, groups)
+        assert norm is not None
+        x, branch = self._branches(x, normed, attn_mask, keep[0], groups)
+        return add_norm(x, norm, dtype, branch, self.ls2, keep[1], self.mlp.fc2.bias)
+
+    def class_attention(self, x: Tensor) -> Tensor:
+        """What the first token's attention gives to the others, [B, N, D] -> [B, h, N-1]."""
         _, normed = add_norm(x, self.norm1, working_type(x, self.attn.qkv.weight))
-        x, branch = self._branches(x, normed, attn_mask, keep[0])
+        q, k, _ = self.attn.qkv(normed).unflatten(-1, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return (self.attn.scale * q[:, :, :1] @ k.transpose(-2, -1)).softmax(-1)[:, :, 0, 1:]
+
+    def _alone(self, x: Tensor, attn_mask: Tensor | None, keep: Keep, groups: Groups | None) -> Tensor:
+        """The block from its input alone."""
+        _, normed = add_norm(x, self.norm1, working_type(x, self.attn.qkv.weight))
+        x, branch = self._branches(x, normed, attn_mask, keep[0], groups)
         return residual_add(x, branch, gain_of(self.ls2), keep[1], self.mlp.fc2.bias)
 
     def _branches(
@@ -285,8 +328,14 @@ def _run(
     last = len(layers) - 1
     working = working_type(x, layers[0].attn.qkv.weight)
     dtype = dtype or (working if layers[last].training else x.dtype)
+    outputs: list[Tensor] = []
+    if layers[last].recompute and layers[last].training:
+        for i, layer in enumerate(layers):
+            x = layer(x, keep=keeps[i], groups=groups)
+            if i > last - n:
+                outputs.append(add_norm(x, norm, dtype)[1])
+        return outputs
     _, normed = add_norm(x, layers[0].norm1, working)
-    outputs = []
     for i in range(last):
         x, normed = layers[i](x, None, normed, layers[i + 1].norm1, keeps[i], working, groups)
         if i > last - n:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,6 +64,8 @@ class Prototypes(nn.Module):
 
     Parameters: `weight_g` [K, 1] starts at 1, `weight_v` [K, D] (the keys of torch.nn.utils.weight_norm).
     """
+
+    also: ClassVar[tuple[str, ...]] = ()  # see `models.blocks.Unit`
 
     def __init__(self, width: int, prototypes: int, train_gain: bool) -> None:
         super().__init__()

@@ -22,7 +22,6 @@ from fastssl.kernels.masked_attention_gather import gather_tokens
 from fastssl.models.blocks import (
     Block,
     Drop,
-    add_norm,
     apart,
     last_norms,
     run_blocks,
@@ -173,11 +172,7 @@ class ViT(nn.Module):
         x = self.embed(images)
         for block in self.blocks[:-1]:
             x = block(x)
-        last = cast(Block, self.blocks[-1])
-        layer = last.attn
-        _, normed = add_norm(x, last.norm1, working_type(x, layer.qkv.weight))
-        q, k, _ = layer.qkv(normed).unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        weights = (layer.scale * q[:, :, :1] @ k.transpose(-2, -1)).softmax(-1)[:, :, 0, 1:]
+        weights = cast(Block, self.blocks[-1]).class_attention(x)
         return weights.unflatten(2, patch_grid(images, self.patch_size))
 
     def represent(self, images: Tensor, blocks: int = 1, mean_patch: bool = False) -> Tensor:

@@ -204,8 +204,10 @@ def time_kernels(work: Work) -> None:
     first, then = (kernels.KernelBenchOptions(milliseconds=ms, path=paths) for ms in (0, 5 if work.small else 40))
     known = work.results.of("facts").get("facts", {})
     copy, rate = known.get("copy", 1e9), known.get("rates", {}).get(str(dtype).removeprefix("torch."), 1e9)
-    torch._dynamo.config.recompile_limit = 64
-    compiled = torch.compile(op.reference, dynamic=False)
+    compiled = None
+    if not work.small:
+        torch._dynamo.config.recompile_limit = 64
+        compiled = torch.compile(op.reference, dynamic=False)
     for case in cases.values():
         kernels.time_case(op, case, dtype, first, copy, rate, work.device, compiled)
         _free()

@@ -215,6 +215,7 @@ def _row(
     middle = sorted(rounds, key=lambda parts: parts["step"])[(len(rounds) - 1) // 2]
     seconds = middle["step"] / steps
     images_per_s = trainer.pace.images_per_step / seconds
+    assert trainer.estimate is not None  # a run that begins has one
     return StepTime(
         mode,
         images_per_s,
@@ -230,6 +231,7 @@ def _row(
 
 def _facts(trainer: Trainer) -> dict[str, Any]:
     config, device = trainer.config, trainer.device
+    assert trainer.estimate is not None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "method": config.method,

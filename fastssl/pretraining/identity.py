@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import zlib
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 
 from fastssl.config import Config
-from fastssl.loaders.decode import DecodeError
+from fastssl.loaders.decode import DecodeError, Encoded
 from fastssl.loaders.sources import BetonSource, FolderSource, Shards, Source
+from fastssl.loaders.store import together
+from fastssl.loaders.tar import TarSource
 
-FREE = ("data.path", "data.val", "data.batch_size", "data.workers", "data.engine", "data.prefetch", "data.max_bad")
+FREE = (
+    *("data.path", "data.val", "data.batch_size", "data.workers", "data.engine", "data.prefetch", "data.max_bad"),
+    *("data.cache", "data.cache_gb"),
+)
 """Keys that may change when a run goes on, beside run.* (but its seed), monitor.* and health.*; what they stand for
 (the images, the images per step) is compared instead."""
 FILES = ("cae.tokenizer",)
@@ -52,24 +58,31 @@ def _content(path: str) -> str:
 
 def identity(source: Source) -> str:
     """A short text that is the same for the same images in the same order, wherever they lie: by labels, and the tables
-    and some samples' bytes of a .beton, or a folder's names and sizes. Side files have no part in it: they may go."""
+    and some samples' bytes of a .beton, a tar's index, or a folder's names and sizes. Side files have no part in it:
+    they may go."""
     digest = hashlib.sha256(np.ascontiguousarray(source.labels).tobytes())
     if isinstance(source, FolderSource):
         for i, name in enumerate(source.files):
-            try:
-                size = os.path.getsize(source.file(i))
-            except OSError:
-                size = -1  # the loader will say what is wrong with it
-            digest.update(os.fsencode(f"{name}:{size}\n"))
+            digest.update(os.fsencode(f"{name}:{source.length(i)}\n"))
     else:
-        shards = source.shards if isinstance(source, Shards) else [cast(BetonSource, source)]
-        for beton in (shard.beton for shard in shards):
-            stored = []
-            for i in _spaced(len(beton), -(-LOOKED_AT // len(shards))):
-                with contextlib.suppress(DecodeError):
-                    stored.append(zlib.crc32(beton.image(i).data))
+        shards = source.shards if isinstance(source, Shards) else [cast("BetonSource | TarSource", source)]
+        for shard in shards:
+            if isinstance(shard, TarSource):
+                digest.update(f"{shard.size}:{shard.index.checksum()}\n".encode())
+                continue
+            beton = shard.beton
+            looked_at = _spaced(len(beton), -(-LOOKED_AT // len(shards)))
+            stored = [crc for crc in together(partial(_crc32, beton.image), looked_at) if crc is not None]
             digest.update(f"{beton.size}:{beton.tables_crc32}:{stored}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _crc32(read: Callable[[int], Encoded], i: int) -> int | None:
+    """Checksum of an image's bytes; None where they cannot be read."""
+    try:
+        return zlib.crc32(read(i).data)
+    except DecodeError:
+        return None
 
 
 def _spaced(images: int, count: int) -> list[int]:
@@ -78,10 +91,8 @@ def _spaced(images: int, count: int) -> list[int]:
 
 def repeated(source: Source) -> str | None:
     """A line where most of some images, evenly spaced over the data, have the same bytes; else None."""
-    found = []
-    for i in _spaced(len(source), LOOKED_AT):
-        with contextlib.suppress(DecodeError):
-            found.append(zlib.crc32(source.read(i).data))
+    looked_at = _spaced(len(source), LOOKED_AT)
+    found = [crc for crc in together(partial(_crc32, source.read), looked_at) if crc is not None]
     different = len(set(found))
     if len(found) < 8 or different > len(found) // 2:
         return None

@@ -16,6 +16,7 @@ from fastssl.evaluation.frozen.features import extract
 from fastssl.evaluation.frozen.knn_vote import knn_classify
 from fastssl.evaluation.shared import shared_sentence
 from fastssl.loaders.sources import Source
+from fastssl.training import distributed
 
 BUDGET = 64 * 2**20  # bytes for similarities: less than the activations that a training step has just given back
 
@@ -52,7 +53,7 @@ class KNNMonitor:
         self.same_images = os.path.realpath(path) == os.path.realpath(val)
         if not self.same_images:
             sentence = shared_sentence(self.train, self.val, f"data.path ({path})", f"data.val ({val})")
-            if sentence:
+            if sentence and distributed.is_main():
                 print(f"monitor: {sentence}; its k-NN accuracy will be too good", file=sys.stderr)
         self.train_ids = spaced_ids(len(self.train), config.monitor.train_images)
         self.val_ids = spaced_ids(len(self.val), config.monitor.val_images)
@@ -71,7 +72,8 @@ class KNNMonitor:
             dtype=self.dtype,
             mean_patch=self.mean_patch,
         )
-        train = features(self.train, ids=self.train_ids, progress="k-NN: memory")
-        val = features(self.val, ids=self.val_ids, progress="k-NN: queries")
+        shown = distributed.is_main()  # where the network is sharded, every process has to measure
+        train = features(self.train, ids=self.train_ids, progress="k-NN: memory" if shown else "")
+        val = features(self.val, ids=self.val_ids, progress="k-NN: queries" if shown else "")
         results = knn_classify(train, val, (self.k,), device=self.device, budget=BUDGET, leave_one_out=self.same_images)
         return results[self.k].top1

@@ -8,6 +8,8 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastssl.augment import augment
@@ -17,6 +19,7 @@ from fastssl.kernels._rate import matrix_rate
 from fastssl.loaders.loader import BadSampleError, Loader
 from fastssl.loaders.masks import add_masks
 from fastssl.methods.method import Method
+from fastssl.models.blocks import Unit
 from fastssl.step import Values
 
 TRIAL = 2  # images in the trial batch
@@ -85,39 +88,79 @@ def preflight(
     saved: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
+        whole = tensor if tensor._base is None else tensor._base
+        if not isinstance(whole, nn.Parameter):  # neither the network's own nor what shards are put together in
+            storage = tensor.untyped_storage()
+            saved[storage._cdata] = storage.nbytes()
         return tensor
 
+    # What is recomputed is kept this once, to see what it would take.
+    again = [unit for unit in method.modules() if isinstance(unit, Unit) and unit.recompute]
+    begun: dict[nn.Module, tuple[int, int]] = {}
+    passes: list[tuple[int, int, int]] = []  # bytes kept inside, operations, bytes of the input
+
+    def enter(unit: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        begun[unit] = sum(saved.values()), counter.get_total_flops()
+
+    def leave(unit: nn.Module, inputs: tuple[torch.Tensor, ...], _: object) -> None:
+        if torch.is_grad_enabled():
+            bytes_before, flops_before = begun[unit]
+            inside = sum(saved.values()) - bytes_before
+            passes.append((inside, counter.get_total_flops() - flops_before, inputs[0].nbytes))
+
+    hooks = [unit.register_forward_pre_hook(enter) for unit in again]
+    hooks += [unit.register_forward_hook(leave) for unit in again]
+    for unit in again:
+        unit.recompute = False
     values = Values(step=0, total_steps=1, steps_per_epoch=1)
     counter = FlopCounterMode(display=False)
     with counter, torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = method(batch, values).loss
         loss.backward()
-    flops = counter.get_total_flops() / TRIAL
-
-    own = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    activations = sum(size for pointer, size in saved.items() if pointer not in own) / TRIAL * config.data.batch_size
+    for hook in hooks:
+        hook.remove()
+    for unit in again:
+        unit.recompute = True
+    flops = (counter.get_total_flops() + sum(operations for _, operations, _ in passes)) / TRIAL
+    kept = sum(saved.values()) - sum(inside - given for inside, _, given in passes)
+    kept += max((inside for inside, _, _ in passes), default=0)
+    activations = kept / TRIAL * config.data.batch_size
     method.zero_grad(set_to_none=True)
     method.load_state_dict(before)
 
-    gradients = sum(p.nbytes for p in method.parameters() if p.requires_grad)
-    state = sum(value.nbytes for value in before.values())
+    trained = [p for p in method.parameters() if p.requires_grad]
+    stored = list(before.values())
     masters = sum(4 * p.numel() for p in method.parameters() if p.dtype == torch.bfloat16)
-    moments = {"adamw": 2, "sgd": 1, "lars": 1}[config.optim.name]
-    moments *= sum(max(4, p.itemsize) * p.numel() for p in method.parameters() if p.requires_grad)
+    copies = {"adamw": 2, "sgd": 1, "lars": 1}[config.optim.name]
+    moments = copies * sum(max(4, p.itemsize) * p.numel() for p in trained)
+    held = float(sum(map(local_bytes, stored)) + masters + sum(map(local_bytes, trained)))
+    held += copies * sum(max(4, p.itemsize) / p.itemsize * local_bytes(p) for p in trained)
     crops = sum(view.count * 3 * view.size**2 for view in views) * config.data.batch_size
     rate = REACHED * matrix_rate(device, dtype) / flops
     return Preflight(
-        memory=state + masters + gradients + moments + activations + 5 * crops,
+        memory=held + _put_together(method, dtype, config.run.accumulate) + activations + 5 * crops,
         host=crops * config.data.prefetch,
-        checkpoint=state + masters // 2 + moments,
+        checkpoint=sum(value.nbytes for value in stored) + masters // 2 + moments,
         flops=flops,
         images_per_s=rate,
         seconds=images / rate,
         epochs=config.schedule.epochs,
     )
+
+
+def local_bytes(value: torch.Tensor) -> int:
+    """Bytes of a tensor that this process has."""
+    return value.to_local().nbytes if isinstance(value, DTensor) else value.nbytes
+
+
+def _put_together(method: nn.Module, dtype: torch.dtype, accumulate: int) -> int:
+    """Bytes at most of shards put together: of one part and the next, with the gradients of one; where micro-batches
+    are accumulated, gradients of all."""
+    shards = [[p for p in m.parameters() if isinstance(p, DTensor)] for m in method.modules() if hasattr(m, "also")]
+    largest = max((sum(p.numel() for p in part) for part in shards), default=0)
+    gradients = sum(p.numel() for part in shards for p in part if p.requires_grad) if accumulate > 1 else 0
+    return largest * (3 * dtype.itemsize + 4) + 4 * gradients
 
 
 def loading_rate(loader: Loader, epoch: int) -> float:

@@ -16,25 +16,28 @@ from typing import Any, cast
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastssl import __version__
 from fastssl.augment import augment
 from fastssl.batch import Batch
-from fastssl.config import Config, ConfigError
+from fastssl.config import Config, ConfigError, redacted
 from fastssl.evaluation.data import frozen
-from fastssl.loaders.engine import choose_engine, decoding_threads, open_loader
+from fastssl.loaders import cache
+from fastssl.loaders.engine import choose_engine, decoding_threads, open_loader, page_window
 from fastssl.loaders.loader import Loader
 from fastssl.loaders.pool import cores
 from fastssl.loaders.sources import open_source
 from fastssl.methods import METHODS, view_list
 from fastssl.models import AnyBackbone
+from fastssl.models.blocks import set_recompute
 from fastssl.pictures import save as save_picture
 from fastssl.pretraining.identity import flat, identity, repeated, settings
 from fastssl.pretraining.monitor import KNNMonitor, why_off
-from fastssl.pretraining.preflight import FEW_STEPS, loading_rate, preflight
+from fastssl.pretraining.preflight import FEW_STEPS, Preflight, loading_rate, preflight
 from fastssl.step import Values
-from fastssl.training import distributed
-from fastssl.training.checkpoint import Checkpoint, replace_file
+from fastssl.training import checkpoint, distributed
+from fastssl.training.checkpoint import Checkpoint, CheckpointError, replace_file
 from fastssl.training.device import Transfer, choose_device, choose_dtype
 from fastssl.training.graph import StepGraph
 from fastssl.training.health import HealthWatch
@@ -43,6 +46,7 @@ from fastssl.training.loop import Pace, Run, Stopped, TrainingError
 from fastssl.training.masters import Masters
 from fastssl.training.optim import Optimizer, build_optimizer, set_hyperparameters
 from fastssl.training.schedule import cosine, warmup_cosine
+from fastssl.training.shard import Shards
 from fastssl.weights.init import start_from
 
 
@@ -62,7 +66,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        begin = time.perf_counter()
+        begin, self.hang_s = time.perf_counter(), config.run.hang_s
         self.loggers = check_loggers([name.strip() for name in config.run.loggers.split(",") if name.strip()])
 
         # Where: device, arithmetic, processes.
@@ -77,10 +81,14 @@ class Trainer(Run[Batch, dict[str, Any]]):
 
         # Data.
         self.views = view_list(config.views)
+        cache.use(config.data.cache, config.data.cache_gb)
         self.source = open_source(config.data.path)
+        window = page_window(self.source, config.data.page_window)  # the number, so that a run goes on with the same
+        self.config = config = replace(config, data=replace(config.data, page_window=window))
         self.threads = decoding_threads(config.data.workers, distributed.local_world())
-        self.loader = self._open_loader(config.data.batch_size, device)
-        pace = self._pace()
+        pace = self._pace(folder)
+        self.batch_size = pace.images_per_step // distributed.world() // pace.accumulate
+        self.loader = self._open_loader(self.batch_size, device)
         self.peak_lr = config.optim.lr * (pace.images_per_step / config.optim.lr_batch if config.optim.lr_batch else 1)
 
         # What is trained, and how.
@@ -88,19 +96,26 @@ class Trainer(Run[Batch, dict[str, Any]]):
         self.method = METHODS[config.method](config)
         new = not (folder / self.file_name).exists()
         self.origin = start_from(self.method, config) if config.model.init and new else []  # lines on what was taken
-        self.method = self.method.to(device).train()
-        if device.type == "cuda":
-            backbone = cast(AnyBackbone, self.method.backbone)
-            self.method = self.method.to(memory_format=backbone.memory_format)
-        # Gradients of several micro-batches are added up in float32, so the copies are for one.
-        masters = Masters(self.method, dtype if dtype == torch.bfloat16 and pace.accumulate == 1 else torch.float32)
+        if config.run.recompute and not set_recompute(self.method):
+            raise ConfigError(f"run.recompute computes a ViT's blocks again; model.name is '{config.model.name}'")
+        self.method.train()
+        sharded = _shard(config, dtype)
+        if sharded:
+            masters: Masters = Shards(self.method, device, dtype)
+        else:
+            self.method = self.method.to(device)
+            if device.type == "cuda":
+                backbone = cast(AnyBackbone, self.method.backbone)
+                self.method = self.method.to(memory_format=backbone.memory_format)
+            # Gradients of several micro-batches are added up in float32, so the copies are for one.
+            masters = Masters(self.method, dtype if dtype == torch.bfloat16 and pace.accumulate == 1 else torch.float32)
         optimizer = build_optimizer(self.method, config.optim, masters, self.method.averages())
 
         # What watches it.
         self.watch = HealthWatch(config.health, self.method.chance_loss, first_step=pace.steps_per_epoch)
         self.monitor = None
         self.monitor_off = why_off(config, self.source)
-        if config.monitor.every and not self.monitor_off and distributed.is_main():
+        if config.monitor.every and not self.monitor_off and (sharded or distributed.is_main()):
             self.monitor = KNNMonitor(config, device=device, dtype=dtype, workers=self.threads)
         self.last_line: dict[str, float] = {}
         self.history: list[str] = []  # settings that were changed on the way
@@ -111,14 +126,20 @@ class Trainer(Run[Batch, dict[str, Any]]):
         # Where it stands.
         self.prepare(self.method, optimizer, pace, folder=folder, device=device, dtype=dtype, masters=masters)
         self.begun, self.first_step = begin, self.step
-        self.estimate = preflight(
-            self.method,
-            self.views,
-            config,
-            images=pace.steps_per_epoch * pace.images_per_step // distributed.world(),
-            device=device,
-            dtype=dtype,
-        )
+        self.estimate: Preflight | None = None
+        if not self.step:  # who goes on knows what it takes, and waits for the first step
+            self.estimate = preflight(
+                self.method,
+                self.views,
+                replace(
+                    config,
+                    data=replace(config.data, batch_size=self.batch_size),
+                    run=replace(config.run, accumulate=pace.accumulate),
+                ),
+                images=pace.steps_per_epoch * pace.images_per_step // distributed.world(),
+                device=device,
+                dtype=dtype,
+            )
         if config.run.compile:
             _compile(self.method)
         if config.run.graph != "never" and device.type == "cuda" and distributed.world() == 1:
@@ -140,15 +161,26 @@ class Trainer(Run[Batch, dict[str, Any]]):
             masks=method.masks(config),
         )
 
-    def _pace(self) -> Pace:
-        """The run's numbers, from the configuration and the size of the data."""
-        config, accumulate = self.config, self.config.run.accumulate
-        images_per_step = config.data.batch_size * distributed.world() * accumulate
-        steps_per_epoch = self.loader.batches_per_epoch // accumulate
+    def _pace(self, folder: Path) -> Pace:
+        """The run's numbers, from its checkpoint, the configuration, the processes and the size of the data."""
+        config, world, accumulated = self.config, distributed.world(), self.config.run.accumulate
+        accumulate, images_per_step = accumulated, config.data.batch_size * world * accumulated
+        wanted = config.run.images_per_step or int(distributed.from_main(lambda: self._kept_images(folder)))
+        self.resplit = ""  # a line where the run itself chose how a step is split
+        if wanted not in (0, images_per_step):
+            accumulate = split(wanted, world, config.data.batch_size)
+            why = "run.images_per_step" if config.run.images_per_step else "the checkpoint's images per step"
+            self.resplit = (
+                f"split anew: {why}, {wanted}, are {wanted // world // accumulate} x {world} processes x {accumulate} "
+                f"accumulated; data.batch_size {config.data.batch_size} and run.accumulate {accumulated} would make "
+                f"{images_per_step}"
+            )
+            images_per_step = wanted
+        steps_per_epoch = len(self.source) // images_per_step
         if steps_per_epoch == 0:
             raise ConfigError(
                 f"{config.data.path} has {len(self.source)} images, fewer than one optimizer step takes: "
-                f"{images_per_step} (data.batch_size x processes x run.accumulate)"
+                f"{images_per_step} (run.images_per_step, or data.batch_size x processes x run.accumulate)"
             )
         return Pace(
             total_steps=steps_per_epoch * config.schedule.epochs,
@@ -162,6 +194,17 @@ class Trainer(Run[Batch, dict[str, Any]]):
             clip_grad=config.optim.clip_grad,
             clip_each=config.optim.clip_each,
         )
+
+    def _kept_images(self, folder: Path) -> str:
+        """Images per optimizer step of the checkpoint that this start goes on from; 0: there is none, or they may
+        change."""
+        path = folder / self.file_name
+        if "images_per_step" in self.may_change() or not path.exists():
+            return "0"
+        try:
+            return str(checkpoint.read_hollow(path, self.kind, device="meta")[0].fingerprint.get("images_per_step", 0))
+        except CheckpointError:
+            return "0"  # `prepare` says what is wrong with it
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -234,13 +277,30 @@ class Trainer(Run[Batch, dict[str, Any]]):
             self.config.as_dict(),
             self.masters.state_dict(),
             self.method.backbone_prefix,
-            extra={"health": self.watch.state_dict(), "changes": self.history, "origin": self.origin},
+            extra={
+                "health": self.watch.state_dict(),
+                "changes": self.history,
+                "origin": self.origin,
+                "micro_batch": [self.batch_size, distributed.world()],
+            },
         )
 
     def restore(self, saved: Checkpoint) -> None:
         self.watch.load_state_dict(saved.extra["health"])
         self.origin = saved.extra.get("origin", [])
+        self.changes += self._other_micro_batch(saved.extra.get("micro_batch"))
         self.history = [*saved.extra.get("changes", []), *(f"step {self.step}: {words}" for words in self.changes)]
+
+    def _other_micro_batch(self, before: list[int] | None) -> list[str]:
+        """A line where the last start had other micro-batches, and the loss has terms that are of a whole one."""
+        now = [self.batch_size, distributed.world()]
+        terms = [*self.method.batch_terms]
+        if any(isinstance(module, _BatchNorm) for module in self.method.modules()):
+            terms.append("batch norm")
+        if before in (None, now) or not terms:
+            return []
+        sizes = " x ".join(map(str, before or ())), " x ".join(map(str, now))
+        return [f"images x processes of a micro-batch (was {sizes[0]}, now {sizes[1]}): {', '.join(terms)} see as many"]
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
@@ -258,12 +318,14 @@ class Trainer(Run[Batch, dict[str, Any]]):
         line = {
             "time": round(time.time(), 3),
             "step": self.step,
-            "command": shlex.join(sys.argv),
+            "command": redacted(shlex.join(sys.argv)),
             "host": platform.node(),
             "device": str(self.device),
             "processes": distributed.world(),
             "images": len(self.source),
             "images_per_step": self.pace.images_per_step,
+            "batch_size": self.batch_size,
+            "accumulate": self.pace.accumulate,
             "precision": _name(self.dtype),
             "engine": choose_engine(self.config.data.engine)[0],
             "cores": cores(),
@@ -314,7 +376,7 @@ class Trainer(Run[Batch, dict[str, Any]]):
     @torch.no_grad()
     def draw(self) -> None:
         """Draws what the method sees and does into pictures/, for the first images of epoch 0."""
-        count = min(self.config.monitor.pictures, self.config.data.batch_size)
+        count = min(self.config.monitor.pictures, self.batch_size)
         if not count or self.folder is None:
             return
         with contextlib.closing(self.loader.epoch(0, schedule_epoch=self.values.epoch)) as stream:
@@ -340,25 +402,29 @@ class Trainer(Run[Batch, dict[str, Any]]):
             f"{distributed.world()} process(es); {start}",
             f"data: {len(self.source)} images, {len(self.source.classes)} classes from {c.data.path}; "
             f"engine {engine} ({why}), {self.threads} thread(s) per process",
-            f"{self.pace.images_per_step} images per step ({c.data.batch_size} x {distributed.world()} processes x "
-            f"{c.run.accumulate} accumulated), {self.pace.steps_per_epoch} steps per epoch, {self.pace.total_steps} "
-            f"in all; peak learning rate {self.peak_lr:.3g}",
-            self.estimate.line(),
-            *self._loader_line(),
+            f"{self.pace.images_per_step} images per step ({self.batch_size} x {distributed.world()} processes x "
+            f"{self.pace.accumulate} accumulated), {self.pace.steps_per_epoch} steps per epoch, "
+            f"{self.pace.total_steps} in all; peak learning rate {self.peak_lr:.3g}",
+            *self._estimates(),
+            *([self.masters.line()] if isinstance(self.masters, Shards) else ()),
             *(() if self.step else self.origin),
             *self._warnings(),
         ]
 
-    def _loader_line(self) -> list[str]:
-        if self.last_step - self.step < FEW_STEPS:
+    def _estimates(self) -> list[str]:
+        """What the run will take, and whether the loader feeds it; nothing when it goes on."""
+        if self.estimate is None:
             return []
-        few = min(self.config.data.batch_size, 64)  # however large the batch, this takes about two seconds
-        rate = loading_rate(self._open_loader(few, self.device), self.step // self.pace.steps_per_epoch)
-        return [self.estimate.loader_line(rate)] if rate else []
+        if self.last_step < FEW_STEPS:
+            return [self.estimate.line()]
+        few = min(self.batch_size, 64)  # however large the batch, this takes about two seconds
+        rate = loading_rate(self._open_loader(few, self.device), 0)
+        return [self.estimate.line(), *([self.estimate.loader_line(rate)] if rate else [])]
 
     def _warnings(self) -> list[str]:
         """Lines on what is changed or looks wrong."""
-        lines = [f"changed: {words}" for words in self.changes]
+        lines = [self.resplit] if self.resplit else []
+        lines += [f"changed: {words}" for words in self.changes]
         lines += [f"online k-NN is off: {self.monitor_off}"] if self.monitor_off else []
         lines += self._batch_line()
         if self.changes:
@@ -367,7 +433,12 @@ class Trainer(Run[Batch, dict[str, Any]]):
             lines.append(
                 f"the schedule goes on at step {self.step} with learning rate {rate:.3g}; {left} steps are left"
             )
-        return lines + [f"data: {line}" for line in [repeated(self.source)] if line]
+        if self.source.in_store:
+            window = self.config.data.page_window
+            how = f"shuffled by {window} pages at a time" if window else "shuffled as a whole"
+            lines.append(f"data: from a store, {cache.described()}; {how} (data.page_window)")
+        line = None if self.step else repeated(self.source)
+        return lines + ([f"data: {line}"] if line else [])
 
     def _batch_line(self) -> list[str]:
         """A line where a step has far fewer or more images than the recipe is for."""
@@ -377,12 +448,9 @@ class Trainer(Run[Batch, dict[str, Any]]):
         scaled = "nothing is scaled by this"
         if c.optim.lr_batch:
             scaled = f"the peak learning rate is scaled by this, {c.optim.lr:g} x {here} / {c.optim.lr_batch}"
-        more = recipe // (here // c.run.accumulate)
-        restore = "fewer processes or a smaller data.batch_size restore them"
+        restore = f"--run.images_per_step {recipe} restores them (batch norm and contrasts still see one micro-batch)"
         if recipe > len(self.source):
             restore = f"the data has too few images ({len(self.source)}) to restore them"
-        elif more > c.run.accumulate:
-            restore = f"--run.accumulate {more} restores them (batch norm and contrasts still see one micro-batch)"
         return [
             f"{here} images per step where the recipe has {recipe}: {scaled}; epochs, warm-up, weight decay, averages "
             f"and temperatures stay as written; {restore}"
@@ -431,9 +499,10 @@ class Trainer(Run[Batch, dict[str, Any]]):
             self.log.warn(f"{self.folder / name} cannot be written ({error})")
 
     def stopped(self, message: str, code: int) -> dict[str, Any]:
-        """The summary as it stands, for a scheduler's signal; Ctrl-C ends the command with its code."""
+        """The summary as it stands, for a scheduler's signal. Ctrl-C ends the command with its code; so does, under
+        torchrun, a signal to another process: torchrun then starts those that stay anew."""
         summary = self.finish()
-        if code == INTERRUPTED:
+        if code == INTERRUPTED or (distributed.elastic() and not self.signal):
             raise Stopped(message, code)
         self.log.say(message)
         return summary
@@ -442,8 +511,42 @@ class Trainer(Run[Batch, dict[str, Any]]):
 INTERRUPTED = 130  # exit code after Ctrl-C
 
 
+def split(images: int, world: int, most: int) -> int:
+    """Micro-batches of an optimizer step of `images`: as few as have the same number of images, and on each of `world`
+    processes at most `most`.
+
+    Raises:
+        ConfigError: the processes cannot have equal shares.
+    """
+    each, rest = divmod(images, world)
+    if rest:
+        fitting = [count for count in range(1, min(images, 2 * world) + 1) if images % count == 0]
+        raise ConfigError(
+            f"{images} images per optimizer step cannot be divided among {world} processes; these numbers of processes "
+            f"can take them: {', '.join(map(str, fitting))}"
+        )
+    return next(count for count in range(-(-each // most), each + 1) if each % count == 0)
+
+
 def _name(dtype: torch.dtype) -> str:
     return {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+
+
+def _shard(config: Config, dtype: torch.dtype) -> bool:
+    """Whether the processes share one network's memory.
+
+    Raises:
+        ConfigError: they are to, in a way that does not work.
+    """
+    if config.run.shard == "none":
+        return False
+    if dtype == torch.float16:
+        raise ConfigError("run.shard fsdp computes in bf16 or fp32; set run.precision, or run.shard none")
+    if config.run.compile:
+        raise ConfigError("run.shard fsdp does not go with run.compile; leave one of them out")
+    if distributed.world() == 1:
+        print("run.shard fsdp needs several processes (torchrun); this one has the whole network", file=sys.stderr)
+    return distributed.world() > 1
 
 
 def _set_threads(threads: int, device: torch.device) -> None:

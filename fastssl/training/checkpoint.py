@@ -15,7 +15,7 @@ import pickle
 import platform
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from fastssl import __version__
 from fastssl.config import ConfigError
+from fastssl.training import shard_files
 
 FORMAT = "fastssl-2"
 WHAT = {  # kind -> what a message calls such a file
@@ -158,19 +159,24 @@ class Checkpoint:
 STORED = {one.name for one in fields(Checkpoint)} - {"path"}
 
 
-def write(path: str | Path, saved: Checkpoint) -> None:
+def write(path: str | Path, saved: Checkpoint, shards: Mapping[str, Any] | None = None) -> None:
     """Writes a record to `path` in one piece: a killed process leaves the old file, never half a new one.
+
+    Args:
+        shards: where its tensors without data lie (`shard_files`). Those of checkpoints that are no longer there go.
 
     Raises:
         CheckpointError: the disk refused (full, read-only); the previous file is untouched.
     """
     content = {"format": FORMAT, **{name: getattr(saved, name) for name in STORED}}
+    content |= {"shards": dict(shards)} if shards else {}
     try:
         replace_file(Path(path), lambda part: torch.save(content, part))
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         raise CheckpointError(
             f"{path}: the checkpoint could not be written ({error}); free some space and resume"
         ) from None
+    shard_files.tidy(Path(path).parent, Path(path).name)
 
 
 def read(path: str | Path, *kinds: str, device: torch.device | str = "cpu") -> Checkpoint:
@@ -185,6 +191,16 @@ def read(path: str | Path, *kinds: str, device: torch.device | str = "cpu") -> C
         CheckpointError: no such file, not a checkpoint of this package, damaged, or of another kind.
     """
     return record(path, load(path, device), *kinds)
+
+
+def read_hollow(
+    path: str | Path, *kinds: str, device: torch.device | str = "cpu"
+) -> tuple[Checkpoint, dict[str, Any]]:
+    """As `read`, but tensors of a sharded checkpoint have no data yet; and where it lies (empty: nothing is missing).
+    On the device `meta` no tensor has data, and reading takes a moment."""
+    content = _load(path, device)
+    shards = content.pop("shards", {}) if isinstance(content, dict) else {}
+    return record(path, content, *kinds), shards
 
 
 PLAIN: list[Any] = [  # what authors' training files hold beside tensors: their arguments, paths and NumPy scalars
@@ -203,11 +219,20 @@ PLAIN: list[Any] = [  # what authors' training files hold beside tensors: their 
 
 
 def load(path: str | Path, device: torch.device | str = "cpu") -> Any:
-    """What a PyTorch or safetensors file holds, of tensors and plain values; nothing in it is executed.
+    """What a PyTorch or safetensors file holds, of tensors and plain values; nothing in it is executed. A sharded
+    checkpoint is put together.
 
     Raises:
         CheckpointError: no such file, damaged, or something else; the message says what.
     """
+    content = _load(path, device)
+    try:
+        return shard_files.whole(content, Path(path), device)
+    except shard_files.ShardError as error:
+        raise CheckpointError(f"{path} {error}") from None
+
+
+def _load(path: str | Path, device: torch.device | str) -> Any:
     try:
         with open(path, "rb") as file:
             head = file.read(256)
@@ -343,6 +368,7 @@ def locked(folder: Path, option: str) -> Iterator[None]:
             for part in folder.glob(".*.part"):
                 if not _alive(part.name.split(".")[-2]):
                     part.unlink(missing_ok=True)
+            shard_files.tidy(folder)
         try:
             yield
         finally:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import signal
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
@@ -15,20 +18,62 @@ from torch import Tensor
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 GATHER_BYTES = 64 << 20  # of each process per exchange in gather_rows
+PATIENCE = timedelta(days=1)  # of an exchange, where `heartbeat` watches: it speaks first, and says more
 
 
 def start(device: torch.device) -> None:
     """Joins the process group described by torchrun's environment (nccl on CUDA, gloo on the CPU), if there is one."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what asks for "the" GPU means this one (events, memory counters, DALI)
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if elastic() and sys.platform == "linux":
         # When torchrun dies, however it dies, this process is asked to end: it saves and goes.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        store, rank, world = next(dist.rendezvous("env://"))
+        if elastic():
+            store = dist.PrefixStore(_this_start(store, rank, world), store)
+        place = {"store": store, "rank": rank, "world_size": world}
         if device.type == "cuda":
-            dist.init_process_group("nccl", device_id=device)
+            dist.init_process_group("nccl", device_id=device, **place)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", **place)
+
+
+def _this_start(store: dist.Store, rank: int, world: int) -> str:
+    """A name that all processes of this start share and none of an earlier one had.
+
+    torchrun keeps one store over its restarts: what an earlier start has written there (addresses of processes that are
+    gone) must not be read by this one, and torchrun's own count of restarts differs from node to node. So rank 0 lists
+    what each process calls itself until all have found themselves in the list.
+    """
+    mine = secrets.token_hex(4)
+    store.set(f"called/{rank}", mine)
+    keys = [f"called/{other}" for other in range(world)]
+    while True:
+        if rank == 0:
+            names = [store.get(key).decode() for key in keys]
+            store.set("start", ",".join(names))
+            if store.check([f"{mine}/{other}" for other in range(1, world)]):
+                return mine
+        else:
+            names = store.get("start").decode().split(",")
+            if names[rank : rank + 1] == [mine]:
+                store.set(f"{names[0]}/{rank}", "")
+                return names[0]
+        time.sleep(0.1)
+
+
+def be_patient() -> None:
+    """Exchanges wait `PATIENCE` for a process from now on, rather than PyTorch's minutes."""
+    if world() > 1:
+        groups = dist.distributed_c10d
+        change = groups.set_timeout if hasattr(groups, "set_timeout") else groups._set_pg_timeout  # PyTorch < 2.14
+        change(PATIENCE)
+
+
+def elastic() -> bool:
+    """Whether torchrun started this process, which starts all anew when one fails."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def stop() -> None:
@@ -198,6 +243,11 @@ def all_processes(flag: bool, device: torch.device) -> bool:
     return not any_process(not flag, device)
 
 
+def peer_is_gone(error: Exception) -> bool:
+    """Whether an exchange failed with this because another process has ended or cannot be reached."""
+    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
+
+
 def barrier() -> None:
     """Waits until every process has come here."""
     if world() > 1:
@@ -222,7 +272,7 @@ class Agreement:
         if self.close():
             return True
         if self._group is None:
-            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))  # of all processes
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))  # of all
         self._flag.fill_(float(flag))
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return False

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastssl.config import printable
+from fastssl.config import printable, redacted
 from fastssl.progress import duration, number, on_terminal, progress_bar
 from fastssl.training import distributed
 from fastssl.training.checkpoint import replace_file
@@ -217,7 +217,7 @@ class RunLog:
     def say(self, text: str) -> None:
         """One line above the progress bar, by the main process; standard output is kept for the result."""
         if self.main:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(redacted(text), file=sys.stderr)
 
     def close(self) -> None:
         self._each(lambda logger: logger.close())

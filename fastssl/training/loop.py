@@ -15,24 +15,28 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from fastssl.config import ConfigError, plain
 from fastssl.training import checkpoint, distributed
 from fastssl.training.batch_norm import synchronise_batch_norm
 from fastssl.training.checkpoint import Checkpoint, CheckpointError
+from fastssl.training.heartbeat import Heartbeat
 from fastssl.training.log import Clock, MetricRing, RunLog
 from fastssl.training.masters import Masters
 from fastssl.training.numbers import Numbers
 from fastssl.training.optim import Optimizer, clip_gradients
+from fastssl.training.shard import Shards
+from fastssl.training.snapshot import Saver
 from fastssl.training.timing import section
 
 LOG_EVERY = 50  # optimizer steps between two readings of the scalars
@@ -98,6 +102,7 @@ class Run(ABC, Generic[B, R]):
     ends_if_not_finite: ClassVar[tuple[str, ...]] = ("loss", "grad_norm")
     scales_loss: ClassVar[bool] = True  # where autocast is to float16
     loggers: Sequence[str] = ()  # beside TensorBoard
+    hang_s: float = 600.0  # seconds that the run may stand still, see `heartbeat`; 0: for ever
 
     # -- what a run brings ---------------------------------------------------------------------------------------------
 
@@ -199,10 +204,10 @@ class Run(ABC, Generic[B, R]):
             folder: for the checkpoint and the logs; None: nothing is kept.
             device: where it computes.
             dtype: of autocast; float32: none.
-            masters: float32 values of the network's working copies; None: it has none.
+            masters: float32 values of the network's working copies, or its shards; None: it has neither.
 
         Raises:
-            CheckpointError: the folder's checkpoint is not of this run.
+            CheckpointError: the folder's checkpoint is not of this run, or another one on other processes.
         """
         self.network, self.optimizer, self.pace = network, optimizer, pace
         self.folder, self.device, self.dtype = folder, device, dtype
@@ -213,7 +218,10 @@ class Run(ABC, Generic[B, R]):
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.scales_loss and dtype == torch.float16)
         self.begun = time.perf_counter()
         self.changes: list[str] = []  # what was asked to differ from the checkpoint
-        self.step = self.saved_step = 0  # saved_step: of the checkpoint; 0: there is none
+        self.step = 0
+        self.saved_step = 0  # of the checkpoint that is there whole; 0: there is none
+        self.asked_step = 0  # of the last one that was begun
+        self.saver = Saver(self.write, device)
         self.signal = 0  # number of the signal that asked the run to stop
         self.ring, self.clock, self.agreement = MetricRing(), Clock(), distributed.Agreement()
         self.recent_ids: dict[int, list[Any]] = {}  # step -> this process's sample ids, since the last reading
@@ -222,7 +230,16 @@ class Run(ABC, Generic[B, R]):
         self.rates: dict[str, float] = {}
         self.found = checkpoint.stamp(self.path)
         if self.path is not None and self.path.exists():
-            self._resume(checkpoint.read(self.path, self.kind))
+            if isinstance(self.masters, Shards):
+                self._resume(*checkpoint.read_hollow(self.path, self.kind))
+            else:
+                self._resume(checkpoint.read(self.path, self.kind))
+        steps = distributed.gather(torch.tensor([self.step], device=device)).tolist()
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                f"{folder}: the processes have found the run at different steps ({min(steps)} to {max(steps)}); "
+                f"{self.folder_option} must name one folder that all machines see"
+            )
 
     @property
     def path(self) -> Path | None:
@@ -243,7 +260,7 @@ class Run(ABC, Generic[B, R]):
     @functools.cached_property
     def parallel(self) -> nn.Module:
         """The network as the processes train it together."""
-        if distributed.world() == 1:
+        if distributed.world() == 1 or isinstance(self.masters, Shards):
             return self.network
         devices = [self.device] if self.device.type == "cuda" else None
         parallel = DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
@@ -252,9 +269,11 @@ class Run(ABC, Generic[B, R]):
             parallel.register_comm_hook(None, lambda _, bucket: distributed.sum_in_float32(bucket))
         return parallel
 
-    def _resume(self, saved: Checkpoint) -> None:
+    def _resume(self, saved: Checkpoint, shards: Mapping[str, Any] | None = None) -> None:
         self.changes = saved.check(self.fingerprint(), self.folder_option, self.may_change(), self.change_option)
         try:
+            if isinstance(self.masters, Shards):
+                self.masters.localise(saved, self.optimizer, shards or {})
             self.masters.load_state_dict(saved.network)
             self.optimizer.load_state_dict(saved.optimizer)
         except (RuntimeError, ValueError) as error:
@@ -263,7 +282,7 @@ class Run(ABC, Generic[B, R]):
                 f"use the configuration that it was made with, or name another folder with {self.folder_option}"
             ) from None
         self.scaler.load_state_dict(saved.scaler)
-        self.step = self.saved_step = saved.step
+        self.step = self.saved_step = self.asked_step = saved.step
         self.unlogged = list(saved.extra.get("unlogged", []))
         self.restore(saved)
 
@@ -277,24 +296,31 @@ class Run(ABC, Generic[B, R]):
             Stopped: a signal ended the run (pretraining returns its summary instead, but for Ctrl-C).
         """
         stream = self.micro_batches()
-        with self.logging() as self.log, signals(self.ask_to_stop), contextlib.closing(stream):
+        heart = Heartbeat(self.hang_s)
+        with heart, self.logging() as self.log, signals(self.ask_to_stop), contextlib.closing(stream), self.saver:
             for line in self.describe():
                 self.log.say(line)
             self.begin()
             self.clock.read()  # what was before the first step is no part of its speed
             while self.step < self.last_step and not self.agreement(self.signal > 0):
+                heart.begin_step(self.step)
                 self.train_step(stream)
+                self.saver.check()
                 self.log.progress()
                 if self.step % self.pace.log_every == 0:
                     self.log_line()
+                heart.aside()
                 with self.clock.aside():
-                    if self.step % self.pace.save_every == 0:
-                        self.save_last()
-                    self.save_also()
-                    self.between()
+                    with section("save"):
+                        if self.step % self.pace.save_every == 0:
+                            self.save_last()
+                        self.save_also()
+                    with section("between"):
+                        self.between()
+            heart.aside()
             self.agreement.close()
             self.log_line()
-            self.save_last()
+            self.save_last(wait=True)
             if self.step < self.last_step:
                 return self._stop()
             return self.finish()
@@ -317,6 +343,8 @@ class Run(ABC, Generic[B, R]):
             losses.append(loss)
             metrics.append(terms)
         with section("optimizer"):
+            if isinstance(self.masters, Shards):
+                self.masters.exchange()
             self.scaler.unscale_(self.optimizer)
             self.after_backward()
             norm = self._clip()
@@ -366,6 +394,8 @@ class Run(ABC, Generic[B, R]):
     def quiet(self, micro: int) -> AbstractContextManager:
         """No exchange of gradients but after the last micro-batch."""
         parallel = self.parallel
+        if isinstance(self.masters, Shards):
+            self.masters.last_pass(micro == self.pace.accumulate - 1)
         if micro == self.pace.accumulate - 1 or not isinstance(parallel, DistributedDataParallel):
             return contextlib.nullcontext()
         return parallel.no_sync()
@@ -402,6 +432,7 @@ class Run(ABC, Generic[B, R]):
         watched = [key for key in self.ends_if_not_finite if key == "loss" or not self.scaler.is_enabled()]
         broken = [(s, key) for s, row in zip(steps, own, strict=True) for key in watched if not math.isfinite(row[key])]
         if distributed.any_process(bool(broken), self.device):
+            self.saver.wait()  # weights that are not finite come before the loss that they make
             raise TrainingError(self._non_finite(broken))
         self.recent_ids.clear()
         self.unlogged += mean
@@ -419,7 +450,8 @@ class Run(ABC, Generic[B, R]):
         )
 
     def kept(self) -> str:
-        """What a message says of the last checkpoint."""
+        """What a message says of the last checkpoint; waits for one that is being written."""
+        self.saver.settle()
         return f"{self.path} (step {self.saved_step})" if self.saved_step else "no checkpoint yet"
 
     def log_line(self) -> None:
@@ -441,28 +473,61 @@ class Run(ABC, Generic[B, R]):
         self.log.record(line)
         self.logged(line)
 
-    def save_last(self, again: bool = False) -> None:
-        """Writes the checkpoint of this moment, unless there is one of this step already; `again`: in any case."""
+    def save_last(self, again: bool = False, wait: bool = False) -> None:
+        """Begins to write the checkpoint of this moment, unless there is one of this step already.
+
+        Args:
+            again: in any case.
+            wait: until it is there.
+        """
         self.read_scalars()
-        if self.path is not None and (again or self.step != self.saved_step):
+        if self.path is None:
+            return
+        if again or self.step != self.asked_step:
             self.save(self.path)
-            self.saved_step = self.step
+            if not distributed.is_main() and not isinstance(self.masters, Shards):
+                self.saved_step = self.asked_step  # the main process has waited for it
+            self.asked_step = self.step
+        if wait:
+            self.saver.wait()
+            distributed.barrier()
+            self.saved_step = self.asked_step
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint of this moment (main process; the others wait)."""
-        if distributed.is_main():
+        """Takes a copy of this moment, which a thread writes (main process; the others wait for the copy)."""
+        sharded = isinstance(self.masters, Shards)
+        if distributed.is_main() or sharded:
             saved = self.record()
-            broken = [key for key, value in saved.network.items() if not _finite(value)]
-            if broken:
-                raise TrainingError(
-                    f"step {self.step}: {broken[0]} and {len(broken) - 1} more tensors of the network are not finite; "
-                    f"nothing is written; kept: {self.kept()}"
-                )
             saved.step, saved.fingerprint = self.step, self.fingerprint()
             saved.extra["unlogged"] = self.unlogged
             saved.optimizer, saved.scaler = self.optimizer.state_dict(), self.scaler.state_dict()
-            checkpoint.write(path, saved)
+            self._write_shards(path, saved) if sharded else self.saver.save(path, saved)
         distributed.barrier()
+
+    def _write_shards(self, path: Path, saved: Checkpoint) -> None:
+        """Writes a record of which every process has a part; all of them write, and training waits."""
+        broken = [key for key, value in saved.network.items() if not _finite(value)]
+        if distributed.any_process(bool(broken), self.device):
+            where = f"{broken[0]} and {len(broken) - 1} more" if broken else "another process's"
+            raise TrainingError(
+                f"step {saved.step}: {where} tensors of the network are not finite; nothing is written; "
+                f"kept: {self.kept()}"
+            )
+        cast(Shards, self.masters).write(path, saved, self.optimizer)
+        if path == self.path:
+            self.saved_step = saved.step
+
+    def write(self, path: Path, saved: Checkpoint) -> None:
+        """Writes a record, in the saver's thread; one with values that are not finite never."""
+        broken = [key for key, value in saved.network.items() if not _finite(value)]
+        if broken:
+            raise TrainingError(
+                f"step {saved.step}: {broken[0]} and {len(broken) - 1} more tensors of the network are not finite; "
+                f"nothing is written; kept: {self.kept()}"
+            )
+        checkpoint.write(path, saved)
+        if path == self.path:
+            self.saved_step = saved.step
 
     # -- asked to stop -------------------------------------------------------------------------------------------------
 
@@ -482,6 +547,7 @@ class Run(ABC, Generic[B, R]):
 
 
 def _finite(value: Tensor) -> bool:
+    value = value.to_local() if isinstance(value, DTensor) else value
     return not value.is_floating_point() or bool(value.isfinite().all())
 
 

@@ -7,7 +7,7 @@ compute is the same: they get the float32 value rounded once, as autocast rounds
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,14 @@ class Masters:
     def copy_of(self, parameter: Tensor) -> Tensor | None:
         """The parameter itself where it is a working copy, else None."""
         return parameter if parameter in self.values else None
+
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The gradient of a parameter of the network, as its value is updated by it."""
+        return parameter.grad
+
+    def joined(self, norms: Tensor, values: Sequence[Tensor]) -> Tensor:
+        """What norms of values, as this process has them, are for the whole tensors."""
+        return norms
 
     def state_dict(self) -> dict[str, Tensor]:
         """The network's state dict with float32 values."""

@@ -159,10 +159,12 @@ class Optimizer(torch.optim.Optimizer):
         norms: list[Tensor] = []
         for dtype in dict.fromkeys(p.dtype for p in self.trained):
             members = [p for p in self.trained if p.dtype == dtype]
-            grads = [p.grad for p in members if p.grad is not None]
-            found = iter(torch._foreach_norm(grads, 2, dtype=wide) if grads else ())
-            norms += [self._none if p.grad is None else next(found) for p in members]
-        return torch.stack(norms + [self._none] * (len(self.values) - len(norms)))
+            grads = [self.masters.gradient(p) for p in members]
+            there = [g for g in grads if g is not None]
+            found = iter(torch._foreach_norm(there, 2, dtype=wide) if there else ())
+            norms += [self._none if g is None else next(found) for g in grads]
+        norms += [self._none] * (len(self.values) - len(norms))
+        return self.masters.joined(torch.stack(norms), self.values)
 
     def _place(self, parameters: Sequence[Tensor]) -> Tensor:
         """Where parameters of the network stand in `trained`."""
@@ -186,7 +188,7 @@ class Optimizer(torch.optim.Optimizer):
         if found is not None:  # of GradScaler
             scale = self._none + 1 if scale is None else scale
             scale = torch.where(found > 0, torch.zeros_like(scale), scale)
-        grads = [p.grad for p in self.trained] + [None] * (len(self.values) - len(self.trained))
+        grads = [self.masters.gradient(p) for p in self.trained] + [None] * (len(self.values) - len(self.trained))
         self._update(grads, numbers, scale)
         for group in self.param_groups:
             group["step"] += 1
@@ -223,13 +225,24 @@ class AdamW(Optimizer):
         self.counts: Tensor | None = None  # steps that each value has taken, where these differ
 
     def state_dict(self) -> dict[str, Any]:
-        """PyTorch's, and `counts`: how many steps each value has taken, where these differ."""
-        return super().state_dict() | {"counts": None if self.counts is None else self.counts.tolist()}
+        """PyTorch's, and `taken`: how many steps each parameter has taken, in their order, where these differ."""
+        taken = None if self.counts is None else self.counts[self._order()].tolist()
+        return super().state_dict() | {"taken": taken}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        counts = state_dict["counts"]
-        self.counts = None if counts is None else self._none.new_tensor(counts, dtype=torch.float64)
+        self.counts = None
+        if state_dict.get("counts") is not None:  # of versions that kept them in the order of `values`
+            self.counts = self._none.new_tensor(state_dict["counts"], dtype=torch.float64)
+        elif state_dict.get("taken") is not None:
+            self.counts = self._none.new_zeros(len(self.values), dtype=torch.float64)
+            self.counts[self._order()] = self._none.new_tensor(state_dict["taken"], dtype=torch.float64)
+
+    def _order(self) -> Tensor:
+        """Where the parameters stand in `values`, which differs with the arithmetic."""
+        places = {value: i for i, value in enumerate(self.values)}
+        order = [places[value] for group in self.param_groups for value in group["params"]]
+        return torch.tensor(order, device=self._none.device)
 
     def host_numbers(self) -> list[float]:
         lr, weight_decay, step = _numbers(self.param_groups)
@@ -321,7 +334,8 @@ class LARS(SGD):
             updates = list(torch._foreach_mul(updates, factor))
             if decays:
                 torch._foreach_add_(updates, params, alpha=weight_decay)
-                size, change = torch.stack(torch._foreach_norm(params)), torch.stack(torch._foreach_norm(updates))
+                sizes = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, updates))
+                size, change = (self.masters.joined(each, params) for each in sizes)
                 updates = list(torch._foreach_mul(updates, list(trust_ratio(size, change, self.trust).unbind())))
             moving = [f != 0 if isinstance(f, Tensor) else True for f in factor]
             old = [None if still is True else m.clone() for m, still in zip(moments, moving, strict=True)]

@@ -24,6 +24,12 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture(params=["reference", "triton"])
+def path(request: pytest.FixtureRequest) -> str:
+    """Each of the two implementations that `forced` can ask for."""
+    return request.param
+
+
 @pytest.fixture
 def compiles_whole() -> Callable[..., None]:
     """Checks that torch.compile takes a function on the kernel path as one graph, with the same value and gradients."""

@@ -7,23 +7,13 @@ import torch
 
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
-from fastssl.kernels._verify import verify
-from fastssl.kernels.centering_softmax_loss import cases, centering_softmax_loss
-
-OP = cases.OPS[0]
-PATHS = ("reference", "triton")
+from fastssl.kernels.centering_softmax_loss import centering_softmax_loss
 
 
 def make(device="cpu", V=4, B=3, K=50, T=2, seed=0):
     torch.manual_seed(seed)
     shape = (V, B, K), (T, B, K), (K,)
     return tuple(torch.randn(s, device=device) * 0.5 for s in shape)
-
-
-@pytest.mark.parametrize("dtype", OP.dtypes, ids=str)
-@pytest.mark.parametrize("case", OP.proof)
-def test_equals_the_reference(case, dtype, device):
-    verify(OP, OP.proof[case], dtype, device)
 
 
 def naive(student, teacher, center, student_temp, teacher_temp, pairs):
@@ -44,7 +34,6 @@ def naive(student, teacher, center, student_temp, teacher_temp, pairs):
     return total / count
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("V", "T", "pairs"), [(10, 2, "others"), (2, 2, "others"), (8, 8, "matching")])
 def test_equals_the_papers_loop(path, V, T, pairs, device):
     student, teacher, center = make(device, V=V, T=T)
@@ -59,7 +48,6 @@ def test_equals_the_papers_loop(path, V, T, pairs, device):
     torch.testing.assert_close(student.grad, slope, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("K", [256, 9001])
 def test_uniform_student_gives_ln_k(path, K, device):
     """SCFS card, oracle 4."""
@@ -71,7 +59,6 @@ def test_uniform_student_gives_ln_k(path, K, device):
     torch.testing.assert_close((result.divergence + result.entropy).item(), math.log(K), rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_one_hot_unit_logits_give_the_lower_bound(path, device):
     """SCFS card, oracle 5: -ln(e^10 / (e^10 + 255))."""
     one_hot = torch.eye(256, device=device)[None, :3]
@@ -81,7 +68,6 @@ def test_one_hot_unit_logits_give_the_lower_bound(path, device):
     assert result.entropy.item() == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_images_may_change_places_and_the_teacher_may_shift(path, device):
     student, teacher, center = make(device)
     order = torch.tensor([2, 0, 1], device=device)
@@ -98,7 +84,6 @@ def test_images_may_change_places_and_the_teacher_may_shift(path, device):
     torch.testing.assert_close(permuted.column_sum, result.column_sum)
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_logits_of_any_size(path, device):
     """Large logits do not overflow, a logit of -inf is a prototype that nobody takes."""
     student, teacher, center = make(device)
@@ -116,7 +101,7 @@ def test_logits_of_any_size(path, device):
 def test_only_the_loss_has_a_gradient(device):
     student, teacher, center = make(device)
     teacher.requires_grad_()
-    for path in PATHS:
+    for path in ("reference", "triton"):
         with forced(path):
             result = centering_softmax_loss(student.clone().requires_grad_(), teacher, center, 0.1, 0.05)
         assert [value.requires_grad for value in result] == [True, False, False, False]

@@ -8,27 +8,7 @@ import torch
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
 from fastssl.kernels._philox import philox as on_tensors
-from fastssl.kernels._verify import verify
 from fastssl.kernels.corrupt import ALIEN, NOISE, ZERO, cases, corrupt, draw_blocks, draw_first, reference
-
-CORRUPT, DRAW, FIRST = cases.OPS
-BOTH = pytest.mark.parametrize("path", ["reference", "triton"])
-
-
-@pytest.mark.parametrize("dtype", CORRUPT.dtypes, ids=str)
-@pytest.mark.parametrize("case", CORRUPT.proof)
-def test_corrupt_equals_the_reference(case, dtype, device):
-    verify(CORRUPT, CORRUPT.proof[case], dtype, device)
-
-
-@pytest.mark.parametrize("case", DRAW.proof)
-def test_draw_blocks_equals_the_reference(case, device):
-    verify(DRAW, DRAW.proof[case], torch.float32, device)
-
-
-@pytest.mark.parametrize("case", FIRST.proof)
-def test_draw_first_equals_the_reference(case, device):
-    verify(FIRST, FIRST.proof[case], torch.float32, device)
 
 
 def philox(counter, key):
@@ -80,7 +60,6 @@ def damage_by_loop(views, boxes, kind, source, ids, seed, epoch, view):
     return out, mask
 
 
-@BOTH
 def test_equals_the_loop(path, device):
     inputs = cases.inputs(
         cases.Maker(seed=3), torch.float32, B=4, size=(11, 14), R=4, sides=(2, 9), of=2, seed=2**31 + 7
@@ -127,7 +106,6 @@ def blocks_by_loop(identity, height, width, fraction, align, kind, seed, epoch, 
     return torch.tensor(blocks, dtype=torch.int32), mask
 
 
-@BOTH
 @pytest.mark.parametrize(
     "options",
     [
@@ -153,7 +131,6 @@ def test_blocks_equal_the_loop(path, options, device):
         assert torch.equal(reference.topmost(got[None], torch.zeros(1, 128, dtype=torch.int32), 43, 34)[0] > 0, mask)
 
 
-@BOTH
 @pytest.mark.parametrize("group", [0, 4])
 def test_what_a_view_shows_equals_the_loop(path, group, device):
     ids, key = [3, 2**32 - 1, 8, 0, 5, 7], (2**32 - 2, reference.DAMAGE_KEY)
@@ -177,10 +154,10 @@ def test_what_a_view_shows_equals_the_loop(path, group, device):
     assert {ZERO, NOISE, ALIEN} == set(kind.flatten().tolist())
 
 
-@BOTH
 def test_the_epoch_may_be_on_the_device(path, device):
     ids, inputs = torch.arange(3, device=device), filled(NOISE, device)
     blocks = {"views": 2, "height": 20, "width": 20, "drop": 0.2, "replace": 0.2, "max_side": 0.7, "seed": 5}
+    blocks["max_blocks"] = (6, 6)
 
     def everything(epoch):
         drawn = (
@@ -237,10 +214,9 @@ def test_a_uniform_rate_covers_corners_and_centre_alike():
         assert edge.mean().item() == pytest.approx(0.5, abs=0.08)
 
 
-@BOTH
 def test_blocks_belong_to_the_sample_not_to_the_batch(path, device):
     options = {"views": 2, "height": 40, "width": 40, "drop": 0.4, "replace": 0.4, "alien": 0, "max_side": 0.5}
-    options |= {"seed": 1, "epoch": 2, "max_blocks": (30, 30)}
+    options |= {"seed": 1, "epoch": 2, "max_blocks": (6, 6)}
     first = {"views": 2, "side": 40, "share": 0.3, "seed": 1, "epoch": 2}
     with forced(path):
         boxes = draw_blocks(torch.tensor([7, 3, 9], device=device), **options).boxes
@@ -269,7 +245,6 @@ def filled(kind, device, B=4, size=(24, 40)):
     }
 
 
-@BOTH
 @pytest.mark.parametrize("kind", [ZERO, NOISE, ALIEN])
 def test_outside_stays_clean_bitwise_and_inside_is_what_the_kind_says(path, kind, device):
     """SiT card, oracle 7. Every image is damaged itself, and still shows clean in another."""
@@ -289,7 +264,6 @@ def test_outside_stays_clean_bitwise_and_inside_is_what_the_kind_says(path, kind
         assert torch.equal(views[hit], clean.roll(1, 0)[hit] if kind == ALIEN else torch.zeros_like(clean[hit]))
 
 
-@BOTH
 def test_the_last_rectangle_decides(path, device):
     inputs = filled(ZERO, device, B=1)
     order = [ALIEN, ZERO] * 20 + [NOISE, ZERO]  # more than 32 rectangles: the second word of them decides
@@ -303,7 +277,6 @@ def test_the_last_rectangle_decides(path, device):
             assert torch.equal(corrupt(**inputs | {"boxes": boxes}).views, corrupt(**expected).views)
 
 
-@BOTH
 def test_noise_is_normal_and_belongs_to_the_sample(path, device):
     inputs = filled(NOISE, device, size=(32, 64))
     with forced(path):
@@ -323,7 +296,6 @@ def test_noise_is_normal_and_belongs_to_the_sample(path, device):
     assert (correlation - torch.eye(9, device=device)).abs().max() < 0.06
 
 
-@BOTH
 def test_no_gradient(path, device):
     inputs = filled(ALIEN, device)
     inputs["views"].requires_grad_()

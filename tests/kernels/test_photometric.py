@@ -13,15 +13,18 @@ import torchvision.transforms.v2.functional as F
 
 from fastssl.kernels._check import KernelError
 from fastssl.kernels._path import forced
-from fastssl.kernels._verify import verify
 from fastssl.kernels.photometric import BLUR_RADIUS, cases, photometric, reference
 
 OP = cases.OPS[0]
-PATHS = ("reference", "triton", "auto")  # auto: the compiled twin, on the CPU
 JITTER = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
 RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # leaves pixel values in [0, 1]
 ORDERS = torch.tensor(list(permutations(range(4))))
 SIDES = [(24, 24), (5, 9), (1, 1), (1, 40), (40, 1), (67, 53), (3, 1100), (2, 2100)]  # in one and in several tiles
+
+
+@pytest.fixture(params=["reference", "triton", "auto"])  # auto: the compiled twin, on the CPU
+def path(request):
+    return request.param
 
 
 @pytest.fixture
@@ -89,13 +92,6 @@ def assert_same(out, expected, atol=1e-5):
     torch.testing.assert_close(out.double(), expected.double(), atol=atol, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", OP.dtypes, ids=str)
-@pytest.mark.parametrize("case", OP.proof)
-def test_equals_the_reference(case, dtype, device):
-    verify(OP, OP.proof[case], dtype, device)
-
-
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize(("height", "width"), [(17, 33), (1, 3)])
 def test_equals_torchvision(path, height, width, place):
     crops, p = pixels(8, height, width, place), drawn(8, place)
@@ -113,12 +109,12 @@ def test_the_compiled_twin_equals_torchvision(sides, seed):
         assert_same(photometric(crops, **p, **RAW), by_torchvision(crops, p))
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("op", range(4))
 def test_one_jitter_operation(path, op, place):
     """Every combination of five levels, and smooth crops; factors to the ends of their ranges."""
     levels = torch.tensor([0, 1, 90, 254, 255], dtype=torch.uint8, device=place)
-    amounts = torch.linspace(-0.5, 0.5, 41) if op == 3 else torch.tensor([0.0, 0.3, 1.0, 1.7, 1.9])
+    hues = torch.linspace(-0.5, 0.5, 9 if path == "triton" else 41)  # the interpreter takes long
+    amounts = hues if op == 3 else torch.tensor([0.0, 0.3, 1.0, 1.7, 1.9])
     p = nothing(len(amounts), place)
     p["jitter"][:] = True
     p["factor"][:, op] = amounts
@@ -150,7 +146,6 @@ def test_blur(sides, gray):
         assert_same(photometric(crops, **p, **RAW), by_torchvision(crops, p))
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("threshold", [0.0, 1.0, 127.5, 128.0, 254.5, 255.0, 255.5, 256.0])
 def test_solarize_level_by_level(path, threshold, place):
     p = nothing(1, place)
@@ -163,7 +158,6 @@ def test_solarize_level_by_level(path, threshold, place):
         assert (out[0, channel].flatten() * 255).round().int().tolist() == expected
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_solarize_comes_last(path, place):
     """At the threshold the last bit decides, so values that come within 1e-5 of it may be on either side: a few."""
     crops, p = pixels(12, 24, 24, place), drawn(12, place, solarize=70.0)
@@ -177,7 +171,6 @@ def test_solarize_comes_last(path, place):
     torch.testing.assert_close(torch.minimum(out, 1 - out), torch.minimum(x, 1 - x), atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", OP.dtypes, ids=str)
 def test_blur_keeps_what_is_flat_and_spreads_a_dot(path, dtype, place):
     crops = torch.zeros(3, 3, 33, 47, dtype=torch.uint8, device=place)
@@ -196,7 +189,6 @@ def test_blur_keeps_what_is_flat_and_spreads_a_dot(path, dtype, place):
     torch.testing.assert_close(out[2], crops[2].float() / 255, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("dtype", [*OP.dtypes, torch.float64], ids=str)
 def test_normalises_and_casts(path, dtype, place):
     crops = pixels(4, 30, 31, place)
@@ -212,7 +204,7 @@ def test_normalises_and_casts(path, dtype, place):
                 assert_same(out, expected, 2e-6)
 
 
-@pytest.mark.parametrize("path", PATHS[1:])
+@pytest.mark.parametrize("path", ["triton", "auto"])
 def test_a_crop_is_treated_alike_in_any_batch_and_run(path, place, monkeypatch):
     """Also by several threads at once."""
     n = 64 if path == "auto" else 3
@@ -227,7 +219,6 @@ def test_a_crop_is_treated_alike_in_any_batch_and_run(path, place, monkeypatch):
         assert torch.equal(runs[0], other)
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_what_draws_nothing_changes_nothing(path, place):
     crops, p = pixels(24, 24, 24, place), nothing(24, place)
     with forced(path):
@@ -277,7 +268,6 @@ def test_empty(shape):
     assert photometric(torch.empty(shape, dtype=torch.uint8), **drawn(shape[0]), **RAW).shape == shape
 
 
-@pytest.mark.parametrize("path", PATHS)
 def test_inputs_are_not_changed(path, place):
     crops, p = pixels(3, device=place), drawn(3, place)
     before, parameters = crops.clone(), {name: value.clone() for name, value in p.items()}

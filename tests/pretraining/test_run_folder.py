@@ -72,7 +72,7 @@ def finished(images, tmp_path):
         ({"views__main__flip": 0.1}, r"views\.main\.flip \(was 0\.5, now 0\.1\)"),
         ({"run__seed": 1}, r"run\.seed \(was 0, now 1\)"),
         ({"model__depth": 1}, r"model\.depth \(was 2, now 1\)"),
-        ({"data__batch_size": 4}, r"images_per_step \(was 8, now 4\)"),
+        ({"run__images_per_step": 4}, r"images_per_step \(was 8, now 4\)"),
     ],
 )
 def test_other_settings_are_listed_and_refused(finished, images, change, words):

@@ -97,7 +97,8 @@ def test_a_run_that_was_asked_to_stop_continues_bitwise(kind, images, tmp_path):
     whole = build(kind, images, tmp_path / "whole")
     whole.train()
     first = build(kind, images, tmp_path / "parts")
-    stop_at(first, 3, signal.SIGTERM)  # four steps of six in the first epoch
+    # Four steps of six in the first epoch. SIGUSR1 is what SLURM sends ahead of the end.
+    stop_at(first, 3, signal.SIGUSR1 if kind == "pretrain" else signal.SIGTERM)
     if kind == "pretrain":
         assert first.train()["finished"] is False
     else:
@@ -157,6 +158,26 @@ def test_a_signal_to_a_command_saves_and_says_so(images, tmp_path, number, code)
     assert f"asked to stop ({number.name}): step {step} is saved" in said.splitlines()[-1]
 
 
+def test_a_checkpoint_that_is_being_written_is_not_kept_yet_and_a_full_disk_ends_the_run(images, tmp_path, monkeypatch):
+    run = build("pretrain", images, tmp_path / "run", **{"run.save_every": 0.5})  # every third step
+    write, kept = checkpoint.write, []
+
+    def slow(path, saved):
+        kept.append((saved.step, run.saved_step))
+        time.sleep(0.2)
+        if saved.step == 6:
+            raise CheckpointError(f"{path}: the checkpoint could not be written (No space left on device)")
+        write(path, saved)
+
+    monkeypatch.setattr(checkpoint, "write", slow)
+    with pytest.raises(CheckpointError, match=r"last\.pt: .*No space left"):
+        run.train()
+    assert kept == [(3, 0), (6, 3)]
+    assert run.saved_step == checkpoint.read(run.path).step == 3
+    assert 6 <= run.step < 12
+    assert f"{run.path} (step 3)" in run.kept()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "probe"])  # of its probes one may diverge
 def test_a_loss_that_is_not_finite_names_step_and_samples(kind, images, tmp_path):
     run = build(kind, images, tmp_path / "run")
@@ -183,9 +204,11 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(kind, images, tmp_path
 def test_another_runs_checkpoint_is_refused_with_the_keys_that_differ(kind, images, tmp_path):
     run = build(kind, images, tmp_path / "run")
     run.save(run.folder.mkdir() or run.path)
+    run.saver.wait()
     other = {**{key: {"lr": 3.0} for key in KINDS}, "pretrain": {}, "probe": {"seed": 3}}
+    more = {"run.images_per_step": 8} if kind == "pretrain" else {"batch_size": 8}
     with pytest.raises(CheckpointError) as error:
-        build(kind, images, tmp_path / "run", batch_size=8, **other[kind])
+        build(kind, images, tmp_path / "run", **more, **other[kind])
     for key in (*other[kind], "images_per_step"):
         assert f"{key} (was " in str(error.value)
     assert run.folder_option in str(error.value)
@@ -199,6 +222,7 @@ def test_another_runs_checkpoint_is_refused_with_the_keys_that_differ(kind, imag
 def test_arithmetic_and_split_may_change_when_a_run_goes_on(kind, images, tmp_path):
     run = build(kind, images, tmp_path / "run")
     run.save(run.folder.mkdir() or run.path)
+    run.saver.wait()
     if kind == "pretrain":
         split = {"batch_size": 2, "run.accumulate": 2, "run.precision": "bf16"}
     else:

@@ -1,9 +1,14 @@
-"""Embeddings: a feature per image as a NumPy table, a list of the images, and a sheet of nearest neighbours."""
+"""Embeddings: a feature per image as a NumPy table, a list of the images, and a sheet of nearest neighbours.
+
+`embed` does that for a data set, or for one part of it (`--shard`), whose parts are put together later (`--merge`).
+`embed_batch` gives the features of some images in memory, for engines that spread the work over machines.
+"""
 
 from __future__ import annotations
 
 import csv
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,22 +21,25 @@ from torch import Tensor
 
 from fastssl import pictures
 from fastssl.augment import augment
-from fastssl.config import ConfigError, NonNegativeInt, PositiveInt, printable
-from fastssl.evaluation.data import EvaluationError, central_view, spaced_ids
-from fastssl.evaluation.frozen.features import extract
+from fastssl.config import ConfigError, NonNegativeInt, PositiveInt, check, printable, shard_numbers
+from fastssl.evaluation.data import EvaluationError, central_view, device_of, spaced_ids
+from fastssl.evaluation.frozen.features import extract, kept_table, table_key, write_table
 from fastssl.evaluation.options import Hardware
+from fastssl.loaders.decode import Encoded, open_image, upright_size
 from fastssl.loaders.engine import decoding_threads
+from fastssl.loaders.loader import BadSampleError
 from fastssl.loaders.sources import Source, open_source
 from fastssl.loaders.views import evaluation_batches
 from fastssl.models import check_image_size
 from fastssl.training import distributed
 from fastssl.training.checkpoint import replace_file
 from fastssl.training.device import choose_device, choose_dtype
-from fastssl.weights.backbone import open_backbone
+from fastssl.weights.backbone import Backbone, open_backbone
 
 NEIGHBOURS = 7  # beside each query of the sheet
 FEWEST = 4  # images that make a map
 PLANE_COMPONENTS = 50  # principal components that the map is made from
+ARITHMETIC = ("float32", "bfloat16", "float16")  # that parts may have been computed in
 
 
 @dataclass
@@ -60,12 +68,20 @@ class EmbedOptions(Hardware):
     """Side of the images that the network sees, in pixels. 0: the checkpoint's."""
     batch_size: PositiveInt = 64
     """Images per forward pass."""
+    shard: str = ""
+    """I/N: only the I-th of N equal runs of batches, I from 0 to N-1, as OUT.I-of-N.npy and .csv; for N jobs in any
+    order, each of which may be run again. Empty: all."""
+    merge: NonNegativeInt = 0
+    """N: put the parts of N jobs (--shard I/N) together to the files of all images, which are those of one job. Nothing
+    is computed; the parts stay. 0: off."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for key in ("checkpoint", "data", "out"):
             if not getattr(self, key):
                 raise ConfigError(f"{key} is empty; fastssl embed CHECKPOINT DATA OUT")
+        shard_numbers(self.shard)
+        check(not (self.shard and self.merge), "merge", self.merge, "0 where shard is set")
 
 
 @dataclass(frozen=True)
@@ -99,7 +115,7 @@ def embed(options: EmbedOptions) -> Embedded:
 
     Raises:
         CheckpointError, SourceError, ConfigError: what was named does not exist or does not fit.
-        EvaluationError: a feature is not finite, or a file cannot be written.
+        EvaluationError: a feature is not finite, a file cannot be written, or a part that is to be merged is missing.
     """
     begin = time.perf_counter()
     source = open_source(options.data)
@@ -109,44 +125,166 @@ def embed(options: EmbedOptions) -> Embedded:
     size = options.size or backbone.image_size
     check_image_size(backbone.model, "size", size)
     workers = decoding_threads(options.workers, distributed.local_world())
-    mean_patch, view = backbone.mean_patch, central_view(0, backbone, size)
-    found = extract(
-        backbone.module,
-        source,
-        size=size,
-        **view,
-        batch_size=options.batch_size,
-        workers=workers,
-        dtype=choose_dtype(options.precision, device, "precision"),
-        blocks=options.blocks,
-        mean_patch=mean_patch if options.mean_patch is None else options.mean_patch,
-        progress="features",
-        shared=True,
-    )
-    table = found.values.numpy().astype(options.dtype, copy=False)
-    if not np.isfinite(table).all():
-        raise EvaluationError("some features are too large for float16; write them with --dtype float32")
-    files = [Path(f"{options.out}{suffix}") for suffix in (".npy", ".csv", ".png")[: 3 if options.sheet else 2]]
-    drawn, note = Path(f"{options.out}-map.png"), ""
+    view = {"size": size, **central_view(0, backbone, size)}
+    mean_patch = backbone.mean_patch if options.mean_patch is None else options.mean_patch
+    how = {**view, "batch_size": options.batch_size, "blocks": options.blocks, "mean_patch": mean_patch}
+    settings = {name: str(value) for name, value in {**how, "stored as": options.dtype}.items()}
+    key = table_key(backbone.module, source, settings) if options.shard or options.merge else ""
+    ids = _part(len(source), options.batch_size, *shard_numbers(options.shard))
+    if options.merge:
+        tables = _parts(options, source, key)
+    else:
+        dtype = choose_dtype(options.precision, device, "precision")
+        more: dict[str, Any] = {"ids": ids, "progress": "features", "shared": True}
+        found = extract(backbone.module, source, **how, **more, workers=workers, dtype=dtype)
+        tables = [found.values.numpy().astype(options.dtype, copy=False)]
+        key = f"{key} {str(dtype).removeprefix('torch.')}"
+        if not np.isfinite(tables[0]).all():
+            raise EvaluationError("some features are too large for float16; write them with --dtype float32")
+    out = _part_name(options.out, *shard_numbers(options.shard)) if options.shard else options.out
+    files, note = [Path(f"{out}{suffix}") for suffix in (".npy", ".csv")], ""
     if distributed.is_main():
         try:
             files[0].parent.mkdir(parents=True, exist_ok=True)
-            replace_file(files[0], lambda part: _write_table(part, table))
-            replace_file(files[1], lambda part: _write_list(part, source))
-            if options.map and len(source) >= FEWEST:
+            replace_file(files[0], lambda part: write_table(part, tables, key if options.shard else ""))
+            replace_file(files[1], lambda part: _write_list(part, source, ids))
+            values = torch.from_numpy(np.load(files[0], mmap_mode="c"))
+            if options.sheet and not options.shard:
+                files.append(Path(f"{out}.png"))
+                _draw(files[-1], source, values, options.sheet, workers, **view)
+            if options.map and not options.shard and len(source) >= FEWEST:
                 try:
-                    _draw_map(drawn, source, found.values, options.map)
-                    files.append(drawn)
+                    _draw_map(Path(f"{out}-map.png"), source, values, options.map)
+                    files.append(Path(f"{out}-map.png"))
                 except ModuleNotFoundError as error:
                     note = f"no map, for {error.name} is not installed: pip install 'fastssl-vision[plot]', or --map 0"
-            if options.sheet:
-                _draw(files[2], source, found.values, options.sheet, workers, size=size, **view)
         except OSError as error:
             raise EvaluationError(
                 f"{error.filename or options.out} cannot be written: {error.strerror or error}"
             ) from None
-    images, width = table.shape
+    images, width = sum(map(len, tables)), tables[0].shape[1]
     return Embedded([str(file) for file in files], images, width, round(time.perf_counter() - begin, 1), note)
+
+
+def embed_batch(
+    backbone: Backbone,
+    images: Sequence[bytes | np.ndarray],
+    *,
+    size: int = 0,
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
+    blocks: int = 1,
+    mean_patch: bool | None = None,
+    workers: int = 0,
+    bad: list[tuple[int, str]] | None = None,
+) -> np.ndarray:
+    """Features of images in memory: `fastssl embed`'s numbers, to the bit where it has the same images in a batch.
+
+    Args:
+        backbone: from `fastssl.weights.backbone.open_backbone(checkpoint, device)`, opened once per process.
+        images: the bytes of image files, or pixels, uint8 [H, W, 3]; one forward pass.
+        size: side of the images that the network sees, in pixels. 0: the checkpoint's.
+        precision, blocks, mean_patch: as in `fastssl embed`.
+        workers: decoding threads; 0: this machine's cores.
+        bad: gets (position, reason) of each image that cannot be decoded; its row is NaN. None: such a one is an error.
+
+    Returns:
+        float32 [n, D], a row per image, in their order.
+
+    Raises:
+        BadSampleError: an image cannot be decoded, where `bad` is None; the message has its position.
+        EvaluationError: a feature is not finite.
+        ValueError: no images, or pixels of another type or shape.
+    """
+    if not len(images):
+        raise ValueError("embed_batch needs one image at least")
+    size = size or backbone.image_size
+    check_image_size(backbone.model, "size", size)
+    source, missing = _InMemory(images), []
+    how: dict[str, Any] = {"size": size, **central_view(0, backbone, size), "batch_size": len(images), "blocks": blocks}
+    how["mean_patch"] = backbone.mean_patch if mean_patch is None else mean_patch
+    dtype = choose_dtype(precision, device_of(backbone.module), "precision")
+    while True:
+        try:
+            values = extract(backbone.module, source, **how, workers=workers, dtype=dtype).values.float().numpy()
+            break
+        except BadSampleError as error:
+            if bad is None:
+                raise
+            bad.append((error.sample, str(error.__cause__)))
+            missing.append(error.sample)
+            source.images[error.sample] = np.zeros((1, 1, 3), np.uint8)  # keeps the others' places in the batch
+    values[missing] = np.nan
+    return values
+
+
+class _InMemory(Source):
+    """Image files and pixels that are in memory, unlabelled."""
+
+    def __init__(self, images: Sequence[bytes | np.ndarray]) -> None:
+        self.path, self.classes, self.images = "images in memory", [], list(images)
+        self.labels = np.full(len(images), -1, np.int64)
+        for i, image in enumerate(images):
+            if isinstance(image, np.ndarray) and (image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3):
+                raise ValueError(f"image {i} is {image.dtype} {image.shape}; pixels are uint8 [H, W, 3]")
+
+    def sizes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = [self.read(i) for i in ids.tolist()]
+        return np.array([one.height for one in found], np.int64), np.array([one.width for one in found], np.int64)
+
+    def read(self, i: int) -> Encoded:
+        image = self.images[i]
+        if isinstance(image, np.ndarray):
+            return Encoded(np.ascontiguousarray(image).reshape(-1), "raw", *image.shape[:2])
+        return Encoded(np.frombuffer(image, np.uint8), "file", *upright_size(open_image(image)))
+
+    def lengths(self) -> np.ndarray:
+        return np.array([image.nbytes if isinstance(image, np.ndarray) else len(image) for image in self.images])
+
+    def name(self, i: int) -> str:
+        return f"image {i}"
+
+    def fingerprint(self) -> str:
+        raise NotImplementedError("images in memory are not kept")
+
+
+def _part(images: int, batch_size: int, index: int, total: int) -> np.ndarray:
+    """The images of a part, int64: whole batches, so that each image has the same ones beside it as in one job.
+
+    Raises:
+        ConfigError: there are more parts than batches.
+    """
+    batches = -(-images // batch_size)
+    if total > batches:
+        raise ConfigError(f"{images} images are {batches} batches of {batch_size}, which cannot be {total} parts")
+    return np.arange(*(min(batches * k // total * batch_size, images) for k in (index, index + 1)), dtype=np.int64)
+
+
+def _part_name(out: str, index: int, total: int) -> str:
+    return f"{out}.{index}-of-{total}"
+
+
+def _parts(options: EmbedOptions, source: Source, key: str) -> list[np.ndarray]:
+    """The tables that the jobs of all parts have written, in order.
+
+    Raises:
+        EvaluationError: some are missing, damaged, or of something else.
+    """
+    tables, missing, arithmetic = [], [], list(ARITHMETIC)
+    for k in range(options.merge):
+        rows = len(_part(len(source), options.batch_size, k, options.merge))
+        path = Path(f"{_part_name(options.out, k, options.merge)}.npy")
+        found = {kind: table for kind in arithmetic if (table := kept_table(path, f"{key} {kind}", rows)) is not None}
+        if not found:
+            missing.append(f"{k}/{options.merge}")
+            continue
+        arithmetic = list(found)  # one for all
+        tables.append(found[arithmetic[0]])
+    if missing:
+        raise EvaluationError(
+            f"{options.out} cannot be put together: of {options.merge} parts {len(missing)} are missing, damaged or of "
+            f"another checkpoint, data set, setting or precision; run them again: --shard {', '.join(missing)}"
+        )
+    return tables
 
 
 def nearest(values: Tensor, wanted: Tensor, count: int, own: np.ndarray | None = None) -> tuple[Tensor, Tensor]:
@@ -251,17 +389,11 @@ def _draw_map(path: Path, source: Source, values: Tensor, images: int) -> None:
     replace_file(path, partial(figure.savefig, format="png", dpi=110))
 
 
-def _write_table(path: Path, table: np.ndarray) -> None:
-    with open(path, "wb") as file:  # np.save would not say why it failed
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(table))
-        file.write(np.ascontiguousarray(table).data)
-
-
-def _write_list(path: Path, source: Source) -> None:
+def _write_list(path: Path, source: Source, ids: np.ndarray) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("index", "name", "label", "class"))
-        for i, label in enumerate(source.labels.tolist()):
+        for i, label in zip(ids.tolist(), source.labels[ids].tolist(), strict=True):
             name = source.classes[label] if 0 <= label < len(source.classes) else ""
             writer.writerow((i, _cell(source.name(i)), label, _cell(printable(name))))
 

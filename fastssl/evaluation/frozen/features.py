@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -163,11 +163,9 @@ def extract_cached(backbone: nn.Module, source: Source, *, cache: Path | None, b
     if cache is None:
         return extract(backbone, source, batch_size=batch_size, **how)
     names = ("size", "resize", "interpolation", "dtype", "blocks", "mean_patch")
-    settings = {name: str(how[name]) for name in names if name in how}
-    facts = [__version__, _shape(backbone), digest(backbone), source.fingerprint(), settings]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+    key = table_key(backbone, source, {name: str(how[name]) for name in names if name in how})
     path = cache / f"{key}.npy"
-    kept = _kept(path, key, len(source))
+    kept = kept_table(path, key, len(source))
     if kept is None and path.exists() and distributed.is_main():
         print(f"{path} is not the table of these features (cut, damaged or foreign); computed again", file=sys.stderr)
     if not distributed.all_processes(kept is not None, device_of(backbone)):
@@ -175,7 +173,7 @@ def extract_cached(backbone: nn.Module, source: Source, *, cache: Path | None, b
         if distributed.is_main():
             try:
                 cache.mkdir(parents=True, exist_ok=True)
-                replace_file(path, lambda part: _write_table(part, key, found.values.numpy()))
+                replace_file(path, lambda part: write_table(part, [found.values.numpy()], key))
             except OSError as error:
                 print(f"features are not kept: {path} cannot be written ({error.strerror})", file=sys.stderr)
         distributed.barrier()
@@ -183,6 +181,12 @@ def extract_cached(backbone: nn.Module, source: Source, *, cache: Path | None, b
     values = torch.from_numpy(kept)
     ids = torch.arange(len(source))
     return Features(values, torch.as_tensor(np.asarray(source.labels), dtype=torch.int64), ids, tuple(source.classes))
+
+
+def table_key(backbone: nn.Module, source: Source, settings: dict[str, str]) -> str:
+    """What tells a table of features from any other: its weights, data and settings, in 32 characters."""
+    facts = [__version__, _shape(backbone), digest(backbone), source.fingerprint(), settings]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
 
 
 def _shape(module: nn.Module) -> str:
@@ -203,13 +207,19 @@ def _seal(file: IO[bytes], key: str, end: int) -> bytes:
     return f"{key} {crc:08x}\n".encode()
 
 
-def _write_table(path: Path, key: str, values: np.ndarray) -> None:
-    with open(path, "w+b") as file:
-        np.save(file, values)
-        file.write(_seal(file, key, file.tell()))
+def write_table(path: Path, parts: Sequence[np.ndarray], key: str = "") -> None:
+    """Writes tables [n, F], one below the other, as one .npy file; sealed, for `kept_table`, where a key is given."""
+    header = np.lib.format.header_data_from_array_1_0(parts[0])
+    header["shape"] = (sum(map(len, parts)), *parts[0].shape[1:])
+    with open(path, "w+b") as file:  # np.save would not say why it failed
+        np.lib.format.write_array_header_1_0(file, header)
+        for part in parts:
+            file.write(np.ascontiguousarray(part).data)
+        if key:
+            file.write(_seal(file, key, file.tell()))
 
 
-def _kept(path: Path, key: str, rows: int) -> np.ndarray | None:
+def kept_table(path: Path, key: str, rows: int) -> np.ndarray | None:
     """The table of `key` in a file, [rows, F], mapped; None where there is none, or anything else."""
     try:
         table = np.load(path, mmap_mode="c", allow_pickle=False)

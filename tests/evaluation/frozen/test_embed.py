@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from PIL import Image
 
 from fastssl.cli import main
 from fastssl.config import Model
-from fastssl.evaluation.frozen.embed import _write_list, _write_table, nearest, place
-from fastssl.evaluation.frozen.features import extract
+from fastssl.evaluation.frozen.embed import _write_list, embed_batch, nearest, place
+from fastssl.evaluation.frozen.features import extract, write_table
+from fastssl.loaders.loader import BadSampleError
 from fastssl.loaders.sources import open_source
 from fastssl.models import build_backbone
 from fastssl.training import checkpoint
@@ -76,6 +78,56 @@ def test_half_precision_and_no_sheet(folder, tmp_path, capsys):
     assert "5 images, 64 numbers each" in capsys.readouterr().out
 
 
+def test_parts_that_are_merged_are_the_files_of_one_job(folder, tmp_path, capsys):
+    def run(out: str, *more: str) -> int:
+        return main(["embed", str(folder / "c.pt"), str(folder / "images"), out, "--batch-size=2", "--map=4", *more])
+
+    one, out = str(tmp_path / "one"), str(tmp_path / "out")
+    assert run(one) == 0
+    for part in ("2/3", "0/3", "1/3", "0/3"):  # the first one twice
+        assert run(out, f"--shard={part}") == 0
+    with open(f"{out}.2-of-3.csv", newline="") as file:
+        assert [row["index"] for row in csv.DictReader(file)] == ["4"]
+    assert np.array_equal(np.load(f"{out}.1-of-3.npy"), np.load(f"{one}.npy")[2:4])
+    assert run(out, "--merge=3") == 0
+    for end in (".npy", ".csv", ".png", "-map.png"):
+        assert Path(f"{one}{end}").read_bytes() == Path(f"{out}{end}").read_bytes()
+
+    assert run(out, "--shard=1/3", "--precision=bf16") == 0
+    with open(f"{out}.2-of-3.npy", "r+b") as damaged:
+        damaged.seek(200)
+        damaged.write(b"x")
+    for more, words in (
+        (["--merge=3"], "of 3 parts 2 are missing, damaged or .* run them again: --shard 1/3, 2/3$"),
+        (["--merge=3", "--blocks=2"], "--shard 0/3, 1/3, 2/3$"),
+        (["--merge=4"], "5 images are 3 batches of 2, which cannot be 4 parts"),
+        (["--merge=2", "--shard=0/2"], "merge is 2; it must be 0 where shard is set"),
+    ):
+        assert run(out, *more) > 0
+        assert re.search(words, capsys.readouterr().err.strip())
+
+
+def test_images_in_memory_have_the_numbers_of_the_data_set(folder, tmp_path):
+    backbone, source = open_backbone(folder / "c.pt"), open_source(str(folder / "images"))
+    files = [Path(source.file(i)) for i in range(5)]
+    expected = extract(backbone.module, source, size=32, mean_patch=True, batch_size=5).values.numpy()
+    images = [files[0].read_bytes(), np.array(Image.open(files[1])), *(file.read_bytes() for file in files[2:])]
+    found = embed_batch(backbone, images)
+    assert found.dtype == np.float32
+    assert np.array_equal(found, expected)
+
+    images[1], images[3] = b"text", images[3][:50]
+    bad: list[tuple[int, str]] = []
+    found = embed_batch(backbone, images, bad=bad)
+    assert [(i, reason.split(" (")[0][:12]) for i, reason in sorted(bad)] == [(1, "is not an im"), (3, "is truncated")]
+    assert np.isnan(found[[1, 3]]).all()
+    np.testing.assert_allclose(found[[0, 2, 4]], expected[[0, 2, 4]], rtol=1e-6)
+    with pytest.raises(BadSampleError, match=r"image 1\) is not an image"):
+        embed_batch(backbone, images[:3])
+    with pytest.raises(ValueError, match=r"image 0 is float32 \(8, 8, 3\); pixels are uint8"):
+        embed_batch(backbone, [np.zeros((8, 8, 3), np.float32)])
+
+
 def test_nearest_against_a_loop():
     values = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
     for own in (np.array([3, 17]), None):
@@ -130,7 +182,7 @@ def test_no_cell_of_the_list_is_a_formula_and_odd_names_are_written(tmp_path):
     for name in ("=HYPERLINK(1)", "+1", "\udcff\n", "plain"):
         (tmp_path / "in" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "in" / name / "a.png")
-    _write_list(tmp_path / "list.csv", open_source(str(tmp_path / "in")))
+    _write_list(tmp_path / "list.csv", open_source(str(tmp_path / "in")), np.arange(4))
     with open(tmp_path / "list.csv", newline="", encoding="utf-8") as file:
         assert [row["class"] for row in csv.DictReader(file)] == ["'+1", "'=HYPERLINK(1)", "plain", "\\xff\\n"]
 
@@ -138,12 +190,12 @@ def test_no_cell_of_the_list_is_a_formula_and_odd_names_are_written(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 def test_a_full_disk_is_called_that():
     with pytest.raises(OSError, match="No space left on device"):
-        _write_table(Path("/dev/full"), np.zeros((100, 100), np.float32))
+        write_table(Path("/dev/full"), [np.zeros((100, 100), np.float32)])
 
 
 def test_the_table_is_numpys(tmp_path):
     for kind in (np.float16, np.float32):
         table = np.arange(6, dtype=kind).reshape(2, 3)
-        _write_table(tmp_path / "a.npy", table)
+        write_table(tmp_path / "a.npy", [table[:1], table[1:]])
         np.save(tmp_path / "b.npy", table)
         assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()

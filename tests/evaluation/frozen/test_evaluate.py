@@ -1,8 +1,9 @@
+import contextlib
+import io
 import json
 import os
 import shutil
-import subprocess
-import sys
+from unittest import mock
 
 import pytest
 from tiny import draw_classes, save_checkpoint
@@ -185,20 +186,17 @@ def test_two_processes_train_the_linear_layers_of_one(given, augment, on_process
     assert together == [alone, alone]
 
 
-def test_two_processes_under_torchrun_print_the_numbers_of_one(given, tmp_path, capsys):
+def printed(rank, arguments):
+    with contextlib.redirect_stdout(io.StringIO()) as text, mock.patch.dict(os.environ, RANK=str(rank)):
+        assert main(arguments) == 0
+    return text.getvalue()
+
+
+def test_two_processes_print_the_numbers_of_one_once(given, on_processes):
     arguments = ["evaluate", "knn", *(f"--{key}={value}" for key, value in given.items()), "--cache=none", "--json"]
-    assert main(arguments) == 0
-    alone = json.loads(capsys.readouterr().out)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "-m", "fastssl", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
-    together = json.loads(done.stdout)  # one line: only the main process prints
+    first, second = on_processes(2, printed, arguments)
+    assert second == ""
+    together, alone = json.loads(first), json.loads(printed(0, arguments))
     for values in (alone, together):
         values.pop("seconds")
     assert together == alone
