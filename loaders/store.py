@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import glob as local_glob
-import io
 import logging
 import os
 import random
@@ -21,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
 from fastssl.config import USER, printable, redacted
@@ -177,22 +176,12 @@ class StoreFile:
             raise StoreError(f"{shown(self.url)} is another file now than when it was opened; start again")
 
 
-def open_file(path: str) -> StoreFile | BinaryIO:
-    """A file to be read: a local one, opened, or a StoreFile. Raises OSError (StoreError is one)."""
-    return StoreFile(path) if is_url(path) else open(plain(path), "rb", buffering=0)
-
-
 def read_bytes(path: str) -> bytes:
     """A small file, whole. Raises OSError."""
     if is_url(path):
         return StoreFile(path).read_all()
     with open(plain(path), "rb") as file:
         return file.read()
-
-
-def binary(path: str) -> BinaryIO:
-    """A small file as something to read in. Raises OSError."""
-    return io.BytesIO(read_bytes(path)) if is_url(path) else open(plain(path), "rb")
 
 
 def write_bytes(path: str, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md: `python docs/benchmarks/scale.py`. Measured numbers go in at the top; the rest follows."""
+"""The tables of docs/scale.md: `python docs/benchmarks/scale.py`. Measured numbers stand at the top."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ RECIPES = [
     Recipe("MAE ViT-B/16", 3642, 256, 0.71, 4096, 1600, 569, 111.7, 12),
     Recipe("CAE ViT-B/16", 615, 64, 0.71, 2048, 800, 790, 148.7, 12),
 ]
+WINDOW = 64 * (8 << 20)  # bytes that are shuffled together (data.page_window)
 IMAGES, IMAGE_BYTES = 1_281_167, 118_000  # ImageNet-1k at 500 pixels; bytes measured on 500 of its images
 GRADIENT_BYTES = 4  # per trained parameter and exchange: sums are made in float32
 NVLINK, FAST, SLOW = 300e9, 8 * 50e9 * 0.8, 12.5e9 * 0.8  # bytes/s: of a GPU inside a node; of a node's network cards
@@ -63,8 +64,8 @@ def exchange(recipe: Recipe, gpus: int, network: float) -> float:
 
 
 def step(recipe: Recipe, gpus: int, network: float) -> tuple[float, str]:
-    """Seconds of a step, and what bounds it. The exchange runs beside the backward pass; a GPU that has fewer images than
-    were measured is taken to keep its rate, until the host cannot queue operations fast enough."""
+    """Seconds of a step, and what bounds it. The exchange runs beside the backward pass; a GPU that has fewer images
+    than were measured is taken to keep its rate, until the host cannot queue operations fast enough."""
     images = recipe.batch / gpus
     computing = images / recipe.images_per_s
     queueing = -(-images // recipe.local) * recipe.operations * QUEUE
@@ -93,6 +94,13 @@ def speed(recipe: Recipe) -> str:
     return table([*head, f"{recipe.epochs} epochs", "on 100 Gb/s per node"], rows)
 
 
+def again(recipe: Recipe, gpus: int) -> float:
+    """How many nodes read each page of the file in an epoch. A node's images of a micro-batch are neighbours in the
+    order, so they come from one window, and touch most of its pages."""
+    nodes, local = -(-gpus // PER_NODE), min(gpus, PER_NODE) * min(recipe.local, recipe.batch / gpus)
+    return min(nodes, max(1.0, WINDOW / IMAGE_BYTES / local))
+
+
 def feeding() -> str:
     rows = []
     for recipe in RECIPES:
@@ -101,9 +109,10 @@ def feeding() -> str:
             nodes = -(-gpus // PER_NODE)
             rows.append([
                 recipe.name if gpus == 1 else "", f"{gpus}", f"{rate / gpus * recipe.cpu_ms / 1e3:.1f}",
-                _rate(rate * IMAGE_BYTES), _rate(rate * IMAGE_BYTES * nodes), _bytes(IMAGES * IMAGE_BYTES * nodes),
+                _rate(rate * IMAGE_BYTES), f"{again(recipe, gpus):.0f}",
+                _rate(rate * IMAGE_BYTES * again(recipe, gpus)), _bytes(IMAGES * IMAGE_BYTES * nodes),
             ])  # fmt: skip
-    head = ["recipe", "GPUs", "cores per GPU", "a node reads", "the store gives, no cache"]
+    head = ["recipe", "GPUs", "cores per GPU", "needed", "nodes that read a page", "the store gives, no cache"]
     return table([*head, "in all, with a cache"], rows)
 
 

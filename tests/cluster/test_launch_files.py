@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from tiny import recipe
 from torch.distributed.run import get_args_parser
 
 from fastssl.loaders.synthetic import draw_images
 from fastssl.parse import parse_pretrain
-from tiny import recipe
 
 FILES = Path(__file__).parents[2] / "docs" / "cluster"
 
@@ -56,6 +56,13 @@ def test_slurm(finished, restarts, tmp_path):
     assert (options.rdzv_endpoint, options.rdzv_id) == ("node1:29500", f"7-{restarts}")
     assert config.run.dir == f"{tmp_path}/run"
     assert (["scontrol", "requeue", "7"] in calls) == (not finished and restarts < 20)
+
+
+def test_the_tables_on_paper_follow_from_their_numbers(monkeypatch):
+    monkeypatch.syspath_prepend(str(FILES.parent / "benchmarks"))
+    text = (FILES.parent / "scale.md").read_text()
+    for name, table in importlib.import_module("scale").tables().items():
+        assert table in text, f"{name}: python docs/benchmarks/scale.py prints another table"
 
 
 def test_kubernetes():
