@@ -193,9 +193,7 @@ def read(path: str | Path, *kinds: str, device: torch.device | str = "cpu") -> C
     return record(path, load(path, device), *kinds)
 
 
-def read_hollow(
-    path: str | Path, *kinds: str, device: torch.device | str = "cpu"
-) -> tuple[Checkpoint, dict[str, Any]]:
+def read_hollow(path: str | Path, *kinds: str, device: torch.device | str = "cpu") -> tuple[Checkpoint, dict[str, Any]]:
     """As `read`, but tensors of a sharded checkpoint have no data yet; and where it lies (empty: nothing is missing).
     On the device `meta` no tensor has data, and reading takes a moment."""
     content = _load(path, device)
