@@ -350,7 +350,8 @@ def shard_numbers(text: str) -> tuple[int, int]:
 
 
 _URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
-USER = re.compile(r"(?<=://)(?:[^/@]*@|[^/@:]*:(?!\d+(?:/|$))[^@]*@)")  # a key may hold a slash; a port is no password
+_PORT = r"(?:(?<=http://)|(?<=https://)|(?<=ftp://)|(?<=hdfs://))[^/@:]*:\d+(?:/|$)"
+USER = re.compile(rf"(?<=://)(?:[^/]*@|(?!{_PORT})[^/@:]*:[^@]*@)", re.I)  # a key may hold a slash; a port is none
 
 
 def redacted(text: str) -> str:

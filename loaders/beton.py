@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import io
 import json
 import logging
@@ -455,7 +456,7 @@ class SideFile:
         """The side file of a .beton; None where there is none. It need not be the right one: see `mismatch`.
 
         A writer that was killed between giving the .beton its name and the side file its own has left the latter under
-        its temporary name; it is then taken from there.
+        a temporary name; it is then taken from there.
 
         Raises:
             SideFileError: it is damaged.
@@ -468,9 +469,9 @@ class SideFile:
             fault = None
         except SideFileError as error:
             side, fault = None, error
-        if isinstance(path, Path):
+        for left in path.parent.glob(f"{glob.escape(path.stem)}.*npz{PARTIAL}") if isinstance(path, Path) else ():
             with contextlib.suppress(SideFileError):
-                new = cls._read(path.with_name(path.name + PARTIAL))
+                new = cls._read(left)
                 if new and not new.mismatch(beton):
                     return new
         if fault:
@@ -489,7 +490,7 @@ class SideFile:
         except FileNotFoundError:
             return None
         except StoreError as error:
-            if error.missing:
+            if store.absent(error, str(path)):
                 return None
             raise
         except DAMAGE as error:

@@ -29,6 +29,7 @@ from fastssl.loaders.beton import (
     PARTIAL,
     TENSOR,
     VERSION,
+    Beton,
     BetonError,
     Field,
     SideFile,
@@ -183,22 +184,22 @@ class BetonWriter:
         write_at(self._file, tail, self._end)
         os.fsync(self._file)
 
-        side_path = Path(SideFile.path_of(self.path))
-        side_mine, side_partial = _side_of(self.partial), side_path.with_name(side_path.name + PARTIAL)
+        side_path, side_mine = Path(SideFile.path_of(self.path)), _side_of(self.partial)
         crc_tables, size = zlib.crc32(tail, zlib.crc32(head)), self._end + len(tail)
         side = SideFile(side_path, list(classes), shard, size, crc_tables, crc32, conversion)
         try:
             side.write(side_mine, names)
-            os.replace(side_mine, side_partial)
             _sync_folder(self.path.parent)
             os.replace(self.partial, self.path)
         except BaseException:
-            side_mine.unlink(missing_ok=True)
+            if self.partial.exists():  # else the .beton has its name
+                side_mine.unlink(missing_ok=True)
             raise
         # From here on the new pair counts: a reader that finds no side file, or the old one, takes this one.
         _sync_folder(self.path.parent)
-        with contextlib.suppress(FileNotFoundError):  # another writer of the same file has just given it its name
-            os.replace(side_partial, side_path)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(self._file), os.stat(self.path)):  # else another writer's pair counts
+                os.replace(side_mine, side_path)
         _sync_folder(self.path.parent)
         os.close(self._file)
         self._file = CLOSED
@@ -271,15 +272,25 @@ def _open_new(path: Path) -> tuple[Path, int]:
 
 
 def _remove_left(path: Path) -> bool:
-    """Removes the temporary files that killed writers of `path` have left; returns whether there were any."""
-    found, name = False, re.compile(rf"{re.escape(path.name)}(\.[0-9a-f]{{8}})?{re.escape(PARTIAL)}")
+    """Removes the temporary files that killed writers of `path` have left; returns whether there were any. A side file
+    that is `path`'s stays."""
+    found, name = False, re.compile(rf"{re.escape(path.name)}(\.[0-9a-f]{{8}})?(\.npz)?{re.escape(PARTIAL)}")
     with contextlib.suppress(OSError):
-        for left in [path.with_name(other) for other in os.listdir(path.parent) if name.fullmatch(other)]:
+        names = [name.fullmatch(other) for other in os.listdir(path.parent)]
+        for left in [path.with_name(match[0]) for match in names if match and not match[2]]:
             with contextlib.suppress(OSError), open(left, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where its writer lives, or nothing is known
                 left.unlink()
                 _side_of(left).unlink(missing_ok=True)
                 found = True
+        sides = [path.with_name(match[0]) for match in names if match and match[2]]
+        sides = [side for side in sides if not side.with_name(side.name.replace(f".npz{PARTIAL}", PARTIAL)).exists()]
+        counts = None
+        with contextlib.suppress(BetonError):
+            counts = Beton(path).side if sides else None
+        for side in sides:
+            if counts is None or counts.path != side:
+                side.unlink(missing_ok=True)
     return found
 
 

@@ -12,13 +12,16 @@ kept for good and the others take turns: of a random order, the least recently u
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
 import os
+import re
 import resource
 import tempfile
 import threading
+import time
 import zlib
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +33,7 @@ import numpy as np
 
 from fastssl.config import redacted
 from fastssl.loaders.ahead import halted
-from fastssl.loaders.store import StoreError, StoreFile, base, shown
+from fastssl.loaders.store import StoreError, StoreFile, base, shown, timeout
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +45,10 @@ THREADS = 16  # that fetch
 AHEAD = 512 << 20  # bytes fetched before their use: a window of 64 pages
 MEMORY = 5 * AHEAD // 2  # bytes of streamed blocks: the window in use, the next one, and some more
 FILES = 1 << 16  # that may be open, where the system allows so many
+FOLDER = "fastssl-blocks"  # below the cache's folder: all else there may be the user's
 _PARTIAL, _STAYS = ".partial", "table-"
+_OURS = re.compile(r"((table-)?\d+-\d+|[0-9a-f]{24}|table-index\.npz)(\.[0-9a-f]{32})?(\.partial)?")
+_CRC = 4  # bytes behind a block on the disk: a crash may leave it with its size and without its content
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,10 @@ class Blocks:
             held = _here().present(block)
             if held is None and not _here().expected(block):
                 return self.file.read(begin, end)
-            held = held or hold([block])[0]
+            if held is None:
+                (held,) = hold([block])
+            else:
+                _here().used([block])
             found.append(held.read(max(begin, block.begin) - block.begin, min(end, block.end) - block.begin))
         return b"".join(found)
 
@@ -203,6 +212,12 @@ def forget_file(file: StoreFile) -> bool:
     return _here().forget_folder(folder_of(file))
 
 
+def allow_files() -> None:
+    """Lets this process open as many files as the system allows it: shards, and the blocks of a batch, are hundreds."""
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, min(most, FILES)), most))
+
+
 def hold(blocks: Sequence[Block]) -> list[Held]:
     """Blocks as open local files, fetched where they are not here, several at a time.
 
@@ -229,6 +244,8 @@ def use(folder: str, gigabytes: float | None = None) -> None:
     with _making:
         old = _manager.disk if _manager else None
         if not _manager or (old and (old.folder, old.bound)) != (disk and (disk.folder, disk.bound)):
+            if _manager:
+                _manager.end()
             _manager = _Manager(disk)
 
 
@@ -320,12 +337,23 @@ class _Manager:
         self._memory: OrderedDict[tuple[str, str], Held] = OrderedDict()
         self._open: WeakValueDictionary[tuple[str, str], Held] = WeakValueDictionary()  # on the disk, and in use
         self._bytes = self._threads = self._idle = 0
-        few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(few, min(most, FILES)), most))  # a batch may use hundreds
+        self._ended = self._unnamed = False
+        allow_files()
+
+    def end(self) -> None:
+        """Reads no more ahead, and lets the threads end when nobody waits for them."""
+        with self._changed:
+            self._ended, self._bytes = True, 0
+            self._readings.clear()
+            self._memory.clear()
+            self._changed.notify_all()
 
     def register(self, folder: str, size: int) -> None:
         if self.disk and folder:
             self.disk.register(folder, size)
+        elif self.disk and not self._unnamed:
+            self._unnamed = True
+            log.warning("the store tells no version of its files: they are not kept in the cache but fetched each time")
 
     def present(self, block: Block) -> Held | None:
         with self._changed:
@@ -370,13 +398,16 @@ class _Manager:
             if not self._readings:
                 self._failed.clear()
 
-    def hold(self, blocks: Sequence[Block]) -> list[Held]:
-        found: list[Held | None] = [self.present(block) for block in blocks]
+    def used(self, blocks: Sequence[Block]) -> None:
+        """Tells what reads ahead that these are in use."""
         if self._readings:
             with self._changed:
-                room = [reading.used(block) for reading in self._readings for block in blocks]
-                if any(room):
+                if any([reading.used(block) for reading in self._readings for block in blocks]):
                     self._changed.notify_all()
+
+    def hold(self, blocks: Sequence[Block]) -> list[Held]:
+        found: list[Held | None] = [self.present(block) for block in blocks]
+        self.used(blocks)
         missing = [i for i, held in enumerate(found) if held is None]
         if missing:
             with self._changed:
@@ -425,9 +456,12 @@ class _Manager:
         while True:
             with self._changed:
                 self._idle += 1
-                while (job := self._next()) is None:
+                while (job := self._next()) is None and not self._ended:
                     self._changed.wait()
                 self._idle -= 1
+                if job is None:
+                    self._threads -= 1
+                    return
             try:
                 job.held = self._fetch(job.block)
             except BaseException as error:
@@ -490,13 +524,16 @@ def _write(fd: int, data: bytes) -> None:
 
 
 class _Disk:
-    """The cache's folder, which all processes of a machine share: <folder>/<file>/<block>, each whole or not at all."""
+    """The cache's folder, which all processes of a machine share: <folder>/<file>/<block>, each whole or not at all,
+    with a CRC-32 behind it that a process compares when it first opens it."""
 
     def __init__(self, folder: Path, bound: int) -> None:
         self.folder, self.bound = folder, bound
         self._mine: dict[str, int] = {}  # folders of the files that this process reads: bytes
         self._lock = threading.Lock()
         self._claims: set[int] = set()  # files that are being written, locked
+        self._sound: set[int] = set()  # hashes of the blocks that were compared with their CRC
+        self._stuck: set[Path] = set()  # what another process did not finish for long
         self._off = self._full = False
 
     def register(self, folder: str, size: int) -> None:
@@ -510,23 +547,29 @@ class _Disk:
             fd = os.open(f"{self.folder}/{block.folder}/{block.name}", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
-        size = os.fstat(fd).st_size
-        held = Held(fd, size)
-        if size != block.size:  # cut short
+        held, size = Held(fd, block.size), os.fstat(fd).st_size
+        if size == block.size + _CRC and hash(_id(block)) not in self._sound:
+            data = memoryview(os.pread(fd, size, 0))
+            if data[block.size :] == _crc(data[: block.size]):
+                self._sound.add(hash(_id(block)))
+            else:
+                size = -1
+        if size != block.size + _CRC:  # cut short, or damaged
             self.remove(block)
             return None
         return held
 
     def remove(self, block: Block) -> None:
+        self._sound.discard(hash(_id(block)))
         with contextlib.suppress(OSError):
             os.unlink(self.folder / block.folder / block.name)
-            self._account(-block.size)
+            self._account(-block.size - _CRC)
 
     def remove_all(self, folder: str) -> bool:
         sizes = []
         with contextlib.suppress(OSError):
             for entry in os.scandir(self.folder / folder):
-                if not entry.name.endswith(_PARTIAL):
+                if _OURS.fullmatch(entry.name) and not entry.name.endswith(_PARTIAL):
                     sizes.append(entry.stat().st_size)
                     os.unlink(entry)
             self._account(-sum(sizes))
@@ -544,28 +587,35 @@ class _Disk:
         if not self.folder.is_dir():
             raise FileNotFoundError(2, "it is gone")
         place = self.folder / block.folder / block.name
-        place.parent.mkdir(exist_ok=True)
         new = place.with_name(block.name + _PARTIAL)
-        while (fd := self._claim(new, place)) is None:
-            if (held := self.open(block)) is not None:
-                return held
+        try:
+            while (fd := self._claim(new, place)) is None:
+                if (held := self.open(block)) is not None:
+                    return held
+        except TimeoutError:
+            if not self._stuck:
+                log.warning("another process does not finish %s; what it holds is streamed", shown(str(new)))
+            self._stuck.add(place)
+            return None
         try:
             if (held := self.open(block)) is not None:
                 return held
-            if not self._reserve(fd, block.size):
+            if not self._reserve(fd, block.size + _CRC):
                 with contextlib.suppress(OSError):
                     os.unlink(new)
                 return None
             try:
                 data = read()
                 _write(fd, data)
+                _write(fd, _crc(data))
                 os.replace(new, place)
             except BaseException:
                 with contextlib.suppress(OSError):
                     os.unlink(new)
                 with contextlib.suppress(OSError):
-                    self._account(-block.size)
+                    self._account(-block.size - _CRC)
                 raise
+            self._sound.add(hash(_id(block)))
             return Held(os.dup(fd), block.size)
         finally:
             self._release(fd)
@@ -583,11 +633,16 @@ class _Disk:
 
     def _claim(self, new: Path, place: Path) -> int | None:
         """The temporary file, opened and locked: no other process fetches the same. A dead one's lock is gone. None
-        where another one has just brought it to its place."""
+        where another one has just brought it to its place. TimeoutError: another one holds it, and may have been
+        stopped."""
         while True:
-            fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            new.parent.mkdir(exist_ok=True)
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                fd = os.open(new, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except FileNotFoundError:  # it was empty, and another process has just removed it
+                continue
+            try:
+                _lock(fd, 0 if place in self._stuck else timeout())
                 mine = os.fstat(fd)
                 with contextlib.suppress(FileNotFoundError):
                     now = os.stat(new)
@@ -630,7 +685,7 @@ class _Disk:
         """The file that counts the cache's bytes, locked, and its number; -1 in a new one."""
         fd = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            _lock(fd, 10 * timeout())
             text = os.pread(fd, 32, 0)
             yield fd, int(text) if text.strip().isdigit() else -1
         finally:
@@ -670,8 +725,13 @@ class _Disk:
         for folder in os.scandir(self.folder):
             if not folder.is_dir(follow_symlinks=False):
                 continue
-            opened = folder.stat().st_mtime
-            for entry in os.scandir(folder):
+            opened, entries = folder.stat().st_mtime, list(os.scandir(folder))
+            if not entries:
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
+            for entry in entries:
+                if not _OURS.fullmatch(entry.name):
+                    continue
                 with contextlib.suppress(FileNotFoundError):
                     facts = entry.stat()
                     if entry.name.endswith(_PARTIAL):
@@ -699,6 +759,22 @@ def _remove_if_left(path: str) -> bool:
         os.unlink(path)
         return True
     return False
+
+
+def _crc(data: bytes | memoryview) -> bytes:
+    return zlib.crc32(data).to_bytes(_CRC, "little")
+
+
+def _lock(fd: int, seconds: float) -> None:
+    """Locks a file. Raises TimeoutError where another process holds it so long: it may have been stopped."""
+    end, wait = time.monotonic() + seconds, 0.001
+    while True:
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if time.monotonic() >= end:
+            raise TimeoutError(errno.ETIMEDOUT, "another process does not let go of it")
+        time.sleep(wait)
+        wait = min(2 * wait, 0.05)
 
 
 def _unlock(fd: int) -> None:
@@ -735,9 +811,9 @@ def _choose(folder: str, gigabytes: float | None) -> _Disk | None:
             gigabytes = float(text)
         except ValueError:
             raise StoreError(f"FASTSSL_CACHE_GB is '{text}'; it must be a number of gigabytes") from None
-    disk = _Disk(Path(folder), int(gigabytes * 1e9))
+    disk = _Disk(Path(folder, FOLDER), int(gigabytes * 1e9))
     try:
-        os.makedirs(folder, exist_ok=True)
+        os.makedirs(disk.folder, exist_ok=True)
     except OSError as error:
         disk.give_up(error)
     return disk

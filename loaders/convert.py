@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from PIL import Image
@@ -47,7 +47,7 @@ from fastssl.loaders.decode import (
 )
 from fastssl.loaders.manifest import after_conversion
 from fastssl.loaders.pool import CONTEXT, WorkerDied, cores, ordered
-from fastssl.loaders.sources import FolderSource, Found, SourceError, is_tar, open_source, scan_folder
+from fastssl.loaders.sources import Found, SourceError, StoreFolder, is_tar, open_source, scan_folder
 from fastssl.progress import progress_bar
 
 CHUNK = 32  # images per task of a worker
@@ -110,7 +110,7 @@ class ConvertOptions(Checked):
     workers: NonNegativeInt = 0
     """Processes. 0: one per usable core."""
     overwrite: bool = False
-    """Replace dst if it exists (when the new file is whole). False: refuse."""
+    """Replace dst if it exists (when the new file is whole). False: refuse, unless it is the wanted shard already."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,6 +132,7 @@ class ConvertResult:
         warned: likewise, of each JPEG that libjpeg decodes with a warning (found by check=decode).
         left_out: what in the folder was not taken for an image, counted and named.
         seconds: wall-clock time.
+        there: nothing was written, as the file was there already.
     """
 
     path: str
@@ -143,11 +144,14 @@ class ConvertResult:
     bad: list[tuple[str, str]] = field(default_factory=list)
     warned: list[tuple[str, str]] = field(default_factory=list)
     left_out: str = ""
+    there: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return dict(vars(self))
 
     def table(self) -> str:
+        if self.there:
+            return f"{printable(self.path)} is there already, whole, with these {self.images} images"
         text = (
             f"{printable(self.path)}: {self.images} images in {self.classes or 'no'} classes, "
             f"{self.size / 1e6:.1f} MB; {self.copied} copied byte for byte, "
@@ -164,7 +168,8 @@ def convert(options: ConvertOptions, say: Callable[[str], None] | None = None) -
     """Converts a folder of images into a .beton file.
 
     Nothing is left under the name `options.dst` unless the file is whole. A killed conversion leaves
-    `<dst>.*.partial`; the next one says so and starts over.
+    `<dst>.*.partial`; the next one says so and starts over. A shard that is there already stays as it is, and only the
+    manifest is written if it is wanting.
 
     Args:
         options: what to convert and how.
@@ -176,12 +181,17 @@ def convert(options: ConvertOptions, say: Callable[[str], None] | None = None) -
     begin = time.perf_counter()
     say = say or (lambda text: tqdm.write(text, file=sys.stderr))
     _check_target(options.dst)
-    if not options.overwrite and store.exists(options.dst):
-        raise ConvertError(f"{store.shown(options.dst)} exists already; --overwrite true replaces it")
-    images, left_out = _planned(options)
+    there = not options.overwrite and store.exists(options.dst)
+    images, left_out = _planned(options) if options.shard or not there else (None, "")
     if left_out:
         say(left_out)
-    result = _write(images, options.dst, options.workers or cores(), say, options.overwrite)
+    if there:
+        if not images or (found := held(options.dst, images.shard)) is None:
+            raise ConvertError(f"{store.shown(options.dst)} exists already; --overwrite true replaces it")
+        path = store.shown(found.path)
+        result = ConvertResult(path, found.size, len(found), 0, len(found.classes), 0.0, there=True)
+    else:
+        result = _write(cast(_Images, images), options.dst, options.workers or cores(), say, options.overwrite)
     if left := after_conversion(options.dst):
         say(left)
     return replace(result, left_out=left_out, seconds=round(time.perf_counter() - begin, 3))
@@ -317,9 +327,9 @@ def _opened(options: ConvertOptions) -> tuple[Found, Read, int]:
     if options.split or options.download:
         raise SourceError(f"{store.shown(src)} is no data set by name; split and download are for these")
     source = open_source(src)
-    if isinstance(source, FolderSource):  # read past the cache: each image once
+    if isinstance(source, StoreFolder):  # read past the cache: each image once
         names = source.files
-        return Found(source.classes, names, source.labels), lambda i, _: store.read_bytes(source.file(i)), READERS
+        return Found(source.classes, names, source.labels), lambda i, _: source.block(i).file.read_all(), READERS
     if not is_tar(src):
         raise SourceError(f"{store.shown(src)} is neither a folder of images nor tars")
     names = [source.name(i) for i in range(len(source))]
@@ -340,7 +350,7 @@ def _write(images: _Images, dst: str, workers: int, say: Callable[[str], None], 
                 if len(outcome.bad) > options.max_bad or not outcome.names:
                     head = f"{shown} was not written (up to {options.max_bad} bad files are skipped: --max-bad)"
                     raise ConvertError(_listing(head, outcome.bad), outcome.bad)
-                if not overwrite and target.exists() and not _holds(target, shard):
+                if not overwrite and target.exists() and held(target, shard) is None:
                     raise ConvertError(f"{shown} was written by another process meanwhile, and holds other images")
                 writer.finish(shard.classes, outcome.names, (shard.index, shard.total), shard.conversion)
         except OSError as error:
@@ -356,10 +366,22 @@ def _write(images: _Images, dst: str, workers: int, say: Callable[[str], None], 
     return ConvertResult(path, size, *counts, outcome.bad, outcome.warned)
 
 
-def _holds(target: Path, shard: Shard) -> bool:
-    """Whether a .beton is a shard's file, by its side file."""
-    side = Beton(target).side
-    return side is not None and (side.conversion, side.shard) == (shard.conversion, (shard.index, shard.total))
+def held(path: str | Path, shard: Shard) -> Beton | None:
+    """A shard's file, here or in a store; None where there is none, or, by its side file, another one or a damaged one.
+
+    Raises:
+        StoreError: a store does not answer.
+    """
+    try:
+        side = (beton := Beton(path)).side
+    except BetonError:
+        return None
+    except store.StoreError as error:
+        if error.missing:
+            return None
+        raise
+    facts = shard.conversion, (shard.index, shard.total)
+    return beton if side is not None and (side.conversion, side.shard) == facts else None
 
 
 def _check_target(dst: str) -> None:

@@ -12,6 +12,7 @@ import fcntl
 import fnmatch
 import glob
 import json
+import logging
 import os
 import re
 import zlib
@@ -30,12 +31,16 @@ from fastssl.loaders.sources import (
     Source,
     SourceError,
     check_alike,
+    check_complete,
     files_of,
     is_manifest,
     is_tar,
     named,
+    open_betons,
 )
 from fastssl.loaders.tar import TarSource, open_tars
+
+log = logging.getLogger(__name__)
 
 FORMAT = "fastssl manifest 1"
 LISTED = 100  # shards that a table lists
@@ -198,7 +203,7 @@ def _entry(name: str, shard: BetonSource | TarSource) -> Entry:
 
 def _open(files: Sequence[str], kind: str, classes: list[str] | None) -> Sequence[BetonSource | TarSource]:
     try:
-        return open_tars(files, classes) if kind == "tar" else store.together(BetonSource, files)
+        return open_tars(files, classes) if kind == "tar" else open_betons(files)
     except BetonError as error:
         raise ManifestError(str(error)) from None
 
@@ -238,7 +243,7 @@ class ShowOptions(Checked):
 
 
 def make(options: MakeOptions) -> Manifest:
-    """Write a manifest of existing shards.
+    """Write a manifest of existing shards. Warns where some of a conversion are missing, or are of two divisions.
 
     Raises:
         SourceError: a shard cannot be read, shards do not belong together, or the manifest exists.
@@ -255,6 +260,14 @@ def make(options: MakeOptions) -> Manifest:
     parts = list(betons[0].beton.parts_shape or ()) if betons else []
     manifest = _with(Manifest(options.manifest, kind, classes, parts, []), files, shards)
     manifest.write()
+    for conversion in {entry.conversion for entry in manifest.shards} - {0}:
+        try:
+            check_complete(
+                store.shown(options.manifest),
+                [shard for shard in betons if shard.beton.side and shard.beton.side.conversion == conversion],
+            )
+        except SourceError as error:
+            log.warning("%s", error)
     return manifest
 
 

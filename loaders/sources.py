@@ -196,12 +196,18 @@ def _open_files(path: str, files: list[str]) -> Source:
 
         shards = open_tars(files)
         return shards[0] if files == [path] else Shards(path, shards, shards[0].classes)
-    betons = store.together(BetonSource, files) if store.is_url(path) else [BetonSource(file) for file in files]
+    betons = open_betons(files)
     if files == [path]:
         return named(betons, betons[0])
     classes = check_alike(path, betons)
-    _check_complete(path, betons)
+    check_complete(path, betons)
     return named(betons, Shards(path, betons, classes))
+
+
+def open_betons(files: Sequence[str]) -> list[BetonSource]:
+    """Opens .beton files, several at a time."""
+    cache.allow_files()
+    return store.together(BetonSource, files)
 
 
 def is_tar(path: str) -> bool:
@@ -242,7 +248,7 @@ def named(shards: Sequence[BetonSource], source: Source) -> Source:
     gone = [
         shard.path
         for shard in shards
-        if not shard.beton.side and not store.exists(str(SideFile.path_of(shard.beton.path)))
+        if not shard.beton.side and not store.exists(str(SideFile.path_of(shard.beton.path)), optional=True)
     ]
     if gone:
         more = f" (and {len(gone) - 1} more)" if len(gone) > 1 else ""
@@ -408,7 +414,7 @@ class StoreFolder(FolderSource):
         self._etags = [facts[name].etag for name in self.files]
         self._sizes = np.full((2, len(self.files)), -1, np.int64)
         self._folder = cache.folder_for(url)
-        cache.register(self._folder, int(self._lengths.sum()))
+        cache.register(self._folder if all(self._etags) else "", int(self._lengths.sum()))
 
     def sizes(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         new = np.unique(np.asarray(ids)[self._sizes[0, ids] < 0])
@@ -606,7 +612,7 @@ def check_alike(path: str, shards: Sequence[BetonSource]) -> list[str]:
     return first.classes
 
 
-def _check_complete(path: str, shards: Sequence[BetonSource]) -> None:
+def check_complete(path: str, shards: Sequence[BetonSource]) -> None:
     """Raises SourceError unless files that say which shard they are make up the whole of one conversion."""
     said = {shard.path: shard.beton.side.shard for shard in shards if shard.beton.side}
     of = {shard.path: (said[shard.path][1], shard.beton.side.conversion) for shard in shards if shard.beton.side}

@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, TypeVar
 from urllib.parse import quote, unquote
 
@@ -36,18 +37,19 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
 _PACKAGES |= {"az": "adlfs", "abfs": "adlfs", "abfss": "adlfs", "hf": "huggingface_hub"}
 _VERSION = (
-    *("ETag", "etag", "generation", "md5Hash", "content-md5", "LastModified", "last_modified", "Last-Modified"),
-    *("updated", "mtime", "created"),
+    *("ETag", "etag", "generation", "md5Hash", "content-md5", "Content-MD5", "blob_id", "LastModified"),
+    *("last_modified", "Last-Modified", "updated", "mtime", "modificationTime", "modify", "created"),
 )
 
 
 class StoreError(OSError):
     """A store does not give what it was asked for; one line: which file, how often it was tried, the last reason."""
 
-    def __init__(self, message: str, missing: bool = False) -> None:
+    def __init__(self, message: str, missing: bool = False, refused: bool = False) -> None:
         super().__init__(message)
         self.strerror = message
-        self.missing = missing  # it is not there, or not for us: stores say the same of both
+        self.missing = missing  # it is not there
+        self.refused = refused  # it may not be read; some stores say so of what is not there, too
 
 
 # -- names -----------------------------------------------------------------------------------------------------------
@@ -166,13 +168,13 @@ class StoreFile:
             if len(data) == self.size:
                 raise StoreError(f"{shown(self.url)}: the server sends whole files only; it has to know byte ranges")
             raise OSError(f"{len(data)} bytes came where {end - begin} were asked for")
-        if not condition and not whole:
+        if not condition:
             self._same()
         return data
 
     def _same(self) -> None:
-        now = _facts(self.url, tries=False)
-        if now != (self.size, self.etag):
+        size, etag = _facts(self.url, tries=False)
+        if (size, etag.strip('"')) != (self.size, self.etag.strip('"')):  # a listing may leave the quotes out
             raise StoreError(f"{shown(self.url)} is another file now than when it was opened; start again")
 
 
@@ -217,9 +219,28 @@ def put(file: str | os.PathLike[str], url: str) -> None:
     _again(url, send)
 
 
-def exists(path: str) -> bool:
-    """Whether there is such a file or folder. Raises StoreError where a store does not answer."""
-    return bool(_kind(path)) if is_url(path) else os.path.exists(plain(path))
+def exists(path: str, optional: bool = False) -> bool:
+    """Whether there is such a file or folder; an optional one that a store refuses is `absent`.
+
+    Raises:
+        StoreError: a store does not answer, or refuses it.
+    """
+    if not is_url(path):
+        return os.path.exists(plain(path))
+    try:
+        return bool(_kind(path))
+    except StoreError as error:
+        if optional and absent(error, path):
+            return False
+        raise
+
+
+def absent(error: StoreError, path: str) -> bool:
+    """Whether a file that may lie beside another one is not there. One that a store refuses counts as absent: without
+    the right to list it says so of missing files, and a signature is good for one file; a line tells so."""
+    if error.refused and not _cut(path)[1]:
+        _say(f"{error}; taken as absent")
+    return error.missing or error.refused
 
 
 def is_folder(path: str) -> bool:
@@ -260,7 +281,7 @@ def glob(pattern: str) -> list[str]:
 
     def find() -> list[str]:
         fs, name = _filesystem(pattern)
-        return [_whole(pattern, found, fs) for found in fs.glob(name)]
+        return [_whole(pattern, name, fs._strip_protocol(found)) for found in fs.glob(name)]
 
     return sorted(_again(pattern, find), key=natural)
 
@@ -307,10 +328,13 @@ def _listable(url: str) -> None:
         )
 
 
-def _whole(like: str, name: str, fs: Any) -> str:
-    """The URL of a name that a file system gave for a pattern, with the pattern's credentials."""
-    scheme, user, _ = _split(like)
-    return f"{scheme}://{user}{fs._strip_protocol(name).lstrip('/')}"
+def _whole(like: str, pattern: str, name: str) -> str:
+    """The URL of a name that a file system gave for a pattern, `like` as a URL, with its credentials and host."""
+    like, pattern, name = like.rstrip("/"), pattern.strip("/"), name.lstrip("/")
+    while pattern and not like.endswith((f"/{pattern}", f"@{pattern}")):  # what stands elsewhere, as abfs://container@
+        first, _, pattern = pattern.partition("/")
+        name = name.removeprefix(f"{first}/")
+    return f"{like[: len(like) - len(pattern)]}{name}"
 
 
 def _info(url: str) -> dict[str, Any]:
@@ -319,7 +343,8 @@ def _info(url: str) -> dict[str, Any]:
 
 
 def _version(info: dict[str, Any]) -> str:
-    return next((str(info[key]) for key in _VERSION if info.get(key)), "")
+    found = next((info[key] for key in _VERSION if info.get(key)), "")
+    return str(found.timestamp() if isinstance(found, datetime) else found)  # a listing may give seconds
 
 
 def _facts(url: str, tries: bool = True) -> tuple[int, str]:
@@ -333,14 +358,15 @@ def _facts(url: str, tries: bool = True) -> tuple[int, str]:
 
 # -- requests --------------------------------------------------------------------------------------------------------
 
-_systems: dict[tuple[int, str, str], Any] = {}
+_systems: dict[tuple[int, str], Any] = {}
 _lock = threading.Lock()
 _said = -60.0
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """fsspec's file system of a URL, one per process, and the name that the URL has there."""
+    """fsspec's file system of a URL, one per process and host, and the name that the URL has there."""
     scheme, user, rest = _split(url)
+    kind = _system(scheme, url)
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if scheme in ("s3", "s3a"):
         if user:
@@ -348,13 +374,15 @@ def _filesystem(url: str) -> tuple[Any, str]:
             options |= {"key": unquote(key), "secret": unquote(secret)}
             url = f"{scheme}://{rest}"
         options["config_kwargs"] = {
-            **{"connect_timeout": 10, "read_timeout": _number("TIMEOUT", TIMEOUT)},
+            **{"connect_timeout": 10, "read_timeout": timeout()},
             **{"retries": {"max_attempts": 1}, "max_pool_connections": 2 * TOGETHER},
         }
-    known = os.getpid(), scheme, str(options)
+    elif scheme not in ("http", "https"):
+        options |= kind._get_kwargs_from_urls(url)  # host, account
+    known = os.getpid(), f"{scheme} {options}"
     with _lock:
         if known not in _systems:
-            _systems[known] = _connect(scheme, url, options)
+            _systems[known] = _connect(kind, scheme, options)
         fs = _systems[known]
     return fs, url if _web(url) else fs._strip_protocol(url)
 
@@ -366,22 +394,24 @@ def _split(url: str) -> tuple[str, str, str]:
     return scheme.lower(), rest[: len(rest) - len(clean)], clean
 
 
-def _connect(scheme: str, url: str, options: dict[str, Any]) -> Any:
+def _system(scheme: str, url: str) -> Any:
     import fsspec  # comes with torch
 
     try:
-        kind = fsspec.get_filesystem_class(scheme)
+        return fsspec.get_filesystem_class(scheme)
     except ImportError:
         need = f"needs a package that is not installed: pip install {_PACKAGES.get(scheme, 'fsspec[full]')}"
         raise StoreError(f"{shown(url)}: {scheme}:// {need}") from None
     except ValueError:
         raise StoreError(f"{shown(url)}: {scheme}:// is unknown; known: s3, gs, https and others of fsspec") from None
-    more = {} if scheme in ("s3", "s3a") else kind._get_kwargs_from_urls(url)
+
+
+def _connect(kind: Any, scheme: str, options: dict[str, Any]) -> Any:
     if scheme in ("http", "https"):
         import aiohttp
 
-        more = {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=_number("TIMEOUT", TIMEOUT))}}
-    fs = kind(**more, **options)
+        options = options | {"client_kwargs": {"timeout": aiohttp.ClientTimeout(total=timeout())}}
+    fs = kind(**options)
     if hasattr(fs, "retries"):
         fs.retries = 1  # ours count
     return fs
@@ -396,9 +426,10 @@ def _again(url: str, call: Callable[[], Value]) -> Value:
         except StoreError:
             raise
         except Exception as error:  # of fsspec, aiohttp, botocore and others, which have no common kind
-            reason, passing, missing = _judge(error)
+            reason, passing = _judge(error)
             if not passing:
-                raise StoreError(f"{shown(url)} {reason}", missing) from None
+                missing, refused = reason == _MISSING, reason.startswith(_REFUSED)
+                raise StoreError(f"{shown(url)} {reason}", missing, refused) from None
             if attempt == tries:
                 raise StoreError(f"{shown(url)} cannot be read: tried {tries} times; the last time: {reason}") from None
         _say(f"{shown(url)}: {reason}; trying again")
@@ -413,8 +444,11 @@ def _say(line: str) -> None:
         log.warning("%s", line)
 
 
-def _judge(error: Exception) -> tuple[str, bool, bool]:
-    """A fault in words, whether it may pass, and whether it means that there is no such file."""
+_MISSING, _REFUSED = "does not exist", "may not be read: the store refuses it"
+
+
+def _judge(error: Exception) -> tuple[str, bool]:
+    """A fault in words, and whether it may pass."""
     status, step, names, root = 0, error, [], error
     while step is not None:
         answer = getattr(step, "response", None)
@@ -427,22 +461,31 @@ def _judge(error: Exception) -> tuple[str, bool, bool]:
     words = redacted(printable(" ".join(str(root).split()))) or type(root).__name__
     words = words if len(words) <= 200 else f"{words[:200]}..."
     if "NoCredentialsError" in names or "PartialCredentialsError" in names:
-        return "cannot be read: no credentials were found for this store", False, False
+        return "cannot be read: no credentials were found for this store", False
     if status >= 500 or status in (408, 429):
-        return f"the store answers {status}", True, False
+        return f"the store answers {status}", True
     if status == 412:
-        return "is another file now than when it was opened; start again", False, False
-    if isinstance(error, PermissionError) or status in (401, 403):
-        return f"may not be read: the store refuses it ({words})", False, True
+        return "is another file now than when it was opened; start again", False
+    if status == 401:
+        return f"cannot be read: the store asks for other credentials (401; {words})", False
+    if isinstance(error, PermissionError) or status == 403:
+        return f"{_REFUSED} ({words})", False
     if status == 416:
-        return "has become shorter since it was opened", False, False
+        return "has become shorter since it was opened", False
     if "ClientConnectorError" in names or "ServerDisconnectedError" in names:
-        return f"no connection ({words})", True, False
-    if isinstance(error, FileNotFoundError) or 400 <= status < 500:
-        return "does not exist", False, True
+        return f"no connection ({words})", True
+    if status in (404, 410) or (isinstance(error, FileNotFoundError) and not status):
+        return _MISSING, False
+    if status:
+        return f"cannot be read: the store answers {status} ({words})", False
     if any("ParamValidation" in name for name in names) or isinstance(error, (ValueError, TypeError)):
-        return f"cannot be read: {words}", False, False
-    return words if isinstance(error, OSError) else f"{type(error).__name__}: {words}", True, False
+        return f"cannot be read: {words}", False
+    return words if isinstance(error, OSError) else f"{type(error).__name__}: {words}", True
+
+
+def timeout() -> float:
+    """Seconds that one request may take."""
+    return _number("TIMEOUT", TIMEOUT)
 
 
 def _number(name: str, default: float) -> float:

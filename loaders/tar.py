@@ -19,9 +19,10 @@ import logging
 import os
 import re
 import tarfile
+import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -247,13 +248,14 @@ def open_tars(paths: Sequence[str], classes: Sequence[str] | None = None) -> lis
             raise SourceError(_compressed(path, "compressed"))
     if classes is None:
         classes = _class_names(store.join(store.folder(paths[0]), "classes.txt"))
-    files = store.together(_open, paths) if store.is_url(paths[0]) else [_open(path) for path in paths]
+    cache.allow_files()
+    files = store.together(_open, paths)
     three = zip(paths, files, _indices(paths, files), strict=True)
     return [TarSource(path, file, index, classes) for path, file, index in three]
 
 
 def _class_names(path: str) -> list[str]:
-    if not store.exists(path):
+    if not store.exists(path, optional=True):
         return []
     try:
         return store.read_bytes(path).decode().splitlines()
@@ -296,14 +298,11 @@ def _kept(path: str, file: File) -> Index | None:
 def _make(path: str, bar: str = "") -> Index:
     """Builds a shard's index and keeps it; other processes of this machine that want the same one wait and take it."""
     file = _open(path)
-    stream = _Stream(file) if isinstance(file, StoreFile) else None
-    with io.BufferedReader(stream or cast(io.FileIO, file), 1 << 20) as reader:
-        if isinstance(file, io.FileIO):
-            with contextlib.suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if index := _kept(path, file):
-                return index
-        stamp, size, places = _stamp(file), _size(file), _index_paths(path, file)
+    stream, places = _Stream(file) if isinstance(file, StoreFile) else None, _index_paths(path, file)
+    with io.BufferedReader(stream or cast(io.FileIO, file), 1 << 20) as reader, _alone(file, places):
+        if index := _kept(path, file):
+            return index
+        stamp, size = _stamp(file), _size(file)
         with progress_bar(size >> 20, printable(bar), "MiB") as shown:
 
             def image_at(begin: int) -> None:
@@ -324,6 +323,39 @@ def _make(path: str, bar: str = "") -> Index:
                 fault = error
     log.warning("the index of %s cannot be kept (%s) and will be built each time", store.shown(path), fault)
     return index
+
+
+@contextlib.contextmanager
+def _alone(file: File, places: Sequence[Path]) -> Iterator[None]:
+    """Keeps other processes of this machine from indexing the same tar. Of one in a store they wait for as long as its
+    images come into the cache, in the folder of the index."""
+    folder = -1
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            if not isinstance(file, StoreFile):
+                fcntl.flock(file, fcntl.LOCK_EX)
+            elif places:
+                places[0].parent.mkdir(parents=True, exist_ok=True)
+                folder = os.open(places[0].parent, os.O_RDONLY)
+                _wait(folder)
+        yield
+    finally:
+        if folder >= 0:
+            with contextlib.suppress(OSError):
+                fcntl.flock(folder, fcntl.LOCK_UN)  # a child may have it open, too
+            os.close(folder)
+
+
+def _wait(folder: int) -> None:
+    """Locks a folder, or gives up when nothing has come into it for as long as a request may take."""
+    seen, since = 0, time.monotonic()
+    while time.monotonic() - since < store.timeout():
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        time.sleep(0.05)
+        if (now := os.fstat(folder).st_mtime_ns) != seen:
+            seen, since = now, time.monotonic()
 
 
 def _index_paths(path: str, file: File) -> list[Path]:

@@ -155,7 +155,8 @@ def _watch(moment: Moment) -> None:
 
     def save(content, part):
         whole(content, part)
-        passed(lambda: os.truncate(part, int(moment.share * Path(part).stat().st_size)))
+        part.flush()
+        passed(lambda: os.truncate(part.name, int(moment.share * Path(part.name).stat().st_size)))
 
     def log(self, line):
         if self.files:

@@ -10,8 +10,9 @@ import sys
 
 import ray
 
+from fastssl.loaders.decode import SUFFIXES
+
 BATCH = 256
-ENDINGS = ["jpg", "jpeg", "png", "webp"]
 
 
 class Embedder:
@@ -32,7 +33,8 @@ class Embedder:
 
 
 def main(checkpoint: str, images: str, out: str, actors: int, gpu: bool = True) -> None:
-    rows = ray.data.read_binary_files(images, include_paths=True, file_extensions=ENDINGS)
+    endings = [suffix[1:] for suffix in sorted(SUFFIXES)]
+    rows = ray.data.read_binary_files(images, include_paths=True, file_extensions=endings)
     rows.map_batches(
         Embedder,
         fn_constructor_args=(checkpoint, "cuda" if gpu else "cpu"),

@@ -175,6 +175,14 @@ class Trainer(Run[Batch, dict[str, Any]]):
                 f"accumulated; data.batch_size {config.data.batch_size} and run.accumulate {accumulated} would make "
                 f"{images_per_step}"
             )
+            each, most = wanted // world, config.data.batch_size
+            if 4 * each // accumulate < most:
+                count = -(-each // most)
+                near = sorted({each // count, -(-each // count)})
+                self.resplit += (
+                    f"; so few at once are slow: {' or '.join(str(size * count * world) for size in near)} images per "
+                    f"step would be taken {' or '.join(map(str, near))} at once"
+                )
             images_per_step = wanted
         steps_per_epoch = len(self.source) // images_per_step
         if steps_per_epoch == 0:
@@ -358,10 +366,10 @@ class Trainer(Run[Batch, dict[str, Any]]):
         epoch, into = divmod(self.step, self.pace.steps_per_epoch)
         return into == 0 and every > 0 and epoch % every == 0
 
-    def save_also(self) -> None:
-        if self._epochs_done(self.config.run.keep_every) and self.folder is not None:
-            self.read_scalars()
-            self.save(self.folder / f"epoch-{self.step // self.pace.steps_per_epoch:04d}.pt")
+    def kept_files(self) -> list[Path]:
+        if self.folder is None or not self._epochs_done(self.config.run.keep_every):
+            return []
+        return [self.folder / f"epoch-{self.step // self.pace.steps_per_epoch:04d}.pt"]
 
     def between(self) -> None:
         if self._epochs_done(self.config.monitor.every):

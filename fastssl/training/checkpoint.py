@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
+import io
 import os
 import pathlib
 import pickle
@@ -159,19 +160,53 @@ class Checkpoint:
 STORED = {one.name for one in fields(Checkpoint)} - {"path"}
 
 
-def write(path: str | Path, saved: Checkpoint, shards: Mapping[str, Any] | None = None) -> None:
+PIECE = 16 << 20  # bytes written at a time
+SYNCED = 256 << 20  # bytes that may wait in the host's memory for the disk
+
+
+class _Part(io.FileIO):
+    """A file that is written in pieces; before each, and before each wait for the disk, it calls a function."""
+
+    def __init__(self, path: Path, progress: Callable[[], object]) -> None:
+        super().__init__(path, "wb")
+        self.progress, self.waiting = progress, 0
+
+    def write(self, data: Any) -> int:
+        """The beginning of it: a buffer above comes again with the rest."""
+        self.progress()
+        if self.waiting >= SYNCED:
+            os.fsync(self.fileno())
+            self.waiting = 0
+            self.progress()
+        count = super().write(memoryview(data)[:PIECE])
+        self.waiting += count
+        return count
+
+
+def write(
+    path: str | Path,
+    saved: Checkpoint,
+    shards: Mapping[str, Any] | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> None:
     """Writes a record to `path` in one piece: a killed process leaves the old file, never half a new one.
 
     Args:
         shards: where its tensors without data lie (`shard_files`). Those of checkpoints that are no longer there go.
+        progress: called at every piece that the disk takes; a RuntimeError of it ends the writing.
 
     Raises:
-        CheckpointError: the disk refused (full, read-only); the previous file is untouched.
+        CheckpointError: the disk refused (full, read-only), or `progress`; the previous file is untouched.
     """
     content = {"format": FORMAT, **{name: getattr(saved, name) for name in STORED}}
     content |= {"shards": dict(shards)} if shards else {}
+
+    def put(part: Path) -> None:
+        with io.BufferedWriter(_Part(part, progress)) as file:
+            torch.save(content, file)
+
     try:
-        replace_file(Path(path), lambda part: torch.save(content, part))
+        replace_file(Path(path), put)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as RuntimeError
         raise CheckpointError(
             f"{path}: the checkpoint could not be written ({error}); free some space and resume"
@@ -223,9 +258,11 @@ def load(path: str | Path, device: torch.device | str = "cpu") -> Any:
     Raises:
         CheckpointError: no such file, damaged, or something else; the message says what.
     """
-    content = _load(path, device)
     try:
-        return shard_files.whole(content, Path(path), device)
+        try:
+            return shard_files.whole(_load(path, device), Path(path), device)
+        except shard_files.ShardError:  # a run that saves may have replaced both between the readings
+            return shard_files.whole(_load(path, device), Path(path), device)
     except shard_files.ShardError as error:
         raise CheckpointError(f"{path} {error}") from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import secrets
 import signal
 import sys
@@ -18,7 +19,11 @@ from torch import Tensor
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 GATHER_BYTES = 64 << 20  # of each process per exchange in gather_rows
-PATIENCE = timedelta(days=1)  # of an exchange, where `heartbeat` watches: it speaks first, and says more
+PATIENCE = 7200.0  # seconds of an exchange: `heartbeat` speaks first, and says more; one process may measure meanwhile
+GONE = re.compile(  # what gloo and NCCL say then; other errors of theirs are this process's own
+    r"connect|closed|reset by peer|broken pipe|(read|write|network) error|timed? ?out|remote ?(error|process)|aborted",
+    re.I,
+)
 
 
 def start(device: torch.device) -> None:
@@ -63,12 +68,17 @@ def _this_start(store: dist.Store, rank: int, world: int) -> str:
         time.sleep(0.1)
 
 
-def be_patient() -> None:
-    """Exchanges wait `PATIENCE` for a process from now on, rather than PyTorch's minutes."""
+def patience(hang_s: float) -> timedelta:
+    """How long an exchange waits for a process where a run may stand still for so many seconds."""
+    return timedelta(seconds=max(PATIENCE, 3 * hang_s))
+
+
+def be_patient(hang_s: float) -> None:
+    """Exchanges wait so long for a process from now on, rather than PyTorch's minutes."""
     if world() > 1:
         groups = dist.distributed_c10d
         change = groups.set_timeout if hasattr(groups, "set_timeout") else groups._set_pg_timeout  # PyTorch < 2.14
-        change(PATIENCE)
+        change(patience(hang_s))
 
 
 def elastic() -> bool:
@@ -245,7 +255,10 @@ def all_processes(flag: bool, device: torch.device) -> bool:
 
 def peer_is_gone(error: Exception) -> bool:
     """Whether an exchange failed with this because another process has ended or cannot be reached."""
-    return isinstance(error, dist.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
+    if isinstance(error, dist.DistNetworkError | dist.DistStoreError):
+        return True
+    from_gloo = type(error) is RuntimeError and "gloo/transport" in str(error)
+    return (from_gloo or isinstance(error, dist.DistError)) and bool(GONE.search(str(error)))
 
 
 def barrier() -> None:
@@ -260,7 +273,8 @@ class Agreement:
     The flags travel between the hosts (gloo), beside what the GPUs exchange.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, hang_s: float = 0.0) -> None:
+        self._patience = patience(hang_s)
         self._group: dist.ProcessGroup | None = None
         self._flag = torch.zeros(1)
         self._work: dist.Work | None = None
@@ -272,7 +286,7 @@ class Agreement:
         if self.close():
             return True
         if self._group is None:
-            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=PATIENCE))  # of all
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=self._patience))  # of all
         self._flag.fill_(float(flag))
         self._work = dist.all_reduce(self._flag, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return False

@@ -2,8 +2,9 @@
 
 A thread of every process tells the process group's store, once per second, that it lives and where the main thread is.
 A run stands still when no main thread has moved for a given time; while one moves, the others may wait for it. In a
-step it moves when it enters another section; between steps, when it computes. Time is counted in beats: a process that
-was stopped, or a machine that slept, has waited for one beat, not for hours.
+step it moves when it enters another section; between steps, when it computes (in one place only for `ALONE` times as
+long: who waits for a GPU has a core too). Bytes that the disk takes of a checkpoint are movement. Time is counted in
+beats: a process that was stopped, or a machine that slept, has waited for one beat, not for hours.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ HUNG = 75  # exit code: EX_TEMPFAIL of sysexits.h, try again
 BEAT = 1.0  # seconds
 WATCHERS = 2  # processes that read all others' beats: the first ones that live
 FREE_STEPS = 10  # of a start: they compile and capture, so computing counts as movement, as it does between steps
+ALONE = 2  # times the given one: so long does computing in one place count as movement
 COMPUTES = 0.005  # share of a beat that a main thread which moves has a core; one that waits in small portions has less
 
 
@@ -115,7 +117,7 @@ class Heartbeat:
         self.rank, self.world = distributed.rank(), distributed.world()
         self.step = self.made = self.begun = self.count = 0
         self.strict = False  # only another section is movement
-        self.still, self.computed = 0.0, 0.0
+        self.still = self.alike = self.computed = 0.0
         self.before: tuple = ()
         self.beats: list[Beat | None] = [None] * self.world
         self.silent = [0.0] * self.world
@@ -127,7 +129,7 @@ class Heartbeat:
     def __enter__(self) -> Heartbeat:
         name = f"heartbeat/{next(self._contexts)}"  # the same on every process
         if self.hang_s:
-            distributed.be_patient()
+            distributed.be_patient(self.hang_s)
             if self.world > 1:
                 store: Any = distributed_c10d._get_default_store()
                 if store.has_extended_api():  # one over the network: a connection of its own, which may wait by itself
@@ -183,11 +185,13 @@ class Heartbeat:
         stack = list(_frames(sys._current_frames().get(self.main)))
         files = [frame.f_code.co_filename for frame in stack]
         seen = () if self.strict else tuple((frame.f_code, frame.f_lasti) for frame in stack)
-        now = (place.entered, self.made, self.strict, seen)
+        now = (place.entered, place.written, self.made, self.strict, seen)
         waits = any("distributed" in file or file.endswith("autograd/graph.py") for file in files[:4])
         computed, before = _computed(self.main), self.computed
         computes = not self.strict and not waits and computed - before > COMPUTES * passed
-        self.still = self.still + passed if now == self.before and not computes else 0.0
+        self.alike = self.alike + passed if now == self.before else 0.0
+        moves = not self.alike or (computes and self.alike <= ALONE * self.hang_s)
+        self.still = 0.0 if moves else self.still + passed
         self.before, self.computed = now, computed
         self.count += 1
         ours = [frame for frame in stack if "fastssl" in Path(frame.f_code.co_filename).parts] or stack

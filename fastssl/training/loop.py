@@ -13,6 +13,7 @@ import signal
 import struct
 import threading
 import time
+import warnings
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
@@ -172,8 +173,9 @@ class Run(ABC, Generic[B, R]):
     def between(self) -> None:
         """After a step and its checkpoint: measurements on the way. Its time is not counted as training."""
 
-    def save_also(self) -> None:
-        """After a step, before `between`: further checkpoints than the last one."""
+    def kept_files(self) -> list[Path]:
+        """After a step, before `between`: where its checkpoint is to be kept, beside the last one."""
+        return []
 
     def logged(self, line: dict[str, float]) -> None:
         """Sees every log line."""
@@ -223,7 +225,7 @@ class Run(ABC, Generic[B, R]):
         self.asked_step = 0  # of the last one that was begun
         self.saver = Saver(self.write, device)
         self.signal = 0  # number of the signal that asked the run to stop
-        self.ring, self.clock, self.agreement = MetricRing(), Clock(), distributed.Agreement()
+        self.ring, self.clock, self.agreement = MetricRing(), Clock(), distributed.Agreement(self.hang_s)
         self.recent_ids: dict[int, list[Any]] = {}  # step -> this process's sample ids, since the last reading
         self.unlogged: list[dict[str, float]] = []  # scalars of the steps since the last log line
         self.timed = 0  # how many of these steps this start has made
@@ -263,7 +265,11 @@ class Run(ABC, Generic[B, R]):
         if distributed.world() == 1 or isinstance(self.masters, Shards):
             return self.network
         devices = [self.device] if self.device.type == "cuda" else None
-        parallel = DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # torch 2.14 renames the option, 2.11 knows the old name alone
+            parallel = DistributedDataParallel(self.network, device_ids=devices, broadcast_buffers=False)
         if len(self.masters):
             # Without annotations: PyTorch compares them with types, and here they are texts.
             parallel.register_comm_hook(None, lambda _, bucket: distributed.sum_in_float32(bucket))
@@ -311,10 +317,9 @@ class Run(ABC, Generic[B, R]):
                     self.log_line()
                 heart.aside()
                 with self.clock.aside():
-                    with section("save"):
-                        if self.step % self.pace.save_every == 0:
-                            self.save_last()
-                        self.save_also()
+                    kept = self.kept_files()
+                    if self.step % self.pace.save_every == 0 or kept:
+                        self.save_last(also=kept)
                     with section("between"):
                         self.between()
             heart.aside()
@@ -473,27 +478,29 @@ class Run(ABC, Generic[B, R]):
         self.log.record(line)
         self.logged(line)
 
-    def save_last(self, again: bool = False, wait: bool = False) -> None:
+    def save_last(self, again: bool = False, wait: bool = False, also: Sequence[Path] = ()) -> None:
         """Begins to write the checkpoint of this moment, unless there is one of this step already.
 
         Args:
             again: in any case.
             wait: until it is there.
+            also: further files to write it to.
         """
-        self.read_scalars()
-        if self.path is None:
-            return
-        if again or self.step != self.asked_step:
-            self.save(self.path)
-            if not distributed.is_main() and not isinstance(self.masters, Shards):
-                self.saved_step = self.asked_step  # the main process has waited for it
-            self.asked_step = self.step
-        if wait:
-            self.saver.wait()
-            distributed.barrier()
-            self.saved_step = self.asked_step
+        with section("save"):
+            self.read_scalars()
+            if self.path is None:
+                return
+            if again or self.step != self.asked_step:
+                self.save(self.path, *also)
+                if not distributed.is_main() and not isinstance(self.masters, Shards):
+                    self.saved_step = self.asked_step  # the main process has waited for it
+                self.asked_step = self.step
+            if wait:
+                self.saver.wait()
+                distributed.barrier()
+                self.saved_step = self.asked_step
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, *also: Path) -> None:
         """Takes a copy of this moment, which a thread writes (main process; the others wait for the copy)."""
         sharded = isinstance(self.masters, Shards)
         if distributed.is_main() or sharded:
@@ -501,7 +508,11 @@ class Run(ABC, Generic[B, R]):
             saved.step, saved.fingerprint = self.step, self.fingerprint()
             saved.extra["unlogged"] = self.unlogged
             saved.optimizer, saved.scaler = self.optimizer.state_dict(), self.scaler.state_dict()
-            self._write_shards(path, saved) if sharded else self.saver.save(path, saved)
+            if sharded:
+                for one in (path, *also):
+                    self._write_shards(one, saved)
+            else:
+                self.saver.save(path, saved, *also)
         distributed.barrier()
 
     def _write_shards(self, path: Path, saved: Checkpoint) -> None:
@@ -525,7 +536,7 @@ class Run(ABC, Generic[B, R]):
                 f"step {saved.step}: {broken[0]} and {len(broken) - 1} more tensors of the network are not finite; "
                 f"nothing is written; kept: {self.kept()}"
             )
-        checkpoint.write(path, saved)
+        checkpoint.write(path, saved, progress=self.saver.progress)
         if path == self.path:
             self.saved_step = saved.step
 

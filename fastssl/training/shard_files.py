@@ -7,9 +7,13 @@ are of one moment, and a file that is cut or missing is noticed before anything 
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import os
 import shutil
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +45,22 @@ def save(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
     from torch.distributed.checkpoint import save as save_distributed
 
+    class Writer(HuggingFaceStorageWriter):
+        """Every process says what it has written: on a network disk no other one need see its files yet."""
+
+        def write_data(self, *plan: Any) -> Any:
+            def sizes(done: Any) -> list[tuple[str, int]]:
+                names = {one.storage_data.relative_path for one in done.value()}
+                return [(name, (folder / name).stat().st_size) for name in names]
+
+            return super().write_data(*plan).then(sizes)
+
+        def finish(self, metadata: Any, results: Any) -> None:
+            metadata.storage_data = dict(pair for pairs in results for pair in pairs)
+
     try:
-        save_distributed(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
-        return {"folder": folder.name, "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())}}
+        saved = save_distributed(dict(tensors), storage_writer=Writer(str(folder), save_distributed=True))
+        return {"folder": folder.name, "files": saved.storage_data}
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         if isinstance(error, (Exception, CheckpointException)):
@@ -123,22 +140,38 @@ def _moved(value: Any, device: torch.device | str) -> Any:
 
 
 def tidy(parent: Path, name: str = "*") -> None:
-    """Removes the folders that no checkpoint beside them names: of earlier checkpoints, and what killed runs left. A
-    checkpoint that was copied or renamed keeps its folder.
+    """Removes the folders that no file beside them names: of earlier checkpoints, and what killed runs left. A
+    checkpoint that was copied or renamed, to whatever name, keeps its folder.
 
     Args:
         name: of the checkpoint that they were written for; all by default.
     """
-    folders = list(parent.glob(f"{name}{MARK}*"))
+    folders = {folder.name for folder in parent.glob(f"{name}{MARK}*")}
     try:
-        kept = {_folder_of(path) for path in parent.glob("*.pt")} if folders else set()
-    except Exception:  # a file that is damaged may be whose folder this is; its reader will say
+        kept = {need for file in parent.iterdir() if folders and file.is_file() for need in _needs(file, folders)}
+    except OSError as error:  # nobody knows what the file names
+        print(f"{parent}: folders of earlier checkpoints stay for now ({error})", file=sys.stderr)
         return
-    for folder in folders:
-        if folder.name not in kept:
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders - kept:
+        shutil.rmtree(parent / folder, ignore_errors=True)
 
 
-def _folder_of(path: Path) -> str:
-    content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
-    return str(content["shards"]["folder"]) if isinstance(content, dict) and "shards" in content else ""
+def _needs(path: Path, folders: Collection[str]) -> set[str]:
+    """The folders that a file needs: the one that a checkpoint names. A file that is none, or not whole (damaged, or
+    being copied), may need those of its own name and those that stand in it."""
+    needed = {name for name in folders if name.startswith(f"{path.name}{MARK}")}
+    with contextlib.suppress(PermissionError), path.open("rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of foreign archives
+                    content = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+                return {content["shards"]["folder"]} if isinstance(content, dict) and "shards" in content else set()
+            except OSError:
+                raise
+            except Exception:  # torch.load raises many types on damaged or foreign files
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+                    needed |= {name for name in folders if text.find(os.fsencode(name)) >= 0}
+    if needed:
+        print(f"{path} cannot be read; what it may need stays: {', '.join(sorted(needed))}", file=sys.stderr)
+    return needed

@@ -21,10 +21,12 @@ _SILENT = nullcontext()
 
 
 class Place:
-    """Where the main thread is, for the watch of `fastssl.training.heartbeat`: the last section and how many so far."""
+    """Where the main thread is, for the watch of `fastssl.training.heartbeat`: the last section, how many so far, and
+    pieces of checkpoints written beside it."""
 
     name = "start"
     entered = 0
+    written = 0
 
 
 place = Place()

@@ -108,12 +108,15 @@ def test_convert(images, tmp_path):
     assert ends(start(first), start(last, killed_at(fourth))) == [0, -signal.SIGKILL]
     assert not (out / "train-0003.beton").exists()
     assert [path.suffix for path in out.glob("train-0003*")] == [".partial"]
-    assert job(0) == []  # it is there
-    assert ends(start(*job(3)), start(*job(1), slowly)) == [0, 0]
+    before = (out / "train-0000.beton").stat().st_mtime_ns
+    assert ends(start(*job(3)), start(*job(1), slowly), start(*job(0))) == [0, 0, 0]
+    assert (out / "train-0000.beton").stat().st_mtime_ns == before  # it was there
     (third,) = job(2)
     assert ends(start(third, slowly), start(third, slowly)) == [0, 0]  # at the same time
-    assert [job(task) for task in range(TOTAL)] == [[]] * TOTAL
     assert not list(out.glob("*.partial"))
+    (out / "train.shards.json").unlink()  # as if the last job had been killed before it
+    assert ends(start(*job(0))) == [0]
+    assert len(open_source(str(out / "train.shards.json"))) == 90
 
     for k in range(TOTAL):
         path = tmp_path / f"{k}.beton"
@@ -165,8 +168,14 @@ def test_embed(images, tmp_path):
     assert not list(tmp_path.glob("out.1*")) + list(tmp_path.glob("*.part"))
     again = job(1)
     assert ends(start(*again), start(*again)) == [0, 0]
-    assert [job(0), job(1)] == [[], []]
+    parts = sorted(tmp_path.glob("out.*-of-2.*"))
+    before = [path.stat().st_mtime_ns for path in parts]
+    assert ends(start(*job(0))) == [0]
+    assert [path.stat().st_mtime_ns for path in parts] == before  # they were there
     assert main(merge) == 0
     assert main([*merge[:3], str(one), "--batch-size=20", "--map=0", "--sheet=0"]) == 0
     for end in (".npy", ".csv"):
         assert Path(f"{out}{end}").read_bytes() == Path(f"{one}{end}").read_bytes()
+    save_checkpoint(tmp_path / "c.pt", Model("vit_tiny", 32, 8, 32, 1, 2), seed=1)
+    assert ends(start(*job(0))) == [0]
+    assert [path.stat().st_mtime_ns > old for path, old in zip(parts, before, strict=True)] == [True] * 2 + [False] * 2

@@ -63,7 +63,7 @@ def same_files(images: Path, made: list[Path]) -> bool:
 
 
 def test_convert(cluster, images, tmp_path, capsys):
-    """A file that is gone is made again, and no other."""
+    """A file that is gone is made again, and no other; of another number of files all of them."""
     main = importlib.import_module("ray_convert").main
     how = ConvertOptions(max_resolution=44, max_bad=1)
     main(str(images), str(tmp_path / "train"), TOTAL, how)
@@ -80,6 +80,8 @@ def test_convert(cluster, images, tmp_path, capsys):
     main(str(images), str(tmp_path / "train"), TOTAL, how)
     assert same_files(images, made)
     assert made[0].stat().st_mtime_ns == before
+    main(str(images), str(tmp_path / "train"), 2, how)
+    assert len(open_source(str(tmp_path / "train.json"))) == 29
 
 
 def write(group: dict, shards: list, out: str) -> dict:

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import fcntl
 import io
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastssl.loaders import beton_writer
 from fastssl.loaders.beton import ARRAY, BYTES, FLOAT, HEADER, IMAGE, INT, PAGE_SIZE, Beton, BetonError, Field, SideFile
 from fastssl.loaders.beton_writer import BetonWriter, Block, page_for
 from fastssl.loaders.decode import DecodeError, Encoded, decode
@@ -343,7 +345,35 @@ def test_pages_of_the_samples(tmp_path):
     assert (pages - pages[0]).tolist() == [0, 0, 1, 1, 2]  # two of 3 MiB fit into a page of 8
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2, 3])
+@pytest.mark.parametrize("renames", [1, 2])
+@pytest.mark.parametrize("moment", [0, 1])
+def test_two_writers_of_other_images_leave_a_pair(tmp_path, monkeypatch, moment, renames):
+    """The second comes just before or after the first gives its .beton its name, and may be stopped halfway."""
+    path, moments, renamed = tmp_path / "a.beton", [], []
+    real, sync = os.replace, beton_writer._sync_folder
+
+    def replace(*names):
+        real(*names)
+        renamed.append(names)
+        if len(renamed) == renames:
+            raise KeyboardInterrupt
+
+    def meanwhile(folder):
+        moments.append(folder)
+        if len(moments) == moment + 1:
+            with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                patch.setattr(os, "replace", replace)
+                patch.setattr(beton_writer, "_sync_folder", sync)
+                write(path, samples(4), classes=["second"])
+
+    monkeypatch.setattr(beton_writer, "_sync_folder", meanwhile)
+    write(path, samples(3), classes=["first"])
+    assert (len(Beton(path)), Beton(path).classes) == ((4, ["second"]) if moment else (3, ["first"]))
+    write(path, samples(2), classes=["last"])
+    assert (Beton(path).classes, sorted(os.listdir(tmp_path))) == (["last"], ["a.beton", "a.beton.npz"])
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
 @pytest.mark.parametrize("replaced", [False, True])
 def test_a_writer_killed_between_its_renames_leaves_the_old_or_the_new_pair(tmp_path, renames, replaced):
     path = tmp_path / "a.beton"
@@ -363,7 +393,7 @@ def test_a_writer_killed_between_its_renames_leaves_the_old_or_the_new_pair(tmp_
         write(path, samples(4), classes=["new"], names=["d", "e", "f", "g"])
         os._exit(0)
     os.waitpid(child, 0)
-    done = renames > 1  # the first one is the side file's, to its temporary name
+    done = renames > 0
     if not done and not replaced:
         assert not path.exists()
         return

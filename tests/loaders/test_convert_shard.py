@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fastssl.loaders import convert as convert_module
 from fastssl.loaders import store
 from fastssl.loaders.convert import ConvertError, ConvertOptions, convert, convert_shard, shards_of
 from fastssl.loaders.decode import DecodeError, read_file
@@ -113,8 +114,10 @@ def test_a_file_goes_to_a_store_whole_and_after_its_side_file(folder, tmp_path, 
     memory = fsspec.filesystem("memory")
     assert [memory.cat_file(f"/bucket/a b/train-1.beton{end}") for end in ("", ".npz")] == pair(tmp_path / "b.beton")
     assert (done.path, done.size) == (url, expected.size)
-    with pytest.raises(ConvertError, match=r"train-1\.beton exists already; --overwrite true"):
-        convert(ConvertOptions(str(folder), url, **options))
+    assert convert(ConvertOptions(str(folder), url, **options)).there
+    for other in ({"shard": "0/3"}, {"shard": ""}, {"max_resolution": 9}):
+        with pytest.raises(ConvertError, match=r"train-1\.beton exists already; --overwrite true"):
+            convert(ConvertOptions(str(folder), url, **{**options, **other}))
 
     def refuse(*_):
         raise PermissionError("no writing here")
@@ -125,7 +128,7 @@ def test_a_file_goes_to_a_store_whole_and_after_its_side_file(folder, tmp_path, 
     assert sorted(os.listdir(tmp_path)) == ["b.beton", "b.beton.npz"]
 
 
-def test_images_in_a_store_and_in_tars(folder, tmp_path):
+def test_images_in_a_store_and_in_tars(folder, tmp_path, monkeypatch):
     """From a store the same bytes as from the disk; of a tar the same images, in the tar's order, by its keys."""
     files = [file for file in scan_folder(folder).files if not file.endswith("11.jpg")]
     for file in files:
@@ -136,9 +139,14 @@ def test_images_in_a_store_and_in_tars(folder, tmp_path):
             for end, data in ((ending, (folder / file).read_bytes()), (".cls", str(k % 2).encode())):
                 (facts := tarfile.TarInfo(f"{key}{end}")).size = len(data)
                 tar.addfile(facts, io.BytesIO(data))
-    options = {"max_resolution": 60, "workers": 2}
+    options, facts = {"max_resolution": 60, "workers": 2}, store._facts
     convert(ConvertOptions(str(folder), str(tmp_path / "a.beton"), max_bad=1, **options))
-    convert(ConvertOptions("memory://bucket/images", str(tmp_path / "b.beton"), **options))
+    convert(there := ConvertOptions("memory://bucket/images", str(tmp_path / "b.beton"), **options))
+    images, _ = convert_module._planned(there)
+    monkeypatch.setattr(
+        store, "_facts", lambda url, tries=True: pytest.fail("asked once more") if tries else facts(url)
+    )
+    assert images.read(0, memoryview(b"")) == (folder / files[0]).read_bytes()  # the listing has told size and version
     convert(ConvertOptions(str(tmp_path / "t-*.tar"), str(tmp_path / "c.beton"), **options))
     disk, there, tars = (open_source(str(tmp_path / f"{name}.beton")) for name in "abc")
     assert (tmp_path / "a.beton").read_bytes() == (tmp_path / "b.beton").read_bytes()

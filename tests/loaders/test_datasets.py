@@ -59,9 +59,9 @@ def lay_pets(root):
     (folder / "annotations").mkdir()
     for k, name in enumerate(("Abyssinian_1", "great_dane_2")):
         Image.fromarray(pixels(1, 40, k)[0]).save(folder / "images" / f"{name}.jpg")
-    lines = "Abyssinian_1 1 1 1\ngreat_dane_2 2 2 1\n"
-    (folder / "annotations" / "trainval.txt").write_text(lines)
-    (folder / "annotations" / "test.txt").write_text(lines.splitlines()[1] + "\n")
+    lines = ["Abyssinian_1 1 1 1\n", "great_dane_2 2 2 1\n"]
+    (folder / "annotations" / "trainval.txt").write_text("".join(lines))
+    (folder / "annotations" / "test.txt").write_text("".join(reversed(lines)))
 
 
 def lay_imagenet(root):
@@ -132,7 +132,7 @@ def test_files_of_pets_and_imagenet_are_copied(tmp_path):
     assert (source.classes, source.labels.tolist()) == (["Abyssinian", "Great Dane"], [0, 1])
     assert source.name(0).endswith("oxford-iiit-pet/images/Abyssinian_1.jpg")
     source, _ = run(tmp_path, "pets", split="test")
-    assert source.labels.tolist() == [1]
+    assert source.labels.tolist() == [1, 0]
 
 
 def test_imagenet_has_the_classes_of_its_folders(tmp_path):

@@ -115,6 +115,21 @@ def test_shards_are_dropped_and_appended(split, folder, tmp_path, capsys):
     assert main(["verify", path, "--workers", "1"]) == 0
 
 
+def test_shards_that_are_missing_or_of_two_divisions_are_told_of(split, folder, tmp_path, caplog):
+    for k in range(2):
+        convert(ConvertOptions(str(folder), str(tmp_path / f"half-{k}.beton"), shard=f"{k}/2", workers=1))
+    halves, thirds = [str(tmp_path / f"half-{k}.beton") for k in range(2)], [str(split / name) for name in NAMES]
+    for files, line in {
+        (*thirds,): "",
+        (*thirds[:2],): "m.json lacks shard 2 of 3 (counted from 0)",
+        (halves[0], *thirds[2:]): "which are not shards of the same conversion",
+    }.items():
+        caplog.clear()
+        make(MakeOptions(str(tmp_path / "m.json"), list(files), overwrite=True))
+        assert bool(caplog.messages) == bool(line)
+        assert line in caplog.text
+
+
 def test_a_side_file_may_go(split, caplog):
     SideFile.path_of(split / NAMES[1]).unlink()
     assert open_source(split / "train.shards.json").classes == ["a", "b"]

@@ -1,6 +1,7 @@
 """Data in a store: the batches of the same data on a disk, few requests, faults that pass and faults that do not."""
 
 import errno
+import fcntl
 import http.server
 import os
 import re
@@ -47,6 +48,7 @@ def data(tmp_path_factory):
             small = np.random.default_rng(k).integers(0, 256, (40 + k, 60, 3), np.uint8)
             Image.fromarray(small).save(path, quality=90)
         convert(ConvertOptions(src=str(root / "img"), dst=str(root / "one.beton"), workers=1))
+        convert(ConvertOptions(src=str(root / "img"), dst=str(root / "raw.beton"), mode="raw", workers=1))
         for k in range(3):
             convert(ConvertOptions(src=str(root / "img"), dst=str(root / f"s-{k}.beton"), shard=f"{k}/3", workers=1))
         with tarfile.open(root / "img.tar", "w") as archive:
@@ -68,7 +70,8 @@ def own_cache(monkeypatch, tmp_path):
     """A cache of each test's own, as of a process that has just begun."""
     monkeypatch.setenv("FASTSSL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(cache, "_manager", None)
-    return tmp_path / "cache"
+    (tmp_path / "cache").mkdir()
+    return tmp_path / "cache" / cache.FOLDER
 
 
 def batches(path, engine="ffcv", start=0, epochs=1, between=lambda number: None, **settings):
@@ -129,10 +132,16 @@ def test_processes_that_share_a_cache_fetch_each_block_once(data):
     assert blocks > 3
 
 
-@pytest.mark.parametrize("how", ["none", "small", "tiny", "full", "gone", "closed", "streams", "cut", "damaged"])
-def test_any_cache_gives_the_same_batches(data, own_cache, monkeypatch, caplog, how):
+@pytest.mark.parametrize(
+    ("how", "name"),
+    [
+        *((how, "one.beton") for how in ("none", "small", "tiny", "full", "gone", "closed", "streams", "cut")),
+        *(("damaged", name) for name in ("one.beton", "raw.beton", "img")),
+    ],
+)
+def test_any_cache_gives_the_same_batches(data, own_cache, monkeypatch, caplog, how, name):
     root, _ = data
-    expected = batches(str(root / "one.beton"), epochs=2)
+    expected = batches(str(root / name), epochs=2)
     if how == "none":
         cache.use("none")
     elif how in ("small", "tiny", "streams"):
@@ -151,9 +160,9 @@ def test_any_cache_gives_the_same_batches(data, own_cache, monkeypatch, caplog, 
         own_cache.parent.joinpath("file").write_text("")
         cache.use(str(own_cache.parent / "file" / "cache"))
     elif how in ("cut", "damaged"):
-        batches("s3://bucket/d/one.beton")
+        batches(f"s3://bucket/d/{name}")
         cache._manager = None
-        for file in own_cache.glob("*/[0-9]*-*"):
+        for file in own_cache.glob("*/[0-9a-f]*"):
             whole = file.read_bytes()
             file.write_bytes(whole[:-9] if how == "cut" else bytes(len(whole)))
 
@@ -162,7 +171,7 @@ def test_any_cache_gives_the_same_batches(data, own_cache, monkeypatch, caplog, 
             own_cache.rename(own_cache.parent / "away")
 
     with caplog.at_level("WARNING"):
-        assert_equal(batches("s3://bucket/d/one.beton", epochs=2, between=between), expected)
+        assert_equal(batches(f"s3://bucket/d/{name}", epochs=2, between=between), expected)
     said = [record.getMessage() for record in caplog.records]
     words = {"full": "No space left on device", "gone": "cannot be written", "closed": "Not a directory"}
     assert len(said) == (how in ("tiny", *words)) or how == "streams", said
@@ -191,6 +200,135 @@ def test_other_data_goes_first_and_then_what_takes_turns(data, own_cache, monkey
     stayed = [name for name, number in before.items() if after.get(name) == number]
     assert len(stayed) > 0
     assert 0 < s3.count("one.beton") < len(open_source("s3://bucket/d/one.beton").blocks)
+
+
+@pytest.fixture
+def file():
+    """A file of 100 kB in a store, as 10 blocks."""
+    fsspec.filesystem("memory").pipe_file("/d/file", os.urandom(100_000))
+    yield lambda: cache.Blocks(StoreFile("memory://d/file"), np.arange(0, 100_001, 10_000))
+    fsspec.filesystem("memory").rm("/d", recursive=True)
+
+
+def test_the_cache_removes_only_its_own_files(file, own_cache):
+    (own_cache / "folder").mkdir(parents=True)
+    (own_cache / "left").mkdir()
+    mine = [own_cache.parent / "used", own_cache.parent / "runs", own_cache / "folder" / "last.pt"]
+    for path in mine:
+        path.write_bytes(b"precious" * 10_000)
+    cache.use(str(own_cache.parent), 50e-6)
+    blocks = file()
+    cache.hold([blocks.block(k) for k in range(10)])
+    assert {path.read_bytes() for path in mine} == {b"precious" * 10_000}
+    assert not (own_cache / "left").exists()
+
+
+def test_a_process_that_was_stopped_stops_no_other(file, own_cache, caplog, monkeypatch):
+    monkeypatch.setenv("FASTSSL_STORE_TIMEOUT", "0.1")
+    blocks, done = file(), []
+    partial = own_cache / blocks.folder / f"{blocks.block(3).name}.partial"
+    partial.parent.mkdir(parents=True)
+    with open(partial, "wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        thread = threading.Thread(
+            target=lambda: done.extend(cache.hold([blocks.block(k) for k in range(10)])), daemon=True
+        )
+        thread.start()
+        thread.join(10)
+    assert b"".join(one.read() for one in done) == blocks.file.read_all()
+    assert len([line for line in caplog.messages if "another process does not finish" in line]) == 1
+    assert len(list(own_cache.glob("*/*0000"))) == 9
+
+
+def test_what_is_read_in_parts_is_read_ahead(file, monkeypatch):
+    monkeypatch.setattr(cache, "AHEAD", 20_000)
+    blocks, wanted, want = file(), [], cache._Manager._want
+    monkeypatch.setattr(cache._Manager, "_want", lambda manager, block: (wanted.append(block), want(manager, block))[1])
+    reading = cache.ahead(10, blocks.block)
+    for k in range(10):
+        deadline = time.monotonic() + 10
+        while cache._here().present(blocks.block(k)) is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        blocks.read(10_000 * k + 10, 10_000 * k + 20)
+    reading.close()
+    assert not wanted
+
+
+def test_another_cache_lets_the_threads_of_the_old_one_end(file, tmp_path):
+    before = threading.active_count()
+    for k in range(4):
+        cache.use(str(tmp_path / f"{k}"))
+        blocks = file()
+        cache.hold([blocks.block(k) for k in range(10)])
+    cache.use("none")
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
+
+
+class Hosts(fsspec.AbstractFileSystem):
+    """Files that hold the name of their host; no versions."""
+
+    protocol, cachable = "hosts", False
+
+    def __init__(self, host, **options):
+        super().__init__(**options)
+        self.host = host
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        user, _, rest = path.rpartition("://")[2].rpartition("@")
+        return f"{user}/" * bool(user) + rest.partition("/")[2] if "://" in path else path
+
+    @staticmethod
+    def _get_kwargs_from_urls(url):
+        return {"host": url.partition("://")[2].rpartition("@")[2].partition("/")[0]}
+
+    def info(self, path, **_):
+        return {"name": path, "size": 5, "type": "file"}
+
+    def cat_file(self, path, start=None, end=None, **_):
+        return self.host.encode()[start:end]
+
+    def glob(self, path, **_):
+        return [path.replace("*", "7")]
+
+
+def test_two_hosts_of_one_scheme(caplog):
+    fsspec.register_implementation("hosts", Hosts, clobber=True)
+    for url in ("hosts://one.h/d/x-*", "hosts://two.h/d/x-*", "hosts://box@one.h/d/x-*"):
+        (found,) = store.glob(url)
+        assert found == url.replace("*", "7")
+        assert store.read_bytes(found).decode() == url[-11:-6]
+    for _ in range(2):
+        cache.hold([cache.Blocks(StoreFile("hosts://one.h/x"), np.array([0, 5])).block(0)])
+    (line,) = caplog.messages
+    assert "tells no version" in line
+
+
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [("400", "answers 400"), ("401", "other credentials"), ("403", "refuses it"), *(("404", ""), ("410", ""))],
+)
+def test_what_is_refused_is_not_missing(data, caplog, status, line):
+    _, s3 = data
+    url = "s3://bucket/d/one.beton"
+    with s3.failing(lambda method, path, bytes_: status if "one.beton" in path else None):
+        if not line:
+            assert not store.exists(url)
+        else:
+            with pytest.raises(StoreError, match=line):
+                store.exists(url)
+        with pytest.raises(SourceError, match=line or "does not exist"):
+            open_source(url)
+    with s3.failing(lambda method, path, bytes_: status if path.endswith(".npz") else None):
+        if status in ("400", "401"):
+            with pytest.raises(SourceError, match=f"one.beton.npz cannot be read: .*{line}"):
+                open_source(url)
+        else:  # without the right to list, a store refuses what is not there
+            assert open_source(url).classes == []
+            assert "side file" in caplog.text
 
 
 @pytest.mark.parametrize("fault", ["503", "cut", "short", 0.2])
@@ -255,6 +393,10 @@ def test_a_file_that_becomes_another_one_is_named(data):
     fsspec.filesystem("s3").pipe_file("bucket/d/changing.beton", bytes((root / "one.beton").stat().st_size))
     with pytest.raises(StoreError, match=r"s3://bucket/d/changing.beton is another file now than when it was opened"):
         list(make_loader("ffcv", source, VIEWS, batch_size=4, seed=3).epoch(0))
+    file = StoreFile("s3://bucket/d/changing.beton")
+    fsspec.filesystem("s3").put_file(str(root / "one.beton"), "bucket/d/changing.beton")
+    with pytest.raises(StoreError, match="is another file now"):
+        file.read_all()
 
 
 @pytest.mark.parametrize(
@@ -375,6 +517,9 @@ def test_redacted():
         "--data.path=s3://b/train-?.beton": "--data.path=s3://b/train-?.beton",
         "s3://b/x?versionId=3": "s3://b/x",
         "http://host:8000/a@b": "http://host:8000/a@b",
+        "hdfs://host:8000/a@b": "hdfs://host:8000/a@b",
+        "S3://AK:7/secret@bucket/x s3://AK:12/a/b@bucket/*.tar": "S3://bucket/x s3://bucket/*.tar",
+        "ftp://u:p@ss@h/x https://u:12/34@h": "ftp://h/x https://u:12/34@h",
         "data (https://u:p@h/x?sig=1) and 1/2?": "data (https://h/x) and 1/2?",
     }.items():
         assert redacted(text) == clean

@@ -1,11 +1,15 @@
 """WebDataset tar shards: the batches of the same images in a folder or .beton, and one line for whatever is wrong."""
 
+import fcntl
 import gzip
 import io
 import itertools
 import json
 import os
+import resource
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import numpy as np
@@ -20,7 +24,7 @@ from fastssl.loaders import batch_pool, cache, store, tar
 from fastssl.loaders.convert import ConvertOptions, convert
 from fastssl.loaders.engine import make_loader
 from fastssl.loaders.loader import Loader
-from fastssl.loaders.sources import SourceError, expand, open_source
+from fastssl.loaders.sources import SourceError, expand, open_betons, open_source
 from fastssl.pretraining.identity import identity
 
 VIEWS = [View(name="a", count=2, size=24), View(name="b", size=16, squash=40)]
@@ -296,10 +300,51 @@ def test_in_a_store_each_byte_is_fetched_once(both, in_store, block, monkeypatch
     in_store.clear()
     assert_same(batches("reference", open_source(url)), wanted)
     assert [r for r in in_store if r[0].endswith(".tar")] == []
-    for kept in tmp_path.glob("cache/*/*-*"):  # damage of the cache: fetched again
+    for kept in tmp_path.glob("cache/*/*/*-*"):  # damage of the cache: fetched again
         if "table" not in kept.name:
             kept.write_bytes(bytes(kept.stat().st_size))
     assert_same(batches("ffcv", open_source(url)), wanted)
+
+
+def test_processes_index_a_tar_in_a_store_together(both, in_store, monkeypatch, tmp_path):
+    """One fetches it, the others wait and take its index; one that has been stopped is not waited for."""
+    url, first = "memory://data/t-9.tar", store.StoreFile._read
+
+    def slowly(file, begin, end):
+        time.sleep(0.2)
+        return first(file, begin, end)
+
+    monkeypatch.setattr(store.StoreFile, "_read", slowly)
+    with ThreadPoolExecutor(3) as pool:  # each with a lock of its own, as processes have
+        found = list(pool.map(tar._make, [url] * 3))
+    assert len({index.checksum() for index in found}) == 1
+    assert sum(end - begin for _, begin, end in in_store) == (both / "tars/t-9.tar").stat().st_size
+    monkeypatch.setenv("FASTSSL_STORE_TIMEOUT", "0.1")
+    (kept,) = tmp_path.glob("cache/**/table-index.npz")
+    kept.unlink()
+    stopped = os.open(kept.parent, os.O_RDONLY)
+    fcntl.flock(stopped, fcntl.LOCK_EX)
+    assert tar._make(url).checksum() == found[0].checksum()
+    os.close(stopped)
+
+
+def test_shards_may_be_more_than_the_files_that_may_be_open(both, tmp_path):
+    open_source(pack(tmp_path / "0.tar", [("a.jpg", encoded(1))]))
+    files = {".tar": tmp_path / "0.tar", ".tar.index.npz": tmp_path / "0.tar.index.npz"}
+    files |= {f".beton{end}": f"{both}/all.beton{end}" for end in ("", ".npz")}
+    few, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(map(int, os.listdir("/proc/self/fd"))) + 20
+    names = [str(tmp_path / f"{k + 1}") for k in range(limit)]
+    for name in names:
+        for end, file in files.items():
+            os.link(file, f"{name}{end}")
+    for opened in (tar.open_tars, open_betons):
+        ending = ".tar" if opened is tar.open_tars else ".beton"
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
+        try:
+            assert len(opened([f"{name}{ending}" for name in names])) == limit
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (few, most))
 
 
 def test_without_a_cache_a_store_is_read_all_the_same(both, in_store, caplog):

@@ -155,6 +155,9 @@ def test_a_run_goes_on_with_its_images_per_step_and_says_how_they_are_split(imag
 
     with pytest.raises(checkpoint.CheckpointError, match=r"images_per_step \(was 12, now 24\), steps_per_epoch"):
         Trainer(config(images, tmp_path, "saae", 2, run__images_per_step=24))
+    odd = Trainer(config(images, tmp_path / "odd", "saae", 2, run__images_per_step=23, data__batch_size=STEP))
+    assert "23, are 1 x 1 processes x 23 accumulated" in odd.resplit
+    assert odd.resplit.endswith("; so few at once are slow: 22 or 24 images per step would be taken 11 or 12 at once")
     with pytest.raises(ConfigError, match="has 48 images, fewer than one optimizer step takes: 96"):
         Trainer(config(images, tmp_path / "other", "saae", 2, run__images_per_step=96))
     with monkeypatch.context() as other:

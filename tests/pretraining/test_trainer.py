@@ -27,6 +27,7 @@ from fastssl.pretraining.preflight import loading_rate
 from fastssl.pretraining.trainer import Trainer, pretrain
 from fastssl.training import checkpoint
 from fastssl.training.loop import TrainingError
+from fastssl.training.snapshot import Saver
 
 RUN = {
     "data.batch_size": 16,
@@ -238,7 +239,9 @@ def test_collapse_is_said_in_one_line_and_can_stop_the_run(images, tmp_path):
     assert [line["health"] for line in lines if "health" in line]  # kept with the numbers
 
 
-def test_the_run_folder_holds_config_log_and_summary(images, tmp_path):
+def test_the_run_folder_holds_config_log_and_summary(images, tmp_path, monkeypatch):
+    save, copied = Saver.save, []
+    monkeypatch.setattr(Saver, "save", lambda *what: copied.append(what[2].step) or save(*what))
     summary = pretrain(config(images, tmp_path, run__steps=10, run__keep_every=2))
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "grad_norm", "teacher_entropy"} <= set(line)
@@ -247,7 +250,9 @@ def test_the_run_folder_holds_config_log_and_summary(images, tmp_path):
     again = parse_pretrain([f"--config={tmp_path / 'config.yaml'}"])[0]
     # the shuffle's window, which is chosen by where the data lies, as the number that was chosen
     assert again.as_dict() == config(images, tmp_path, run__steps=10, run__keep_every=2, data__page_window=0).as_dict()
-    assert (tmp_path / "epoch-0002.pt").exists()
+    kept, last = checkpoint.read(tmp_path / "epoch-0002.pt"), checkpoint.read(tmp_path / "last.pt")
+    assert (kept.step, last.step) == (copied[1], 10)
+    assert copied == sorted(set(copied))  # training waits for one copy, not for a file after the other
     (start,) = [json.loads(text) for text in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert {"step": 0, "device": "cpu", "processes": 1, "torch": torch.__version__}.items() <= start.items()
     board = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"tensors": 0}).Reload()

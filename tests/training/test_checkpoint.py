@@ -36,7 +36,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_part(tmp_path, monkeypa
     checkpoint.write(path, saved(step=1))
 
     def full(content, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(torch, "save", full)

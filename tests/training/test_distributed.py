@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from torch import distributed as dist
 from torch import nn
 
 from fastssl.training import distributed
@@ -110,3 +111,25 @@ def test_running_statistics_move_as_pytorchs(momentum):
         update_running(ours, x.mean(0), x.var(0, unbiased=False), len(x))
     for key, value in norm.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[key], value)
+
+
+PAIR = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:545]"
+NCCL = "NCCL error in: ProcessGroupNCCL.cpp:94,"
+
+
+@pytest.mark.parametrize(
+    ("error", "gone"),
+    [
+        (RuntimeError(f"{PAIR} Read error [127.0.0.1]:25494:"), True),
+        (RuntimeError(f"{PAIR} Connection closed by peer [10.0.0.1]:4"), True),
+        (RuntimeError(PAIR.replace("pair", "unbound_buffer") + " Timed out waiting 100ms for recv to complete"), True),
+        (RuntimeError(f"{PAIR} op.preamble.length <= op.nbytes. 8 vs 4"), False),  # other shapes than its peer
+        (RuntimeError("cannot read /data/gloo/connection.jpg"), False),
+        (dist.DistBackendError(f"{NCCL} remote process exited or there was a network error\nncclRemoteError:"), True),
+        (dist.DistBackendError(f"{NCCL} invalid usage\nncclInvalidUsage: This usually reflects ..."), False),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), True),
+        (ValueError("timeout"), False),
+    ],
+)
+def test_a_peer_is_blamed_for_broken_connections_alone(error, gone):
+    assert distributed.peer_is_gone(error) is gone

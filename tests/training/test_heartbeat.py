@@ -4,6 +4,9 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
+import time
+from hashlib import pbkdf2_hmac
 from pathlib import Path
 
 import pytest
@@ -15,8 +18,9 @@ from torch.multiprocessing.spawn import ProcessContext
 
 from fastssl.loaders.synthetic import draw_images
 from fastssl.parse import parse_pretrain
-from fastssl.training import checkpoint
-from fastssl.training.heartbeat import HUNG, Beat, judge
+from fastssl.training import checkpoint, heartbeat
+from fastssl.training.heartbeat import HUNG, Beat, Heartbeat, judge
+from fastssl.training.timing import place
 
 HANG = 5.0
 
@@ -83,6 +87,29 @@ def test_one_process_that_stands_still_shows_where_and_ends(tmp_path):
 def _alone(given, folder):
     os.dup2(os.open(Path(folder) / "said", os.O_CREAT | os.O_WRONLY), 2)
     hang(given, ["loader"])
+
+
+@pytest.mark.parametrize(
+    ("work", "writes", "still"),
+    [
+        (lambda: time.sleep(0.6), False, [0, 1, 2, 3, 4]),
+        (lambda: time.sleep(0.6), True, [0, 0, 0, 0, 0]),  # a checkpoint is being written: the disk takes bytes
+        (lambda: pbkdf2_hmac("sha1", b"", b"", 1_500_000), False, [0, 0, 0, 1, 2]),  # as who waits for a GPU
+    ],
+)
+def test_writing_is_movement_and_computing_in_one_place_is_for_a_while(monkeypatch, work, writes, still):
+    monkeypatch.setattr(place, "written", 0)
+    monkeypatch.setattr(heartbeat, "COMPUTES", 1e-6)  # in the short time of this test
+    main, heart = threading.Thread(target=work), Heartbeat(1.0)
+    main.start()
+    heart.main, found = main.ident, []
+    time.sleep(0.1)
+    for _ in still:
+        time.sleep(0.02)
+        place.written += writes
+        found.append(heart._look(1.0).still)
+    main.join()
+    assert found == still
 
 
 AT = {"step": 7, "moves": 5, "section": "backward", "waits": True, "frame": "a.py:1, f", "host": "n", "pid": 1}

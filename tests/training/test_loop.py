@@ -162,12 +162,12 @@ def test_a_checkpoint_that_is_being_written_is_not_kept_yet_and_a_full_disk_ends
     run = build("pretrain", images, tmp_path / "run", **{"run.save_every": 0.5})  # every third step
     write, kept = checkpoint.write, []
 
-    def slow(path, saved):
+    def slow(path, saved, **more):
         kept.append((saved.step, run.saved_step))
         time.sleep(0.2)
         if saved.step == 6:
             raise CheckpointError(f"{path}: the checkpoint could not be written (No space left on device)")
-        write(path, saved)
+        write(path, saved, **more)
 
     monkeypatch.setattr(checkpoint, "write", slow)
     with pytest.raises(CheckpointError, match=r"last\.pt: .*No space left"):

@@ -1,6 +1,8 @@
 """A network spread over two processes trains as one that both have whole, and its checkpoint serves everybody."""
 
+import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -202,6 +204,89 @@ def test_folders_of_killed_runs_go_at_the_next_start_and_no_others(trained, tmp_
     (run / "last.pt").rename(run / "mine.pt")
     with checkpoint.locked(run, "--run.dir"):
         assert checkpoint.read(run / "mine.pt").step == 3
+
+
+def save(path, step):
+    """As a sharded run does, on one process; returns the folder."""
+    saved = checkpoint.Checkpoint("pretrain", {}, {"w": torch.full((8, 8), float(step))}, None, step)
+    folder = path.with_name(shard_files.new_folder(path, step))
+    shards = shard_files.save({"network/w": saved.network["w"]}, folder)
+    checkpoint.write(path, replace(saved, network={"w": torch.empty(8, 8, device="meta")}), shards)
+    return folder
+
+
+def test_a_folder_stays_as_long_as_a_file_of_any_name_needs_it(tmp_path, capsys):
+    last = tmp_path / "last.pt"
+    folders = []
+    for step, copy in ((1, "last.pt.bak"), (2, "half"), (3, "")):
+        folders.append(save(last, step))
+        if copy:
+            shutil.copy(last, tmp_path / copy)
+    os.truncate(tmp_path / "half", last.stat().st_size // 2)  # as while it is being copied
+    save(last, 4)
+    assert [folder.exists() for folder in folders] == [True, True, False]
+    assert "half cannot be read; what it may need stays: last.pt.shards-0000002" in capsys.readouterr().err
+    assert checkpoint.read(tmp_path / "last.pt.bak").network["w"].mean() == 1
+    (tmp_path / "half").write_bytes(b"PK\3\4 of something else")
+    (tmp_path / "foreign.pt").write_text("not a checkpoint")
+    folder = save(last, 5)
+    assert {path.name for path in tmp_path.glob("*.shards-*")} == {folders[0].name, folder.name}
+    assert not capsys.readouterr().err
+    last.write_bytes(bytes(100))
+    shard_files.tidy(tmp_path)
+    assert folder.exists()
+    assert "last.pt cannot be read" in capsys.readouterr().err
+
+
+def test_a_run_killed_anywhere_in_a_save_has_a_whole_checkpoint(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    last = tmp_path / "last.pt"
+    save(last, 1)
+    for owner, name in (
+        (os, "replace"),
+        (shard_files, "tidy"),
+        (shutil, "rmtree"),
+    ):  # folder, file, then the old folder
+        before = checkpoint.read(last).step
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, killed)
+            with pytest.raises(Killed):
+                save(last, before + 1)
+        step = before + (name != "replace")
+        saved = checkpoint.read(last)
+        assert (saved.step, saved.network["w"].mean()) == (step, step)
+        assert len(list(tmp_path.glob("last.pt.shards-*"))) > 1
+        with checkpoint.locked(tmp_path, "--run.dir"):  # the next start
+            assert checkpoint.read(last).step == step
+            assert len(list(tmp_path.glob("last.pt.shards-*"))) == 1
+
+
+def test_a_reader_that_a_save_overtakes_gets_the_newer_checkpoint(tmp_path, monkeypatch):
+    last = tmp_path / "last.pt"
+    save(last, 1)
+    fill = shard_files.fill
+
+    def overtaken(*arguments, **keywords):
+        monkeypatch.setattr(shard_files, "fill", fill)
+        save(last, 2)
+        fill(*arguments, **keywords)
+
+    monkeypatch.setattr(shard_files, "fill", overtaken)
+    assert checkpoint.read(last).network["w"].mean() == 2
+
+
+def test_a_process_need_not_see_the_files_of_the_others(tmp_path, monkeypatch):
+    folder = tmp_path / "last.pt.shards-0000001"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", lambda _: iter(()))  # a network disk's old list
+        files = shard_files.save({"w": torch.ones(8, 8)}, folder)["files"]
+    assert files == {file.name: file.stat().st_size for file in folder.iterdir()}
+    assert len(files) == 1
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Checkpoints beside training: what is written is the moment of the save, and nothing that goes wrong is lost."""
 
+import signal
 import threading
 
 import pytest
@@ -24,6 +25,8 @@ def values(step):
         "tied.b": tied,
         "turned": torch.arange(6.0).view(2, 3).t() + step,
         "half": torch.full((7,), step, dtype=torch.bfloat16),
+        "channels_last": torch.arange(96.0).view(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "gaps": torch.arange(12.0).view(3, 4)[:, ::2] + 0 * step,
         "flag": torch.tensor([True, False]),
         "count": torch.tensor(step),
         "none": torch.empty(0, 4),
@@ -38,10 +41,10 @@ class Held:
     def __init__(self):
         self.begun, self.go = threading.Event(), threading.Event()
 
-    def __call__(self, path, saved):
+    def __call__(self, path, saved, **more):
         self.begun.set()
         assert self.go.wait(20)
-        checkpoint.write(path, saved)
+        checkpoint.write(path, saved, **more)
 
 
 def test_what_is_written_is_the_moment_of_the_save(tmp_path, monkeypatch):
@@ -64,6 +67,7 @@ def test_what_is_written_is_the_moment_of_the_save(tmp_path, monkeypatch):
         for key, value in values(step).items():
             assert read.network[key].dtype == value.dtype
             assert torch.equal(read.network[key], value), key
+            assert read.network[key].stride() == torch.empty_like(value).stride(), key
         assert read.network["tied.a"].data_ptr() == read.network["tied.b"].data_ptr()
         assert read.network["after"].untyped_storage().nbytes() == 8  # no tensor drags the whole memory along
         places.append([piece.data_ptr() for piece in saver.memory.pieces])
@@ -91,22 +95,30 @@ def test_one_at_a_time_and_a_failure_is_raised_once_at_the_next_call(tmp_path):
 
 
 @pytest.mark.parametrize("error", [None, ValueError, KeyboardInterrupt])
-def test_at_its_end_it_waits_but_not_after_a_second_ctrl_c(tmp_path, error):
-    held = Held()
-    path = tmp_path / "a.pt"
-    later = threading.Timer(0.2, held.go.set)
+def test_at_its_end_it_waits_and_a_second_ctrl_c_gives_up_what_is_half_written(tmp_path, error):
+    path, half, go = tmp_path / "a.pt", threading.Event(), threading.Event()
+    large = {"w": torch.ones(1 << 20)}  # goes past the file's buffer, from within PyTorch's writer
+
+    def progress():
+        half.set()
+        assert go.wait(20)
+        saver.progress()
+
+    later = threading.Timer(0.2, go.set)
     try:
-        with Saver(held, CPU) as saver:
-            saver.save(path, record(1, values(1)))
-            if error is not KeyboardInterrupt:
-                later.start()
+        with Saver(lambda *what: checkpoint.write(*what, progress=progress), CPU) as saver:
+            saver.save(path, record(1, large))
+            assert half.wait(20)
+            later.start()
+            if error is KeyboardInterrupt:  # as by hand: while it is being waited for
+                threading.Timer(0.1, signal.pthread_kill, (threading.get_ident(), signal.SIGINT)).start()
+                saver.wait()
             if error is not None:
                 raise error
     except (ValueError, KeyboardInterrupt):
         pass
-    assert path.exists() is (error is not KeyboardInterrupt)
-    held.go.set()
-    saver.wait()
+    assert saver.idle()
+    assert list(tmp_path.iterdir()) == ([path] if error is not KeyboardInterrupt else [])
 
 
 def test_a_failure_is_raised_at_the_end_where_nothing_else_is(tmp_path):

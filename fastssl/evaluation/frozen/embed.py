@@ -92,7 +92,7 @@ class Embedded:
         files: paths.
         images, width: rows and columns of the table.
         seconds: all in all.
-        note: what could not be drawn, and why.
+        note: what was not computed or drawn, and why.
     """
 
     files: list[str]
@@ -131,23 +131,26 @@ def embed(options: EmbedOptions) -> Embedded:
     settings = {name: str(value) for name, value in {**how, "stored as": options.dtype}.items()}
     key = table_key(backbone.module, source, settings) if options.shard or options.merge else ""
     ids = _part(len(source), options.batch_size, *shard_numbers(options.shard))
+    out = _part_name(options.out, *shard_numbers(options.shard)) if options.shard else options.out
+    files, note = [Path(f"{out}{suffix}") for suffix in (".npy", ".csv")], ""
     if options.merge:
         tables = _parts(options, source, key)
     else:
         dtype = choose_dtype(options.precision, device, "precision")
         more: dict[str, Any] = {"ids": ids, "progress": "features", "shared": True}
+        key = f"{key} {str(dtype).removeprefix('torch.')}"
+        if options.shard and files[1].exists() and (there := kept_table(files[0], key, len(ids))) is not None:
+            (images, width), seconds = there.shape, round(time.perf_counter() - begin, 1)
+            return Embedded([str(file) for file in files], images, width, seconds, "they were there already")
         found = extract(backbone.module, source, **how, **more, workers=workers, dtype=dtype)
         tables = [found.values.numpy().astype(options.dtype, copy=False)]
-        key = f"{key} {str(dtype).removeprefix('torch.')}"
         if not np.isfinite(tables[0]).all():
             raise EvaluationError("some features are too large for float16; write them with --dtype float32")
-    out = _part_name(options.out, *shard_numbers(options.shard)) if options.shard else options.out
-    files, note = [Path(f"{out}{suffix}") for suffix in (".npy", ".csv")], ""
     if distributed.is_main():
         try:
             files[0].parent.mkdir(parents=True, exist_ok=True)
-            replace_file(files[0], lambda part: write_table(part, tables, key if options.shard else ""))
             replace_file(files[1], lambda part: _write_list(part, source, ids))
+            replace_file(files[0], lambda part: write_table(part, tables, key if options.shard else ""))
             values = torch.from_numpy(np.load(files[0], mmap_mode="c"))
             if options.sheet and not options.shard:
                 files.append(Path(f"{out}.png"))

@@ -316,7 +316,7 @@ class Finetuner(Run[Labelled, FinetuneEvaluation]):
             images_per_step=images_per_step,
             accumulate=options.accumulate,
             seed=options.seed,
-            save_every=steps_per_epoch,
+            save_every=steps_per_epoch * options.epochs,  # `between` saves after every epoch
             log_every=min(LOG_EVERY, steps_per_epoch),
             clip_grad=options.clip_grad,
         )
@@ -411,6 +411,7 @@ class Finetuner(Run[Labelled, FinetuneEvaluation]):
         if into or len(self.history) == epoch:
             return
         judged = epoch % self.options.val_every == 0 or epoch == self.options.epochs
+        self.save_last() if judged else self.read_scalars()  # judging takes long: who is killed in it keeps the epoch
         self.scored = self._judge() if judged else {}
         line: dict[str, Any] = {"epoch": epoch, "loss": sum(self.epoch_losses) / len(self.epoch_losses)}
         for name, one in self.scored.items():

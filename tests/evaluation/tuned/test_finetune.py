@@ -201,12 +201,16 @@ def test_learns_and_says_what_it_found(tuned):
     assert {"loss", "lr", "images_per_s", "data_wait", "grad_norm"} <= set(lines[-2])
 
 
-def test_learns(given, tmp_path):
+def test_learns(given, tmp_path, monkeypatch):
+    write, written = checkpoint.write, []
+    monkeypatch.setattr(checkpoint, "write", lambda *what, **how: written.append(what[1].step) or write(*what, **how))
     options = {**given, **PLAIN, "epochs": 12, "val_every": 5, "drop_path": 0.0, "lr_batch": 0, "lr": 3e-3}
     evaluation = evaluate_finetune(FinetuneOptions(**options, dir=str(tmp_path)))
     assert evaluation.top1 > 70  # chance: 33
     history = checkpoint.read(evaluation.path).extra["history"]
     assert [line["epoch"] for line in history if "top1" in line] == [5, 10, 12]
+    per_epoch = written[0]
+    assert written == [per_epoch * epoch for epoch in sorted([*range(1, 13), 5, 10, 12])]  # before and after judging
 
 
 def test_eval_repeats_the_numbers(tuned, given, capsys):
