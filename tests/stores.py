@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import pytest
 from werkzeug.serving import make_server
 
 
@@ -22,9 +23,8 @@ class Store:
     """
 
     def __init__(self) -> None:
-        from moto.server import DomainDispatcherApplication, create_backend_app
-
-        self._app = DomainDispatcherApplication(create_backend_app)
+        moto = pytest.importorskip("moto.server", reason="the package moto[s3], with flask, is not installed")
+        self._app = moto.DomainDispatcherApplication(moto.create_backend_app)
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
