@@ -47,7 +47,7 @@ BACKWARD = 2 / 3  # of a step; the exchange of gradients runs beside it
 # One unplanned stop per so many GPU hours: 419 in 54 days of 16,384 GPUs (Llama 3, arXiv 2407.21783, table 5). 6.5 per
 # 1,000 node days (Kokolis et al. 2024, arXiv 2410.21680) is one per 29,500 GPU hours.
 MTBF = 54 * 24 * 16384 / 419
-RESTART = 15 + 15 + 30  # s: imports, first step, rendezvous and the other processes' end
+RESTART = 10 + 10 + 40  # s: imports, first step (docs/elastic.md), rendezvous and the other processes' end (assumed)
 HANG = 600  # s until a silent process is noticed (run.hang_s); a dead one is noticed at once
 
 
