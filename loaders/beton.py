@@ -31,7 +31,7 @@ import numpy as np
 
 from fastssl.config import printable
 from fastssl.loaders import cache, store
-from fastssl.loaders.decode import JPEG, DecodeError, Encoded, Places
+from fastssl.loaders.decode import JPEG, DecodeError, Encoded, Places, read_at
 from fastssl.loaders.store import StoreError, StoreFile, shown
 
 log = logging.getLogger(__name__)
@@ -266,13 +266,7 @@ class Beton:
             raise DecodeError(f"ends after the stored data (byte {begin + size} of {self.data_end})")
         if self.blocks is not None:
             return np.frombuffer(self.blocks.read(begin, begin + size), np.uint8)
-        try:
-            data = os.pread(self._file.fileno(), size, begin)
-        except OSError as error:
-            raise DecodeError(f"cannot be read: {error.strerror}") from None
-        if len(data) < size:
-            raise DecodeError("cannot be read: the file has become shorter since it was opened")
-        return np.frombuffer(data, np.uint8)
+        return np.frombuffer(read_at(self._file.fileno(), begin, size), np.uint8)
 
     @property
     def pages(self) -> np.ndarray:

@@ -199,6 +199,21 @@ def open_regular(path: str) -> io.FileIO:
     return file
 
 
+def read_at(file: int, begin: int, size: int) -> bytes:
+    """Bytes of an open file.
+
+    Raises:
+        DecodeError: they cannot be read, or the file has become shorter.
+    """
+    try:
+        data = os.pread(file, size, begin)
+    except OSError as error:
+        raise DecodeError(f"cannot be read: {error.strerror}") from None
+    if len(data) < size:
+        raise DecodeError("cannot be read: the file has become shorter since it was opened")
+    return data
+
+
 @overload
 def read_file(path: str) -> bytes: ...
 

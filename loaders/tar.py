@@ -44,6 +44,7 @@ from fastssl.loaders.decode import (
     Places,
     header_size,
     open_image,
+    read_at,
     upright_size,
 )
 from fastssl.loaders.pool import WorkerDied, cores, ordered
@@ -187,13 +188,7 @@ class TarSource(Source):
             cache.forget(self.blocks.block(int(self.block_numbers(np.array([i]))[0])))  # damaged there, perhaps
             return self.blocks.read(begin, begin + size)
         assert not isinstance(self._file, StoreFile)
-        try:
-            data = os.pread(self._file.fileno(), size, begin)
-        except OSError as error:
-            raise DecodeError(f"cannot be read: {error.strerror}") from None
-        if len(data) < size:
-            raise DecodeError("cannot be read: the file has become shorter since it was opened")
-        return data
+        return read_at(self._file.fileno(), begin, size)
 
     def places(self, ids: np.ndarray) -> Places:
         begins, sizes = self.index.begins[ids], self.index.sizes[ids]
